@@ -1,0 +1,48 @@
+# Everything happens in .venv inside the checkout. Needs git, Python 3.11 or later, and a C compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+# One place holds every exact version. torch goes in first and alone, so that no dependency can bring a newer one.
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check test format bench-scaling clean
+
+help: ## Show these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv with the exact versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "parafuse needs Python 3.11 or later: make PYTHON=python3.11 setup")'
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python has no venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## Paint four prompts on 1 and on 2 ranks and compare: out/demo.png
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/demo.py --out out/demo.png
+
+check: setup ## Lint, format, types, import floors, docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_docs.py
+
+test: setup ## Run all tests; fewer than tests/collected_floor.txt is a failure
+	$(BIN)/python -m pytest --collected-floor tests/collected_floor.txt
+
+format: setup ## Format, and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-scaling: setup ## Measure 2 ranks against 1 on this machine's CPU
+	$(BIN)/python benchmarks/scaling_cpu.py
+
+clean: ## Remove .venv, outputs and caches
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+"""parafuse runs any diffusers pipeline on any number of GPUs, and gives the picture that one GPU would have given."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from parafuse.config import Config, Parallel
+    from parafuse.engine.apply import Handle, apply
+    from parafuse.engine.engine import Engine
+    from parafuse.engine.plan import Plan
+
+__version__ = "0.1.0"
+__all__ = ["Config", "Engine", "Handle", "Parallel", "Plan", "apply"]
+
+_HOMES = {
+    "Config": "parafuse.config",
+    "Parallel": "parafuse.config",
+    "Plan": "parafuse.engine.plan",
+    "Engine": "parafuse.engine.engine",
+    "Handle": "parafuse.engine.apply",
+    "apply": "parafuse.engine.apply",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'parafuse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,129 @@
+"""What the user asks for: frozen, keyword-only, torch-free. The only place where "auto" may stand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from parafuse.errors import ConfigError, reject_unknown
+
+
+class Axis(StrEnum):
+    """The mesh axes, outermost first. `ring` is outside `ulysses`: Ulysses stays on the fastest links."""
+
+    DATA = "data"
+    CFG = "cfg"
+    PIPE = "pipe"
+    RING = "ring"
+    ULYSSES = "ulysses"
+    TENSOR = "tensor"
+
+
+SEQUENCE_AXES = (Axis.RING, Axis.ULYSSES)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Degrees of the mesh axes. Their product must be the number of ranks; "auto" takes what is left."""
+
+    data: int = 1
+    """Replicas that share the prompts. Only 1 in this version."""
+    cfg: int = 1
+    """Guidance branches side by side. Only 1 in this version."""
+    pipe: int = 1
+    """Stages of a patch pipeline. Only 1 in this version."""
+    ring: int = 1
+    """Ring attention: keys and values travel from rank to rank."""
+    ulysses: int | Auto = "auto"
+    """Ulysses: heads are exchanged for tokens around attention. "auto": all ranks that are left."""
+    tensor: int = 1
+    """Tensor parallel: weights cut. Only 1 in this version."""
+
+    def __post_init__(self) -> None:
+        for axis in Axis:
+            degree = getattr(self, axis)
+            if degree == "auto" and axis == Axis.ULYSSES:
+                continue
+            if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+                raise ConfigError(f"parallel.{axis}={degree!r}: must be a whole number of at least 1.")
+            if degree > 1 and axis not in SEQUENCE_AXES:
+                raise ConfigError(
+                    f"parallel.{axis}={degree}: this version runs only 1 on the {axis!r} axis; "
+                    "use parallel.ulysses or parallel.ring for more ranks."
+                )
+
+    def degrees(self, world_size: int) -> dict[Axis, int]:
+        """Every axis's degree for `world_size` ranks. Raises ConfigError when the product does not fit."""
+        fixed = {axis: getattr(self, axis) for axis in Axis if getattr(self, axis) != "auto"}
+        product = 1
+        for degree in fixed.values():
+            product *= degree
+        if Axis.ULYSSES not in fixed and world_size % product == 0:
+            fixed[Axis.ULYSSES] = world_size // product
+            product = world_size
+        if product != world_size:
+            asked = " x ".join(f"{axis}={degree}" for axis, degree in fixed.items() if degree > 1) or "all axes 1"
+            raise ConfigError(
+                f"parallel: {asked} makes {product} ranks, but {world_size} {'is' if world_size == 1 else 'are'} "
+                f"running. Start {product} ranks, or choose degrees whose product is {world_size}."
+            )
+        return {axis: fixed[axis] for axis in Axis}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to run and how. `Config()` on N ranks means Ulysses N; on one rank it changes nothing."""
+
+    parallel: Parallel = field(default_factory=Parallel)
+    """Degrees of the mesh axes."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; "auto": bfloat16 on CUDA, float32 on the CPU."""
+    device: str = "auto"
+    """cpu or cuda; "auto": cuda where there is one for each local rank."""
+    timeout_s: float = 600.0
+    """Seconds that a rank waits for another one before the request fails on all of them."""
+    allow_pickle: bool = False
+    """Accept weights in pickle format (.bin, .pt, .ckpt), which can run code when they are loaded."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.parallel, Parallel):
+            raise ConfigError(f"parallel={self.parallel!r}: must be parafuse.Parallel(...).")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}.")
+        if self.device not in DEVICES:
+            raise ConfigError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}.")
+        if not 1 <= self.timeout_s <= 86_400:
+            raise ConfigError(f"timeout_s={self.timeout_s!r}: must be from 1 to 86400 seconds.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Config from plain values (as in JSON). Unknown keys raise ConfigError with the nearest name."""
+        reject_unknown("config", values, (f.name for f in dataclasses.fields(cls)))
+        values = dict(values)
+        parallel = values.pop("parallel", {})
+        if not isinstance(parallel, dict):
+            raise ConfigError(f"parallel={parallel!r}: must be an object of axis: degree.")
+        parallel = cast("dict[str, Any]", parallel)
+        reject_unknown("config.parallel", parallel, Axis)
+        return cls(parallel=Parallel(**parallel), **values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Config:
+        """Config from a JSON file. Raises ConfigError when it cannot be read."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"config={str(path)!r}: cannot be read as JSON ({error}).") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"config={str(path)!r}: must hold one JSON object.")
+        return cls.from_dict(cast("dict[str, Any]", values))

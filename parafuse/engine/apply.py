@@ -1,0 +1,102 @@
+"""`apply`: what a config asks for, put on a model the user already has, and taken off again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from parafuse.config import Axis, Config
+from parafuse.engine.probe import probe
+from parafuse.engine.stack import block_stack
+from parafuse.errors import ConfigError
+from parafuse.parallel.comm import Count, counters
+from parafuse.parallel.mesh import Mesh, make_mesh
+from parafuse.parallel.sequence import SequenceParallel
+from parafuse.parallel.world import ensure_world
+
+DENOISERS = ("transformer", "transformer_2")
+"""Pipeline components that hold a block stack, where they are present."""
+
+
+@dataclass
+class Handle:
+    """What was applied. `remove()` puts the model back bit for bit; also a context manager."""
+
+    applied: list[str] = field(default_factory=list[str])
+    """One line per thing that was applied, for receipts; empty when nothing was."""
+    mesh: Mesh | None = None
+    _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+
+    def remove(self) -> None:
+        """Takes everything off, in reverse order. Local; a second call does nothing."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+        self.applied.clear()
+
+    def exchanged(self) -> dict[str, Count]:
+        """Calls and bytes that this rank has sent so far, per axis and kind, as `ulysses.all_to_all`."""
+        if self.mesh is None:
+            return {}
+        groups = {str(axis): group for axis, group in self.mesh.groups.items()}
+        if self.mesh.sequence is not None and self.mesh.sequence not in groups.values():
+            groups["sequence"] = self.mesh.sequence
+        return {f"{axis}.{kind}": c for axis, group in groups.items() for kind, c in counters(group).kinds.items()}
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def denoisers(target: Any) -> list[tuple[str, nn.Module]]:
+    """(name, module) of what carries the block stacks: the target itself, or a pipeline's denoisers."""
+    if isinstance(target, nn.Module):
+        return [(type(target).__name__, target)]
+    found = [(name, getattr(target, name, None)) for name in DENOISERS]
+    modules = [(name, module) for name, module in found if isinstance(module, nn.Module)]
+    if not modules:
+        raise ConfigError(
+            f"target={type(target).__name__}: must be a torch module, or a pipeline with one of "
+            f"{', '.join(DENOISERS)}."
+        )
+    return modules
+
+
+def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None) -> Handle:
+    """Makes a pipeline or a transformer run on all ranks. Every rank must call it, with the same config.
+
+    `target` is changed in place (its instances, never their classes) and must have the same weights on every rank. Uses
+    the default process group, or makes it from the launcher's environment. On one rank nothing is wrapped. Raises
+    ConfigError before anything is changed or exchanged. Calls of the model are then collective on the sequence ranks."""
+    config = config or Config()
+    modules = denoisers(target)
+    if mesh is None:
+        degrees = config.parallel.degrees(int(os.environ.get("WORLD_SIZE", "1")) if not dist.is_initialized() else
+                                          dist.get_world_size())  # fmt: skip
+        stacks = [block_stack(module) for _, module in modules] if max(degrees.values()) > 1 else []
+        device = "cuda" if next(modules[0][1].parameters()).is_cuda else "cpu"
+        if stacks:
+            ensure_world(device, config.timeout_s)
+        mesh = make_mesh(degrees, device)
+    handle = Handle(mesh=mesh)
+    if mesh.sequence_degree == 1:
+        return handle
+    try:
+        for name, module in modules:
+            blocks = block_stack(module)
+            parallel = SequenceParallel(module, blocks, mesh, probe)
+            handle._undo.append(parallel.remove)
+            parallel.install()
+            axes = " x ".join(f"{a} {mesh.degree(a)}" for a in (Axis.RING, Axis.ULYSSES) if mesh.degree(a) > 1)
+            handle.applied.append(f"sequence parallel ({axes}) on {name}: {len(blocks)} blocks")
+    except BaseException:
+        handle.remove()
+        raise
+    return handle

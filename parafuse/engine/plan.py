@@ -1,0 +1,99 @@
+"""What will run: every degree, dtype and device explicit. Torch-free, serialisable, replayable."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from parafuse.config import Axis
+from parafuse.errors import ConfigError, reject_unknown
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Resolved from `Config`, model facts and hardware by `parafuse.engine.planner.resolve`."""
+
+    model: str
+    """Name, folder or hub id, as the user gave it."""
+    model_id: str
+    """Fingerprint of the model's configuration files: a plan is replayed only on the same architecture."""
+    world_size: int
+    """Number of ranks."""
+    degrees: dict[str, int]
+    """Axis -> degree; the product is `world_size`."""
+    device: str
+    """cpu or cuda."""
+    dtype: str
+    """float32, bfloat16 or float16."""
+    timeout_s: float
+    """Seconds that a rank waits for another."""
+    why: str = ""
+    """One line: how the layout was chosen."""
+    schema: int = SCHEMA
+
+    def degree(self, axis: Axis) -> int:
+        return self.degrees[axis]
+
+    @property
+    def sequence_degree(self) -> int:
+        """Number of ranks that share one sequence."""
+        return self.degrees[Axis.RING] * self.degrees[Axis.ULYSSES]
+
+    def one_line(self) -> str:
+        """E.g. `2 ranks: ulysses 2, float32 on cpu (all ranks left go to Ulysses)`."""
+        axes = ", ".join(f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1) or "no splitting"
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        return f"{ranks}: {axes}, {self.dtype} on {self.device}" + (f" ({self.why})" if self.why else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """Short hash that all ranks must share."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        names = [f.name for f in dataclasses.fields(cls)]
+        reject_unknown("plan", values, names)
+        missing = [name for name in names if name not in values and name not in ("why", "schema")]
+        if missing:
+            raise ConfigError(f"plan: key {missing[0]!r} is missing. Write plans with --save-plan or Plan.save.")
+        if values.get("schema", SCHEMA) != SCHEMA:
+            raise ConfigError(f"plan.schema={values['schema']!r}: this version reads schema {SCHEMA}; make the plan anew.")
+        reject_unknown("plan.degrees", values["degrees"], Axis)
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """A plan from its JSON file, or from a receipt that holds one. Raises ConfigError when unreadable."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"plan={str(path)!r}: cannot be read as JSON ({error}).") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"plan={str(path)!r}: must hold one JSON object.")
+        values = cast("dict[str, Any]", values)
+        return cls.from_dict(values.get("plan", values))
+
+    def check(self, *, model_id: str, world_size: int) -> None:
+        """Raises ConfigError when this plan was made for another model or number of ranks."""
+        if self.model_id != model_id:
+            raise ConfigError(
+                f"plan.model_id={self.model_id!r}: made for {self.model!r}, not for this model ({model_id!r}). "
+                "Leave the plan away, or give the model it was made for."
+            )
+        if self.world_size != world_size:
+            raise ConfigError(
+                f"plan.world_size={self.world_size}: {world_size} ranks are running. Start {self.world_size}, "
+                "or leave the plan away."
+            )

@@ -1,0 +1,307 @@
+"""Finds out how a block can be split, by looking at what it does. No model is known here; shapes alone prove nothing.
+
+The block runs on its real arguments with attention replaced by constants. One index of one argument is changed at a
+time, and what changes at the attention sites and in the results is looked at: a dim is a token dim because changing
+index i changes exactly row i + offset of the queries, keys or results, and nothing else. The same test refuses blocks
+that mix tokens outside of attention. Last, the block is run once per simulated rank and compared with the serial run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from parafuse.engine.alignment import Alignment, Interval, Node, Place
+from parafuse.errors import UnsupportedError
+from parafuse.parallel.hooks import Forward
+from parafuse.parallel.layout import Layout
+from parafuse.parallel.sequence import AttentionMode, BlockPlan, Bound, Call, Site, TokenDim
+from parafuse.parallel.shard import SequenceGroup, Sharded
+
+SIMULATED_DEGREES = (2, 3)
+MAX_ERROR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass
+class Seen:
+    """What one run of the block showed: q, k, v, mask of each attention call, and the leaves of the result."""
+
+    sites: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    injected: list[Tensor] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+
+
+class Examined:
+    """One block with one set of real arguments, run again and again with small changes."""
+
+    def __init__(self, block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec):
+        self.name, self.forward, self.leaves, self.spec = type(block).__name__, forward, leaves, spec
+        self.names = [_leaf_name(i, spec, leaves) for i in range(len(leaves))]
+        self.base = self.run(leaves, [])
+
+    def run(self, leaves: list[Any], injected: list[Tensor]) -> Seen:
+        """Runs the block; attention call i returns `injected[i]`, or a fixed random tensor."""
+        seen = Seen()
+
+        def attend(site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
+            seen.sites.append((q.detach().clone(), k.detach().clone(), v.detach().clone(), call.mask))
+            out = injected[site] if site < len(injected) else _noise((*q.shape[:3], v.shape[-1]), v, site)
+            seen.injected.append(out)
+            return out
+
+        args, kwargs = tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in leaves], self.spec)
+        with torch.no_grad(), AttentionMode(attend):
+            result = self.forward(*args, **kwargs)
+        seen.results = [x.detach().clone() if isinstance(x, Tensor) else x for x in tree_flatten(result)[0]]
+        return seen
+
+    def changed(self, leaf: int, dim: int, index: int) -> Seen:
+        """The run with one index of one argument changed."""
+        leaves = list(self.leaves)
+        leaves[leaf] = _disturbed(leaves[leaf], dim, index)
+        return self.run(leaves, self.base.injected)
+
+    def changed_attention(self, site: int, index: int) -> Seen:
+        """The run with one row of one attention result changed."""
+        injected = list(self.base.injected)
+        injected[site] = _disturbed(injected[site], 2, index)
+        return self.run(self.leaves, injected)
+
+
+def probe(block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec) -> BlockPlan:
+    """How `block` is split for arguments of this structure. Local: no communication, the same answer on every rank.
+
+    Raises UnsupportedError, naming the block and what was seen, when it cannot be split."""
+    if any(isinstance(leaf, Sharded) for leaf in leaves):
+        raise TypeError("probe needs whole tensors")
+    examined = Examined(block, forward, leaves, spec)
+    if not examined.base.sites:
+        return BlockPlan()
+    sites = examined.base.sites
+    alignment = Alignment({Place("qk"[part], i, 2): s[part].shape[2] for i, s in enumerate(sites) for part in (0, 1)})
+    for site, (q, *_) in enumerate(sites):
+        alignment.add(Interval(Place("q", site, 2), 0, Node("attention", site, 2), q.shape[2]))
+    spread: dict[Node, str] = {}
+    for ends in _argument_ends(examined):
+        _record(alignment, spread, examined, ends)
+    for ends in _attention_ends(examined, alignment.cuts()):
+        _record(alignment, spread, examined, ends)
+    plan = _plan(alignment.solve(), spread, examined)
+    if plan.splits:
+        for degree in SIMULATED_DEGREES:
+            _simulate(examined, plan, degree)
+    return plan
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Runs in which the first and the last of the rows [offset, offset + length) of `node` were changed."""
+
+    node: Node
+    offset: int
+    length: int
+    seen: tuple[Seen, Seen]
+
+
+def _argument_ends(examined: Examined) -> Iterator[Ends]:
+    """For every dim of every tensor argument."""
+    for leaf, value in enumerate(examined.leaves):
+        if not isinstance(value, Tensor) or value.numel() == 0:
+            continue
+        for dim, length in enumerate(value.shape):
+            first = examined.changed(leaf, dim, 0)
+            last = examined.changed(leaf, dim, length - 1) if length > 1 else first
+            yield Ends(Node("argument", leaf, dim), 0, length, (first, last))
+
+
+def _attention_ends(examined: Examined, cuts: dict[Node | Place, set[int]]) -> Iterator[Ends]:
+    """For every run of query rows that belongs together, in the result of that attention."""
+    for site in range(len(examined.base.sites)):
+        bounds = sorted(cuts[Place("q", site, 2)])
+        for start, stop in pairwise(bounds):
+            first = examined.changed_attention(site, start)
+            last = examined.changed_attention(site, stop - 1) if stop - start > 1 else first
+            yield Ends(Node("attention", site, 2), start, stop - start, (first, last))
+
+
+def _record(alignment: Alignment, spread: dict[Node, str], examined: Examined, ends: Ends) -> None:
+    """Adds where the rows of `ends.node` appear, and in `spread` where one of them reaches several rows."""
+    base, node, length = examined.base, ends.node, ends.length
+    for site, whole in enumerate(base.sites):
+        for part in range(3):
+            tensor = whole[part]
+            if tensor.shape[2] == 1 and length == 1:
+                continue  # one row in all: nothing can be told, and nothing need be split
+            rows = [_rows(tensor, seen.sites[site][part], 2) for seen in ends.seen]
+            if len(rows[0]) == len(rows[1]) == 1 and rows[1][0] - rows[0][0] == length - 1:
+                alignment.add(Interval(Place("qkk"[part], site, 2), rows[0][0], node, length, ends.offset))
+            elif max(map(len, rows)) > 1:
+                spread.setdefault(node, f"one row changes {max(map(len, rows))} rows of {'qkv'[part]} at attention {site}")
+    for number, tensor in enumerate(base.results):
+        if not isinstance(tensor, Tensor):
+            continue
+        found, mixed = _result_dim(tensor, ends, [s.results[number] for s in ends.seen])
+        if found is not None:
+            alignment.add(Interval(Place("result", number, found[0]), found[1], node, length, ends.offset))
+        elif mixed:
+            spread.setdefault(node, f"one row changes several rows of result {number}")
+
+
+def _result_dim(tensor: Tensor, ends: Ends, seen: list[Tensor]) -> tuple[tuple[int, int] | None, bool]:
+    """((dim, first row) along which the rows lie in a result, or None; whether one row reaches several everywhere)."""
+    rows = [[_rows(tensor, other, dim) for other in seen] for dim in range(tensor.ndim)]
+    found = [
+        (dim, first[0])
+        for dim, (first, last) in enumerate(rows)
+        if len(first) == len(last) == 1 and last[0] - first[0] == ends.length - 1
+    ]
+    if ends.length == 1:  # every dim of size 1 fits: take one that is longer, else the argument's own
+        found.sort(key=lambda c: (tensor.shape[c[0]] == 1, c[0] != ends.node.dim))
+    counts = [max(len(first), len(last)) for dim, (first, last) in enumerate(rows) if tensor.shape[dim] > 1]
+    return (found[0] if found else None), bool(counts) and min(counts) > 1
+
+
+def _plan(atoms: dict[Node | Place, list[int | None]], spread: dict[Node, str], examined: Examined) -> BlockPlan:
+    """Chooses what is split: all atoms of sites whose queries attend to themselves; the rest is replicated."""
+    where = f"{examined.name}: cannot be split over tokens: "
+    split: set[int] = set()
+    num_sites = len(examined.base.sites)
+    rows = [(atoms.get(Place("q", i, 2), [None]), atoms.get(Place("k", i, 2), [None])) for i in range(num_sites)]
+    for queries, keys in rows:
+        if {a for a in queries if a is not None} & {a for a in keys if a is not None}:
+            split |= {a for a in (*queries, *keys) if a is not None}
+    split &= _from_arguments(atoms)
+    sites: list[Site] = []
+    for i, (queries, keys) in enumerate(rows):
+        have = [[a in split for a in side] for side in (queries, keys)]
+        if any(have[1]):
+            if not (all(have[0]) and all(have[1])):
+                raise UnsupportedError(where + f"attention {i} mixes split rows with rows that every rank has")
+            sites.append(Site(tuple(a for a in queries if a is not None), tuple(a for a in keys if a is not None)))
+        elif any(have[0]) and not all(have[0]):
+            raise UnsupportedError(where + f"the queries of attention {i} are only partly token rows")
+        else:
+            sites.append(Site(tuple(a for a in queries if a is not None) if any(have[0]) else None, None))
+    arguments, results = {}, {}
+    for node, pieces in atoms.items():
+        if not any(a in split for a in pieces):
+            continue
+        if node in spread:
+            name = examined.names[node.index] if node.kind == "argument" else f"the result of attention {node.index}"
+            raise UnsupportedError(where + f"tokens mix outside of attention: in {name}, {spread[node]}")
+        if node.kind not in ("argument", "result"):
+            continue
+        if not all(a in split for a in pieces):
+            raise UnsupportedError(where + f"only a part of {node.kind} {node.index} is token rows")
+        target = arguments if node.kind == "argument" else results
+        if node.index in target:
+            raise UnsupportedError(where + f"{node.kind} {node.index} has two token dims")
+        target[node.index] = TokenDim(node.dim, tuple(a for a in pieces if a is not None))
+    return BlockPlan(arguments, tuple(sites), results)
+
+
+def _from_arguments(atoms: dict[Node | Place, list[int | None]]) -> set[int]:
+    """Atoms that come in with an argument: others (learned tokens, say) are the same on every rank."""
+    return {a for node, pieces in atoms.items() if node.kind == "argument" for a in pieces if a is not None}
+
+
+def _simulate(examined: Examined, plan: BlockPlan, degree: int) -> None:
+    """Runs the block as each of `degree` ranks would, and compares with its rows of the serial run."""
+    base = examined.base
+    for rank in range(degree):
+        ranks = SequenceGroup(degree, rank, None)
+        bound = Bound(plan, examined.leaves, ranks, {})
+        injected, expected = [], []
+        for site, out in enumerate(base.injected):
+            layouts = bound.site_layouts(site)
+            injected.append(ranks.take(out, 2, layouts[0]) if layouts[0] else out)
+            expected.append(layouts)
+        seen = examined.run(bound.local, injected)
+        if len(seen.sites) != len(base.sites):
+            raise UnsupportedError(f"{examined.name}: makes {len(seen.sites)} attention calls on a part of the tokens")
+        for site, (layout_q, layout_k) in enumerate(expected):
+            for part, layout in ((0, layout_q), (1, layout_k), (2, layout_k)):
+                whole = base.sites[site][part]
+                name = f"{'qkv'[part]} of attention {site}"
+                _compare(examined, name, ranks, whole, seen.sites[site][part], 2, layout)
+        for number, whole in enumerate(base.results):
+            label = plan.results.get(number)
+            if isinstance(whole, Tensor):
+                dim, layout = (label.dim, bound.layout(label.atoms)) if label else (0, None)
+                _compare(examined, f"result {number}", ranks, whole, seen.results[number], dim, layout)
+
+
+def _compare(
+    examined: Examined, what: str, ranks: SequenceGroup, whole: Tensor, local: Tensor, dim: int, layout: Layout | None
+) -> None:
+    """Raises UnsupportedError when the true rows of `local` are not this rank's rows of `whole`."""
+    want = whole if layout is None else ranks.take(whole, dim, layout)
+    if want.shape != local.shape:
+        seen = f"shape {tuple(local.shape)} where {tuple(want.shape)} was expected"
+    else:
+        if layout is not None:
+            keep = _true_rows(layout, ranks.rank, want.device)
+            want, local = want.index_select(dim, keep), local.index_select(dim, keep)
+        if not want.is_floating_point() or not want.numel():
+            return
+        error = float((want - local).abs().max() / whole.abs().max().clamp_min(1e-30))
+        if error <= MAX_ERROR.get(want.dtype, 1e-4):
+            return
+        seen = f"relative error {error:.1e}"
+    raise UnsupportedError(
+        f"{examined.name}: cannot be split over tokens: with {ranks.degree} simulated ranks, {what} differs ({seen}) "
+        "although every argument was split where it changes tokens; does the block take a length or a grid as a number?"
+    )
+
+
+def _true_rows(layout: Layout, rank: int, device: torch.device) -> Tensor:
+    pieces, offset = [], 0
+    for part, (_, count) in zip(layout.parts, layout.spans(rank), strict=True):
+        pieces.append(torch.arange(offset, offset + count, device=device))
+        offset += part
+    return torch.cat(pieces)
+
+
+def _rows(base: Tensor, other: Tensor, dim: int) -> list[int]:
+    """Indices along `dim` at which two tensors differ (NaN equals NaN)."""
+    if base.shape != other.shape:
+        return list(range(base.shape[dim]))
+    differs = (base != other) & ~((base != base) & (other != other))
+    other_dims = [d for d in range(base.ndim) if d != dim % base.ndim]
+    return torch.nonzero(differs.any(dim=other_dims) if other_dims else differs).flatten().tolist()
+
+
+def _noise(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+
+
+def _disturbed(x: Tensor, dim: int, index: int) -> Tensor:
+    """A copy with one index along `dim` changed: noise of the tensor's own size (a constant could be normalised away)."""
+    out = x.clone()
+    part = out.narrow(dim, index, 1)
+    if x.dtype == torch.bool:
+        part.logical_not_()
+    elif not (x.is_floating_point() or x.is_complex()):
+        part.add_(1)
+    else:
+        real = torch.view_as_real(x) if x.is_complex() else x
+        size = real.float().abs().nan_to_num(0, 0, 0).max()
+        part.add_(_noise(tuple(part.shape), part, 7) * (1 + size).to(real.dtype))
+    return out
+
+
+def _leaf_name(index: int, spec: TreeSpec, leaves: list[Any]) -> str:
+    """The argument's name where it was passed by keyword, else its place."""
+    args, kwargs = tree_unflatten(list(range(len(leaves))), spec)
+    for name, value in kwargs.items():
+        if index in tree_flatten(value)[0]:
+            return f"argument {name!r}"
+    place = next((i for i, value in enumerate(args) if index in tree_flatten(value)[0]), index)
+    return f"argument {place}"

@@ -1,0 +1,47 @@
+"""Finds the block stack of a denoiser: the repeated modules that hold its attention, in execution order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from parafuse.errors import UnsupportedError
+
+
+def _named_classes(model: nn.Module) -> set[str]:
+    """Block class names that the model itself declares (`_repeated_blocks`, `_no_split_modules`)."""
+    names: set[str] = set()
+    for attribute in ("_repeated_blocks", "_no_split_modules"):
+        declared: Any = getattr(model, attribute, None)
+        names |= set(declared or ())
+    return names
+
+
+def _lists(model: nn.Module) -> Iterator[nn.ModuleList]:
+    """The outermost ModuleLists whose items have a forward of their own."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList) and all(type(item).forward is not nn.Module.forward for item in child):
+            yield child
+        else:
+            yield from _lists(child)
+
+
+def block_stack(model: nn.Module) -> list[nn.Module]:
+    """The blocks that may be split, in registration order. Raises UnsupportedError when there are none.
+
+    A ModuleList counts when the model declares its items' class, or, if the model declares none, when it stands
+    directly on the model (as a user's own transformer would have it)."""
+    declared = _named_classes(model)
+    lists = list(_lists(model))
+    blocks = [block for items in lists for block in items if type(block).__name__ in declared]
+    if not blocks:
+        direct = {id(child) for child in model.children()}
+        blocks = [block for items in lists if id(items) in direct for block in items]
+    if not blocks:
+        raise UnsupportedError(
+            f"{type(model).__name__}: no block stack found (no ModuleList of repeated blocks); sequence parallel "
+            "needs one. Run it on one rank."
+        )
+    return blocks

@@ -1,0 +1,44 @@
+"""The errors that parafuse raises. Messages name the field, the value, what is allowed, and the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ParafuseError(Exception):
+    """Base of all errors of this package. The command line prints `str(error)` and ends with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(ParafuseError, ValueError):
+    """The request or configuration is wrong; found before any weight is loaded or collective entered."""
+
+    exit_code = 2
+
+
+class ModelError(ConfigError):
+    """The model cannot be found, read, or is not of a kind that parafuse runs."""
+
+
+class UnsupportedError(ParafuseError):
+    """A block cannot be split as asked; the message says which operator is in the way."""
+
+
+class RankError(ParafuseError):
+    """Another rank failed, stalled, or was started with different arguments."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the known name nearest to `name`, or ''."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def reject_unknown(where: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ConfigError for the first of `names` that is not in `known`, with the nearest known name."""
+    allowed = sorted(known)
+    for name in names:
+        if name not in allowed:
+            raise ConfigError(f"{where}: unknown key {name!r}{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")

@@ -1,0 +1,86 @@
+"""Attention that returns its log-sum-exp, for merging blocks of keys.
+
+Shapes: q (B, H, S, D), k and v (B, H, N, D), mask broadcastable to (B, H, S, N), out (B, H, S, D), lse (B, H, S) fp32.
+A row whose keys are all masked has lse = -inf and out = 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cpu-flash", "cuda-flash", "cuda-efficient", "math")
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def pick(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[str, str]:
+    """(backend, reason) for inputs like these. Only backends that return a log-sum-exp are listed."""
+    same = q.shape[-1] == v.shape[-1] and q.shape[1] == k.shape[1]
+    if not same:
+        return "math", "head sizes of keys and values differ, or heads are grouped"
+    if q.device.type == "cpu":
+        if q.dtype in (torch.float32, *_HALF):
+            return "cpu-flash", "flash attention of the CPU build"
+        return "math", f"no CPU kernel for {q.dtype}"
+    if q.device.type == "cuda" and q.dtype in _HALF and mask is None and q.shape[-1] <= 256:
+        return "cuda-flash", "16-bit, no mask"
+    if q.device.type == "cuda":
+        return "cuda-efficient", "mask or 32-bit"
+    return "math", f"no kernel for {q.device.type}"
+
+
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A boolean mask (True: attend) as zeros and -inf; other masks are cast."""
+    if mask is None or mask.dtype != torch.bool:
+        return None if mask is None else mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+
+
+def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The reference, in fp32."""
+    scores = q.float() @ k.float().transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores + additive(mask, torch.float32)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))
+    return (weights @ v.float()).to(q.dtype), lse
+
+
+def attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of softmax(q k^T * scale + mask) v, by the backend that `pick` names."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    backend, _ = pick(q, k, v, mask)
+    if backend == "math":
+        return attention_math(q, k, v, mask, scale)
+    aten = torch.ops.aten
+    if backend == "cuda-flash":
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+        return out, lse
+    bias = additive(mask, q.dtype)
+    if bias is not None:
+        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if backend == "cuda-efficient":
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
+        out, lse = out, lse[..., : q.shape[2]]
+    else:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    if bias is not None:  # kernels differ in what they give for rows without keys
+        empty = (bias == -math.inf).all(dim=-1)
+        lse = lse.masked_fill(empty, -math.inf)
+        out = out.masked_fill(empty.unsqueeze(-1), 0.0)
+    return out, lse
+
+
+def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two partial attentions over different keys, as one. `out` is fp32 (B, H, S, D); lse fp32 (B, H, S).
+
+    Rows without keys in a block (lse = -inf) keep what the other block gives."""
+    total = torch.logaddexp(lse, block_lse)
+    shift = total.masked_fill(total == -math.inf, 0.0)
+    mine = torch.exp(lse - shift).unsqueeze(-1)
+    theirs = torch.exp(block_lse - shift).unsqueeze(-1)
+    return out * mine + block_out.float() * theirs, total

@@ -1,0 +1,143 @@
+"""The command line: `parafuse generate`, `parafuse info`, `parafuse --version`.
+
+Errors of the user end with one line on stderr and exit code 2. `parafuse --help` imports no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+import parafuse
+from parafuse import log
+from parafuse.config import Config
+from parafuse.errors import ParafuseError, nearest
+from parafuse.launch import generate as generating
+from parafuse.launch import quiet
+from parafuse.launch.options import build, given, options_of, with_options
+from parafuse.parallel import rank_entry
+
+app = typer.Typer(
+    name="parafuse",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+PICTURE_OPTIONS = options_of(generating.Picture)
+CONFIG_OPTIONS = options_of(Config, panel="Configuration")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started."""
+
+    argv: Sequence[str]
+    supervised: bool
+    """By `parafuse.parallel.ranks`: the parent reports errors, from the error file."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"parafuse {parafuse.__version__}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)]
+
+
+@app.callback(help=parafuse.__doc__)
+def top(version: VersionOption = False) -> None:
+    pass
+
+
+@app.command()
+@with_options(*PICTURE_OPTIONS, *CONFIG_OPTIONS)
+def generate(
+    ctx: typer.Context,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to paint; each in quotes.")],
+    **options: Any,
+) -> int:
+    """Paint prompts, on as many ranks as asked for. The picture does not depend on their number."""
+    picture = build(generating.Picture(), given(PICTURE_OPTIONS, options))
+    if not picture.verbose:
+        quiet.silence_libraries()
+    if picture.quiet:
+        quiet.silence_notes()
+    job = generating.prepare(prompts, picture, CONFIG_OPTIONS, options)
+    if job.world_size > 1 and "RANK" not in os.environ:
+        return generating.start_ranks(job, ctx.obj.argv)
+    generating.paint(job)
+    return 0
+
+
+@app.command()
+def info(
+    json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """Hardware, versions, backends, and what is missing for what."""
+    from parafuse.launch.info import show_info
+
+    quiet.silence_libraries()
+    show_info(as_json=json)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script and of `python -m parafuse`. Always ends the process."""
+    supervised = rank_entry.enter()
+    launch = Launch(sys.argv[1:] if argv is None else list(argv), supervised)
+    code = run(launch)
+    if code and "RANK" in os.environ:
+        # the other ranks may wait in a collective, and tearing it down would wait for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def run(launch: Launch) -> int:
+    """Runs one command line and reports its errors; returns the exit code."""
+    try:
+        return app(args=list(launch.argv), prog_name="parafuse", standalone_mode=False, obj=launch) or 0
+    except TyperException as error:
+        one_line, code, shown = True, error.exit_code, ParafuseError(_usage(error))
+    except ParafuseError as error:
+        one_line, code, shown = True, error.exit_code, error
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone, as in `parafuse info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # everything else is told in full
+        one_line, code, shown = False, 1, error
+    if str(shown) or not one_line:  # an empty line: no command was given, and the help is on the screen
+        report(shown, one_line=one_line, code=code, supervised=launch.supervised)
+    return code
+
+
+def _usage(error: TyperException) -> str:
+    """A usage error in one line; for an unknown option, the nearest known one."""
+    option = getattr(error, "option_name", None)
+    if type(error).__name__ == "NoSuchOption" and option:
+        known = [o.flag for o in [*PICTURE_OPTIONS, *CONFIG_OPTIONS]] + ["--help", "--version", "--json"]
+        return f"unknown option {option!r}{nearest(option, known)} (parafuse generate --help lists all)."
+    return " ".join(error.format_message().split())
+
+
+def report(error: BaseException, *, one_line: bool, code: int, supervised: bool) -> None:
+    """Tells why this process ends: to its launcher if it has one, else on stderr, a rank's lines led by its rank."""
+    recorded = rank_entry.record(error, one_line=one_line, exit_code=code)
+    if recorded and (supervised or (one_line and log.rank() != 0)):
+        return  # the launcher shows it; what is wrong on all ranks is told once
+    if one_line:
+        where = f"rank {log.rank()}: " if log.rank() != 0 else ""
+        print(f"parafuse: error: {where}{error}", file=sys.stderr, flush=True)
+        return
+    lead = f"[rank {log.rank()}] " if "RANK" in os.environ else ""
+    text = "".join(traceback.format_exception(error)).rstrip("\n")
+    print("\n".join(lead + line for line in text.split("\n")), file=sys.stderr, flush=True)

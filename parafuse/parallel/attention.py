@@ -1,0 +1,176 @@
+"""Attention over tokens that are spread over ranks: Ulysses, ring, and ring outside Ulysses, as one path.
+
+Legend: B batch, H query heads, G key heads, S local rows (filler included), N rows seen by attention, D head size,
+P = R x U ranks of the sequence = ring degree x Ulysses degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parafuse.config import Axis
+from parafuse.errors import UnsupportedError
+from parafuse.parallel.comm import all_to_all
+from parafuse.parallel.layout import Layout, head_range, key_head_range
+from parafuse.parallel.mesh import Mesh
+from parafuse.parallel.pack import join_rows, split_rows
+from parafuse.parallel.ring import ring_attention
+
+
+@dataclass(frozen=True)
+class Call:
+    """The other arguments of one scaled-dot-product attention."""
+
+    mask: Tensor | None = None
+    """Over the whole sequence in the model's order: broadcastable to (B, H, N, N)."""
+    scale: float | None = None
+    is_causal: bool = False
+
+
+class SequenceAttention:
+    """Scaled-dot-product attention for local rows. Collective on the sequence group, all ranks in the same order."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+        self.ulysses, self.ring = mesh.degree(Axis.ULYSSES), mesh.degree(Axis.RING)
+        self.ulysses_rank, self.ring_rank = mesh.rank(Axis.ULYSSES), mesh.rank(Axis.RING)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call) -> Tensor:
+        """q (B, H, S, D), k (B, G, S', D), v (B, G, S', Dv) -> (B, H, S, Dv); filler rows of the result are zero.
+
+        Bytes sent: `layout.ulysses_bytes` inside the Ulysses group, `layout.ring_bytes` of the heads held around the
+        ring. Ulysses: Jacobs et al. 2023, arXiv:2309.14509; ring: Liu et al. 2023, arXiv:2310.01889; both together:
+        Fang and Zhao 2024, arXiv:2405.07719."""
+        heads = head_range(q.shape[1], self.ulysses, self.ulysses_rank)
+        if self.ulysses > 1:
+            qkv = self._scatter_heads(q, k, v, queries, keys)
+        else:
+            qkv = tuple(
+                join_rows(x.unsqueeze(0), *self._chunk(layout, self.ring_rank, x is q))
+                for x, layout in ((q, queries), (k, keys), (v, keys))
+            )
+        call = Call(_slice_heads(call.mask, heads, q.shape[1]), call.scale, call.is_causal)
+        if heads[0] == heads[1]:
+            out = qkv[0].new_empty((*qkv[0].shape[:3], v.shape[-1]))
+        else:
+            k_local, v_local = _expand_keys(qkv[1], qkv[2], heads, q.shape[1] // k.shape[1])
+            out = self._attend(qkv[0], k_local, v_local, queries, keys, call)
+        return self._gather_heads(out, q.shape[1], queries)
+
+    def _chunk(self, layout: Layout, ring_rank: int, true_rows: bool) -> tuple[list[int], tuple[int, ...]]:
+        """(rows per segment, parts) of what one ring rank holds: its true rows, or filler included."""
+        if true_rows or self.ring == 1:
+            spans = layout.spans(ring_rank * self.ulysses, self.ulysses)
+            return [count for _, count in spans], layout.parts
+        return [part * self.ulysses for part in layout.parts], layout.parts
+
+    def _scatter_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All-to-all: all heads of the local rows -> this rank's heads of the ring chunk's rows. One exchange."""
+        group_size = q.shape[1] // k.shape[1]
+        ranges = [head_range(q.shape[1], self.ulysses, r) for r in range(self.ulysses)]
+        key_ranges = [key_head_range(r, group_size) for r in ranges]
+        blocks = [
+            x[:, first:last]
+            for query_heads, key_heads in zip(ranges, key_ranges, strict=True)
+            for x, (first, last) in ((q, query_heads), (k, key_heads), (v, key_heads))
+        ]
+        mine, my_keys = ranges[self.ulysses_rank], key_ranges[self.ulysses_rank]
+        shapes = [
+            (x.shape[0], last - first, x.shape[2], x.shape[3])
+            for x, (first, last) in ((q, mine), (k, my_keys), (v, my_keys))
+        ]
+        sizes = [block.numel() for block in blocks]
+        send_sizes = [sum(sizes[i : i + 3]) for i in range(0, len(sizes), 3)]
+        receive_sizes = [sum(_numel(shape) for shape in shapes)] * self.ulysses
+        received = self._exchange(_fill(blocks), send_sizes, receive_sizes).view(self.ulysses, -1)
+        out: list[Tensor] = []
+        offset = 0
+        for shape, layout, true_rows in zip(shapes, (queries, keys, keys), (True, False, False), strict=True):
+            part = received[:, offset : offset + _numel(shape)].view(self.ulysses, *shape)
+            out.append(join_rows(part, *self._chunk(layout, self.ring_rank, true_rows)))
+            offset += _numel(shape)
+        return out[0], out[1], out[2]
+
+    def _gather_heads(self, out: Tensor, num_heads: int, queries: Layout) -> Tensor:
+        """The way back: (B, h, N, Dv) of this rank's heads -> (B, H, S, Dv) of the local rows. One exchange."""
+        lengths, parts = self._chunk(queries, self.ring_rank, True)
+        send = split_rows(out, lengths, parts, self.ulysses)
+        if self.ulysses == 1:
+            return send.squeeze(0)
+        b, _, rows, d = send.shape[1:]
+        ranges = [head_range(num_heads, self.ulysses, r) for r in range(self.ulysses)]
+        send_sizes = [send[0].numel()] * self.ulysses
+        receive_sizes = [b * (last - first) * rows * d for first, last in ranges]
+        received = self._exchange(send.view(-1), send_sizes, receive_sizes)
+        # Stored as (B, S, H, D), read as (B, H, S, D): what follows flattens heads, which then costs nothing.
+        result = out.new_empty((b, rows, num_heads, d)).transpose(1, 2)
+        offset = 0
+        for (first, last), size in zip(ranges, receive_sizes, strict=True):
+            result[:, first:last].copy_(received[offset : offset + size].view(b, last - first, rows, d))
+            offset += size
+        return result
+
+    def _exchange(self, send_N: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
+        group = self.mesh.groups[Axis.ULYSSES]
+        return all_to_all(send_N, send_sizes, receive_sizes, group.group_name)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call) -> Tensor:
+        """Attention of this rank's heads and query rows over all keys."""
+        if self.ring == 1:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=call.scale
+            )
+        return ring_attention(
+            q,
+            k,
+            v,
+            call.mask,
+            list(queries.lengths),
+            list(keys.lengths),
+            self.ulysses,
+            self.mesh.groups[Axis.RING].group_name,
+            call.scale,
+            call.is_causal,
+        )
+
+
+def _numel(shape: Sequence[int]) -> int:
+    out = 1
+    for size in shape:
+        out *= size
+    return out
+
+
+def _fill(blocks: list[Tensor]) -> Tensor:
+    """Blocks one after another in one flat buffer, each copied once."""
+    flat = blocks[0].new_empty(sum(block.numel() for block in blocks))
+    offset = 0
+    for block in blocks:
+        flat[offset : offset + block.numel()].view(block.shape).copy_(block)
+        offset += block.numel()
+    return flat
+
+
+def _expand_keys(k: Tensor, v: Tensor, heads: tuple[int, int], group_size: int) -> tuple[Tensor, Tensor]:
+    """Key heads (B, g, N, D) repeated so that each local query head has its own (B, h, N, D)."""
+    if group_size == 1:
+        return k, v
+    first_key = heads[0] // group_size
+    index = torch.tensor([head // group_size - first_key for head in range(*heads)], device=k.device)
+    return k.index_select(1, index), v.index_select(1, index)
+
+
+def _slice_heads(mask: Tensor | None, heads: tuple[int, int], num_heads: int) -> Tensor | None:
+    """A per-head mask cut to the local heads; others as they are."""
+    if mask is None or mask.ndim < 3 or mask.shape[-3] == 1:
+        return mask
+    if mask.shape[-3] != num_heads:
+        raise UnsupportedError(f"attention mask of shape {tuple(mask.shape)} for {num_heads} heads")
+    return mask[..., heads[0] : heads[1], :, :]

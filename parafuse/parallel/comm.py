@@ -1,0 +1,117 @@
+"""Every exchange between ranks goes through here: counted, bounded in time, and traceable by torch.compile.
+
+Exchanges are custom operators keyed by the name of their process group, so that they appear in traced graphs and
+their counters run on every call, compiled or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+_resolve: Callable[[str], ProcessGroup] = dist.distributed_c10d._resolve_process_group  # pyright: ignore
+
+
+@dataclass
+class Count:
+    """Calls and bytes sent to other ranks, of one kind of exchange."""
+
+    calls: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Counters:
+    """What this rank has sent over one group, by kind of exchange, and the order of ring events."""
+
+    kinds: dict[str, Count] = field(default_factory=dict[str, Count])
+    trace: list[str] | None = None
+    """Ring events in order ("send 1", "attend 0", ...) while a list is set; None: not recorded."""
+
+    def add(self, kind: str, num_bytes: int) -> None:
+        count = self.kinds.setdefault(kind, Count())
+        count.calls += 1
+        count.bytes += num_bytes
+
+    def event(self, text: str) -> None:
+        if self.trace is not None:
+            self.trace.append(text)
+
+
+# The one registry of this package: operators can carry only a name, and torch keeps its groups by name as well.
+_COUNTERS: dict[str, Counters] = {}
+
+
+def counters(group: ProcessGroup | str) -> Counters:
+    """The counters of a group; made at first use."""
+    name = group if isinstance(group, str) else group.group_name
+    return _COUNTERS.setdefault(name, Counters())
+
+
+def forget(group: ProcessGroup) -> None:
+    """Drops the counters of a group that is being destroyed."""
+    _COUNTERS.pop(group.group_name, None)
+
+
+@torch.library.custom_op("parafuse::all_to_all", mutates_args=())
+def all_to_all(send_N: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: str) -> Tensor:
+    """Flat all-to-all: element runs of `send_sizes` go to the ranks of `group` in order. Collective on `group`.
+
+    Sizes are computed by both sides from the global shape; they may differ by rank and may be zero."""
+    process_group = _resolve(group)
+    received = send_N.new_empty(sum(receive_sizes))
+    mine = dist.get_rank(process_group)
+    counters(group).add("all_to_all", (sum(send_sizes) - send_sizes[mine]) * send_N.element_size())
+    dist.all_to_all_single(received, send_N, list(receive_sizes), list(send_sizes), group=process_group)
+    return received
+
+
+@all_to_all.register_fake
+def _(send_N: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: str) -> Tensor:
+    return send_N.new_empty(sum(receive_sizes))
+
+
+@torch.library.custom_op("parafuse::all_gather", mutates_args=())
+def all_gather(x: Tensor, degree: int, group: str) -> Tensor:
+    """(...) -> (degree, ...): the same shape from every rank of `group`. Collective on `group`."""
+    process_group = _resolve(group)
+    out = x.new_empty((degree, *x.shape))
+    counters(group).add("all_gather", x.nbytes * (degree - 1))
+    dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=process_group)
+    return out
+
+
+@all_gather.register_fake
+def _(x: Tensor, degree: int, group: str) -> Tensor:
+    return x.new_empty((degree, *x.shape))
+
+
+class Rotation:
+    """Point-to-point ring: each `post` sends a buffer to the next rank while one from the previous is received."""
+
+    def __init__(self, group: ProcessGroup):
+        self.group = group
+        self.rank, self.degree = dist.get_rank(group), dist.get_world_size(group)
+        self._next = dist.get_global_rank(group, (self.rank + 1) % self.degree)
+        self._previous = dist.get_global_rank(group, (self.rank - 1) % self.degree)
+        self._counters = counters(group)
+
+    def post(self, send_N: Tensor, step: int) -> tuple[Tensor, list[dist.Work]]:
+        """Starts sending `send_N` (contiguous); returns the buffer being received and what to wait for."""
+        received = torch.empty_like(send_N)
+        operations = [
+            dist.P2POp(dist.isend, send_N, self._next, group=self.group),
+            dist.P2POp(dist.irecv, received, self._previous, group=self.group),
+        ]
+        self._counters.add("ring", send_N.nbytes)
+        self._counters.event(f"send {step}")
+        return received, dist.batch_isend_irecv(operations)
+
+    def attending(self, step: int) -> None:
+        """Notes that attention over block `step` starts."""
+        self._counters.event(f"attend {step}")

@@ -1,0 +1,60 @@
+"""The device mesh: made here and nowhere else, passed on as an argument. Degree 1 on an axis means no group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from parafuse.config import SEQUENCE_AXES, Axis
+from parafuse.parallel.comm import forget
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Groups of the axes with a degree above 1, and the flat group of the ranks that share a sequence."""
+
+    device_mesh: DeviceMesh | None
+    groups: Mapping[Axis, ProcessGroup]
+    sequence: ProcessGroup | None
+    """ring x ulysses, rank within it = ring rank * ulysses degree + ulysses rank."""
+
+    def degree(self, axis: Axis) -> int:
+        return self.groups[axis].size() if axis in self.groups else 1
+
+    def rank(self, axis: Axis) -> int:
+        return dist.get_rank(self.groups[axis]) if axis in self.groups else 0
+
+    @property
+    def sequence_degree(self) -> int:
+        return self.sequence.size() if self.sequence is not None else 1
+
+    @property
+    def sequence_rank(self) -> int:
+        return dist.get_rank(self.sequence) if self.sequence is not None else 0
+
+    def close(self) -> None:
+        """Forgets this mesh's counters. The process groups live until the process group of the world ends."""
+        for group in {*self.groups.values(), *([self.sequence] if self.sequence is not None else [])}:
+            forget(group)
+
+
+def make_mesh(degrees: Mapping[Axis, int], device: str) -> Mesh:
+    """The mesh of `degrees`, whose product is the world size. Collective on all ranks."""
+    axes = [axis for axis in Axis if degrees[axis] > 1]
+    if not axes:
+        return Mesh(None, {}, None)
+    device_mesh = init_device_mesh(
+        device, tuple(degrees[axis] for axis in axes), mesh_dim_names=tuple(str(axis) for axis in axes)
+    )
+    groups = {axis: device_mesh.get_group(str(axis)) for axis in axes}
+    shared = [axis for axis in SEQUENCE_AXES if axis in groups]
+    if not shared:
+        return Mesh(device_mesh, groups, None)
+    if len(shared) == 1:
+        return Mesh(device_mesh, groups, groups[shared[0]])
+    flat = device_mesh[tuple(str(axis) for axis in shared)]._flatten("sequence")
+    return Mesh(device_mesh, groups, flat.get_group())

@@ -1,0 +1,85 @@
+"""Ring attention: blocks of keys travel around the ring while each rank attends; partial results merge by their LSE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parafuse.kernels.attention import attention_lse, merge
+from parafuse.parallel.comm import Rotation, _resolve
+from parafuse.parallel.layout import Layout
+
+
+def token_index(layout: Layout, first: int, count: int, device: torch.device) -> Tensor:
+    """Positions, in the model's order, of the true rows that `count` ranks from `first` on hold."""
+    pieces, offset = [], 0
+    for length, (start, number) in zip(layout.lengths, layout.spans(first, count), strict=True):
+        pieces.append(torch.arange(offset + start, offset + start + number, device=device))
+        offset += length
+    return torch.cat(pieces)
+
+
+def drop_filler(x_BHND: Tensor, layout: Layout, first: int, count: int) -> Tensor:
+    """The true rows of a chunk that holds `count * part` rows of each segment."""
+    pieces, offset = [], 0
+    for part, (_, number) in zip(layout.parts, layout.spans(first, count), strict=True):
+        pieces.append(x_BHND.narrow(2, offset, number))
+        offset += part * count
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def block_mask(mask: Tensor | None, rows: Tensor, columns: Tensor, is_causal: bool) -> Tensor | None:
+    """The part of a mask over the whole sequence that belongs to these query rows and these keys."""
+    if mask is not None:
+        mask = mask.index_select(-1, columns) if mask.shape[-1] != 1 else mask
+        mask = mask.index_select(-2, rows) if mask.ndim > 1 and mask.shape[-2] != 1 else mask
+        return mask
+    return rows[:, None] >= columns[None, :] if is_causal else None
+
+
+@torch.library.custom_op("parafuse::ring_attention", mutates_args=())
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    ulysses: int,
+    group: str,
+    scale: float | None,
+    is_causal: bool,
+) -> Tensor:
+    """q (B, h, n, D) true rows, k and v (B, h, m, D) with filler -> (B, h, n, Dv). Collective on the ring.
+
+    Keys and values go round in one packed buffer; the next send is posted before the attention over the block at hand.
+    `mask` is over the whole sequence in the model's order. Liu et al. 2023, arXiv:2310.01889."""
+    rotation = Rotation(_resolve(group))
+    degree = rotation.degree
+    keys = Layout(tuple(key_lengths), degree * ulysses)
+    queries = Layout(tuple(query_lengths), degree * ulysses)
+    rows = token_index(queries, rotation.rank * ulysses, ulysses, q.device)
+    packed = torch.cat([k.reshape(-1), v.reshape(-1)])
+    out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float32)
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    for step in range(degree):
+        received, pending = rotation.post(packed, step) if step < degree - 1 else (packed, [])
+        source = (rotation.rank - step) % degree
+        columns = token_index(keys, source * ulysses, ulysses, q.device)
+        if len(columns) and len(rows):
+            rotation.attending(step)
+            k_block = drop_filler(packed[: k.numel()].view(k.shape), keys, source * ulysses, ulysses)
+            v_block = drop_filler(packed[k.numel() :].view(v.shape), keys, source * ulysses, ulysses)
+            part = attention_lse(q, k_block, v_block, block_mask(mask, rows, columns, is_causal), scale=scale)
+            out, lse = merge(out, lse, *part)
+        for work in pending:
+            work.wait()
+        packed = received
+    return out.to(q.dtype)
+
+
+@ring_attention.register_fake
+def _(q, k, v, mask, query_lengths, key_lengths, ulysses, group, scale, is_causal) -> Tensor:  # type: ignore[no-untyped-def]
+    return q.new_empty((*q.shape[:3], v.shape[-1]))

@@ -1,0 +1,245 @@
+"""Sequence parallel on a block stack: tokens are split where a block is entered, and only attention communicates.
+
+What a block's arguments mean is data (`BlockPlan`), found by a *prober* that is passed in; this file knows no model.
+An *atom* is the smallest run of tokens that belongs together (a stream, or a part of a joint one), named by a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from parafuse.errors import UnsupportedError
+from parafuse.parallel.attention import Call, SequenceAttention
+from parafuse.parallel.hooks import Forward, override_forward
+from parafuse.parallel.layout import Layout
+from parafuse.parallel.mesh import Mesh
+from parafuse.parallel.shard import SequenceGroup, Sharded, gather_all
+
+Atoms = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenDim:
+    """A dim of an argument or result that runs over tokens, and which atoms lie along it, in order."""
+
+    dim: int
+    atoms: Atoms
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention call of a block. Keys None: they are on every rank (cross-attention), nothing is exchanged."""
+
+    queries: Atoms | None
+    keys: Atoms | None
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How one block is split, for one structure of arguments. No sites that exchange: it runs on whole tensors."""
+
+    arguments: dict[int, TokenDim] = field(default_factory=dict[int, TokenDim])
+    """Leaf number -> token dim; leaves not named are replicated."""
+    sites: tuple[Site, ...] = ()
+    results: dict[int, TokenDim] = field(default_factory=dict[int, TokenDim])
+    """Leaf number of the result -> token dim."""
+
+    @property
+    def splits(self) -> bool:
+        return any(site.keys is not None for site in self.sites)
+
+
+Prober = Callable[[nn.Module, Forward, list[Any], TreeSpec], BlockPlan]
+Lengths = dict[int, tuple[int, ...]]
+
+
+def bind(plan: BlockPlan, leaves: Sequence[Any]) -> Lengths:
+    """Atom -> lengths of its segments, from the arguments at hand; those that arrive split decide first."""
+    out: Lengths = {}
+    named = [(leaves[i], label) for i, label in plan.arguments.items()]
+    named.sort(key=lambda pair: not isinstance(pair[0], Sharded))
+    for _ in range(len(named)):
+        for leaf, label in named:
+            unknown = [atom for atom in label.atoms if atom not in out]
+            if len(unknown) != 1:
+                continue
+            if len(label.atoms) == 1 and isinstance(leaf, Sharded) and leaf.token_dim == label.dim:
+                out[unknown[0]] = leaf.tokens.lengths
+            else:
+                known = sum(sum(out[atom]) for atom in label.atoms if atom in out)
+                out[unknown[0]] = (leaf.shape[label.dim] - known,)
+    return out
+
+
+class AttentionMode(TorchFunctionMode):
+    """Hands each scaled-dot-product attention of one block call to `attend(site number, q, k, v, call)`."""
+
+    def __init__(self, attend: Callable[[int, Tensor, Tensor, Tensor, Call, dict[str, Any]], Tensor]):
+        super().__init__()
+        self.attend, self.site = attend, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | (kwargs or {})
+        if given.get("dropout_p"):
+            raise UnsupportedError("attention with dropout: call eval() on the model first")
+        site, self.site = self.site, self.site + 1
+        call = Call(given.get("attn_mask"), given.get("scale"), bool(given.get("is_causal")))
+        return self.attend(site, given["query"], given["key"], given["value"], call, given)
+
+
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+class Bound:
+    """One block call, split: local arguments, attention by site, and results that carry their rows."""
+
+    def __init__(self, plan: BlockPlan, leaves: list[Any], ranks: SequenceGroup, slices: dict[Any, Any]):
+        self.plan, self.ranks = plan, ranks
+        self.lengths = bind(plan, leaves)
+        self._slices = slices
+        self.local = [self._local(i, leaf) for i, leaf in enumerate(leaves)]
+
+    def _local(self, index: int, leaf: Any) -> Any:
+        label = self.plan.arguments.get(index)
+        if label is None:
+            return leaf.whole() if isinstance(leaf, Sharded) else leaf
+        layout = self.layout(label.atoms)
+        if isinstance(leaf, Sharded):
+            if leaf.token_dim == label.dim and leaf.tokens == layout:
+                return leaf.local
+            return self.ranks.take(leaf.whole(), label.dim, layout)
+        key = (id(leaf), label.dim, layout)
+        if key not in self._slices:  # tables are the same for every block: cut once a call; the leaf is kept alive
+            self._slices[key] = (leaf, self.ranks.take(leaf, label.dim, layout))
+        return self._slices[key][1]
+
+    def layout(self, atoms: Atoms) -> Layout:
+        return Layout(tuple(n for atom in atoms for n in self.lengths[atom]), self.ranks.degree)
+
+    def site_layouts(self, site: int) -> tuple[Layout | None, Layout | None]:
+        """(queries, keys) of an attention call; None for what every rank has whole."""
+        if site >= len(self.plan.sites):
+            raise UnsupportedError("the block made more attention calls than when it was examined")
+        found = self.plan.sites[site]
+        return (
+            None if found.queries is None else self.layout(found.queries),
+            None if found.keys is None else self.layout(found.keys),
+        )
+
+    def wrap(self, result: Any) -> Any:
+        """The block's result with its token tensors as Sharded."""
+        leaves, spec = tree_flatten(result)
+        for i, label in self.plan.results.items():
+            leaves[i] = Sharded(leaves[i], label.dim, self.layout(label.atoms), self.ranks)
+        return tree_unflatten(leaves, spec)
+
+
+class SequenceParallel:
+    """Split tokens in the blocks of one model. `install` on every rank of the sequence group; calls are collective."""
+
+    def __init__(self, root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, prober: Prober):
+        self.root, self.blocks, self.prober = root, list(blocks), prober
+        self.attention = SequenceAttention(mesh)
+        self.ranks = SequenceGroup(mesh.sequence_degree, mesh.sequence_rank, mesh.sequence)
+        self.plans: dict[Any, BlockPlan] = {}
+        self._slices: dict[Any, Any] | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        self._undo.append(override_forward(self.root, self._root_forward))
+        for block in self.blocks:
+            self._undo.append(override_forward(block, lambda original, block=block: self._block_forward(block, original)))
+
+    def remove(self) -> None:
+        """Puts every forward back as it was. No communication."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+    def _root_forward(self, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._slices = {}
+            try:
+                result = gather_all(original(*args, **kwargs))
+            finally:
+                self._slices = None
+            if self.plans and not any(plan.sites for plan in self.plans.values()):
+                raise UnsupportedError(
+                    f"{type(self.root).__name__}: no block calls torch's scaled_dot_product_attention, so none can be "
+                    "split. Set the attention backend to native (model.set_attention_backend('native'), or the default "
+                    "attention processor)."
+                )
+            return result
+
+        return forward
+
+    def _block_forward(self, block: nn.Module, original: Forward) -> Forward:
+        name = fingerprint(block)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._slices is None:  # called by itself, outside of the model's own forward
+                return original(*args, **kwargs)
+            leaves, spec = tree_flatten((args, kwargs))
+            key = (name, str(spec), tuple(map(signature, leaves)))
+            plan = self.plans.get(key)
+            if plan is None:
+                plan = self.plans[key] = self.prober(block, original, [gather_all(leaf) for leaf in leaves], spec)
+            if not plan.splits:
+                return original(*gather_all(args), **gather_all(kwargs))
+            bound = Bound(plan, leaves, self.ranks, self._slices)
+            local_args, local_kwargs = tree_unflatten(bound.local, spec)
+            with AttentionMode(self._attend(bound)):
+                result = original(*local_args, **local_kwargs)
+            return bound.wrap(result)
+
+        return forward
+
+    def _attend(self, bound: Bound) -> Any:
+        def attend(site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
+            queries, keys = bound.site_layouts(site)
+            if queries is None or keys is None:
+                return F.scaled_dot_product_attention(**given)
+            check_mask(call.mask, queries, keys)
+            return self.attention(q, k, v, queries, keys, call)
+
+        return attend
+
+
+def check_mask(mask: Tensor | None, queries: Layout, keys: Layout) -> None:
+    """A mask must be over the whole sequence; one that the block cut or made from local lengths is refused."""
+    if mask is None:
+        return
+    rows = mask.shape[-2] if mask.ndim > 1 else 1
+    if mask.shape[-1] not in (1, keys.total) or rows not in (1, queries.total):
+        raise UnsupportedError(
+            f"attention mask of shape {tuple(mask.shape)} for {queries.total} queries and {keys.total} keys: "
+            "the block makes its mask from the tokens it is given, so it cannot be split"
+        )
+
+
+def signature(leaf: Any) -> Any:
+    """What of an argument decides how a block is split: its structure, never its lengths."""
+    if isinstance(leaf, Tensor):
+        return (leaf.dtype, tuple(size == 1 for size in leaf.shape))
+    return leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf).__name__
+
+
+def fingerprint(block: nn.Module) -> str:
+    """Equal for blocks that differ in weights only: class, submodules with their shapes, and flags."""
+    flags = [
+        (name, key, value)
+        for name, module in block.named_modules()
+        for key, value in sorted(vars(module).items())
+        if (isinstance(value, (bool, str)) or value is None) and key != "training"
+    ]
+    return f"{type(block).__module__}.{block!r}{flags}"
+

@@ -68,14 +68,14 @@ def painted(paint: Callable[..., Any], seed: int) -> list[tuple[Image.Image, flo
     return results
 
 
-def by_all_ranks(ranks: int, seed: int) -> tuple[list[tuple[Image.Image, float]], parafuse.Plan]:
-    """The pictures by all ranks together. Every rank must call it."""
+def by_all_ranks(ranks: int, seed: int) -> tuple[list[tuple[Image.Image, float]], parafuse.Plan, str]:
+    """The pictures by all ranks together, their plan, and what was applied. Every rank must call it."""
     config = parafuse.Config(parallel=parafuse.Parallel(ulysses=ranks), dtype="float32")
     engine = parafuse.Engine.from_pretrained("emoji", config)
     results = painted(lambda prompt, seed, **call: engine(prompt, seed=seed, **call), seed)
-    plan = engine.plan
+    plan, applied = engine.plan, "; ".join(engine.receipt["applied"]) or "nothing"
     engine.close()
-    return results, plan
+    return results, plan, applied
 
 
 def by_plain_diffusers(device: str, seed: int) -> list[tuple[Image.Image, float]]:
@@ -83,7 +83,7 @@ def by_plain_diffusers(device: str, seed: int) -> list[tuple[Image.Image, float]
     import torch
     from diffusers import FluxPipeline
 
-    defaults = json.loads((MODEL / "parafuse.json").read_text())["__call__"]
+    defaults = json.loads((MODEL / "parafuse.json").read_text())["call"]
     pipeline = FluxPipeline.from_pretrained(MODEL, torch_dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -120,19 +120,29 @@ def summary(rows: list[Row], ranks: int) -> Table:
     return table
 
 
+def silence_libraries() -> None:
+    """No advice to programmers, no bars for loading: this program has a terminal to itself."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def main(
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("out/demo.png"),
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 7,
 ) -> None:
     """Paint four prompts on all ranks and on one, and compare."""
-    logging.disable(logging.WARNING)  # what libraries say to programmers while they are imported
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    silence_libraries()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     console = Console(quiet=rank != 0)
     console.print(f"{ranks} ranks paint {len(PROMPTS)} prompts ...")
-    many, plan = by_all_ranks(ranks, seed)
+    many, plan, applied = by_all_ranks(ranks, seed)
     if rank != 0:
         return  # the rest is for one rank, alone on the machine
     console.print("rank 0 paints them alone, with plain diffusers ...")
@@ -141,7 +151,7 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(rows, ranks).save(out)
     console.print(summary(rows, ranks))
-    console.print(f"plan: {plan.one_line()}", highlight=False)
+    console.print(f"plan: {plan.one_line()}; applied: {applied}", highlight=False, soft_wrap=True)
     console.print(f"contact sheet: {out}", highlight=False, soft_wrap=True)
     if any(row.largest > ALLOWED for row in rows):
         sys.exit(1)

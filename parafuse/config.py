@@ -1,5 +1,8 @@
 """What the user asks for: frozen, keyword-only, torch-free. The only place where "auto" may stand."""
 
+# Users pass what they like, so types are checked at run time too.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import dataclasses

@@ -41,4 +41,5 @@ def reject_unknown(where: str, names: Iterable[str], known: Iterable[str]) -> No
     allowed = sorted(known)
     for name in names:
         if name not in allowed:
-            raise ConfigError(f"{where}: unknown key {name!r}{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
+            hint = nearest(name, allowed) or f"; allowed: {', '.join(allowed)}."
+            raise ConfigError(f"{where}: unknown key {name!r}{hint}")

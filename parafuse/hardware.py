@@ -1,7 +1,4 @@
-"""What this machine has: processors, memory, GPUs, installed packages, backends. Gathers facts, decides nothing.
-
-Importing it imports no torch; `survey` does, inside, for what only torch knows.
-"""
+"""What this machine has: processors, memory, GPUs, packages. Gathers facts, decides nothing, needs no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,23 +59,6 @@ class Hardware:
     gpus: list[Gpu] = field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """Hardware, software, and what is missing for what."""
-
-    hardware: Hardware
-    versions: dict[str, str | None]
-    """Package -> installed version, None if it is not installed."""
-    cuda_build: str | None
-    """CUDA version that torch was built for; None: a CPU build."""
-    collectives: dict[str, bool]
-    """Collective backends of torch.distributed -> usable."""
-    attention: dict[str, bool]
-    """Attention implementations -> usable here."""
-    missing: list[str]
-    """One line each: what is not there, what that prevents, what to do."""
-
-
 def cores() -> int:
     """Cores that this process may use, at least 1: its affinity, and its container's share rounded up."""
     number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -111,6 +91,35 @@ def _cpu() -> tuple[str, list[str]]:
     flags = (facts.get("flags") or facts.get("Features") or "").split()
     name = facts.get("model name") or platform.processor() or platform.machine()
     return name, [flag for flag in CPU_FLAGS if flag in flags]
+
+
+def torch_cuda_build() -> str | None:
+    """CUDA version that torch was built for, read without importing torch; None: a CPU build, or no torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    found = re.search(r"^cuda\b[^=]*= *'([\d.]+)'", _read(str(Path(spec.origin).with_name("version.py"))), re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def num_cuda_devices() -> int:
+    """GPUs that torch could use here, without importing it or touching the GPUs: 0 with a CPU build of torch.
+
+    CUDA_VISIBLE_DEVICES is followed as CUDA does: the list ends at the first entry that is no device."""
+    if torch_cuda_build() is None:
+        return 0
+    number = len(gpus()[1])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return number
+    count = 0
+    for entry in visible.split(","):
+        name = entry.strip()
+        is_index = name.isdigit() and int(name) < number
+        if not is_index and not name.startswith(("GPU-", "MIG-")):
+            break
+        count += 1
+    return count
 
 
 def gpus() -> tuple[str | None, list[Gpu]]:
@@ -173,61 +182,3 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
-
-
-def survey() -> Survey:
-    """Everything that `parafuse info` shows. Imports torch if it is installed, and nothing that is larger."""
-    facts, packages = hardware(), versions()
-    cuda_build, collectives, attention = None, {}, {}
-    if importlib.util.find_spec("torch") is not None:
-        import torch
-        import torch.distributed as dist
-
-        cuda_build = torch.version.cuda
-        there = dist.is_available()
-        collectives = {
-            "gloo": there and dist.is_gloo_available(),
-            "nccl": there and dist.is_nccl_available() and torch.cuda.is_available(),
-        }
-        gpu = torch.cuda.is_available()
-        cuda = torch.backends.cuda
-        attention = {
-            "torch flash (CPU)": hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
-            "torch flash (CUDA)": gpu and cuda.is_flash_attention_available(),
-            "torch memory-efficient (CUDA)": gpu,
-            "cuDNN": gpu and torch.backends.cudnn.is_available(),
-        }
-        for package in ("flash-attn", "flash-attn-3", "sageattention", "xformers"):
-            attention[package] = gpu and packages[package] is not None
-    return Survey(
-        hardware=facts,
-        versions=packages,
-        cuda_build=cuda_build,
-        collectives=collectives,
-        attention=attention,
-        missing=missing(facts, packages, cuda_build, compiler=shutil.which("g++") or shutil.which("c++")),
-    )
-
-
-def missing(
-    facts: Hardware, packages: dict[str, str | None], cuda_build: str | None, *, compiler: str | None
-) -> list[str]:
-    """What is not there, what that prevents, and what to do; one line each."""
-    needed = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
-    lines = [f"{name}: nothing runs without it; pip install {name}" for name in needed if packages[name] is None]
-    has_torch = packages["torch"] is not None
-    if packages["nvidia-ml-py"] is None:
-        lines.append("nvidia-ml-py: GPUs cannot be described; pip install nvidia-ml-py")
-    elif not facts.gpus:
-        lines.append("NVIDIA GPU: pictures are computed on the CPU, over gloo")
-    if facts.gpus and has_torch and cuda_build is None:
-        lines.append("CUDA build of torch: the GPUs are not used; install torch from https://pytorch.org for CUDA")
-    if facts.gpus and packages["triton"] is None:
-        lines.append("triton: no compiled kernels on the GPU; it comes with torch's CUDA build")
-    if facts.gpus and packages["flash-attn"] is None and packages["flash-attn-3"] is None:
-        lines.append("flash-attn: torch's own attention is used, which is slower on some GPUs; pip install flash-attn")
-    if packages["torchao"] is None:
-        lines.append("torchao: no fp8 weights; pip install torchao")
-    if compiler is None:
-        lines.append("C++ compiler (g++): torch.compile does not work on the CPU; install g++")
-    return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -31,6 +31,11 @@ class Handle:
     """One line per thing that was applied, for receipts; empty when nothing was."""
     mesh: Mesh | None = None
     _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    _before: dict[str, Count] = field(default_factory=dict[str, Count])
+    """What had gone over the groups before: torch gives two meshes of the same ranks the same groups."""
+
+    def __post_init__(self) -> None:
+        self._before = {name: replace(count) for name, count in self._counts().items()}
 
     def remove(self) -> None:
         """Takes everything off, in reverse order. Local; a second call does nothing."""
@@ -40,7 +45,13 @@ class Handle:
         self.applied.clear()
 
     def exchanged(self) -> dict[str, Count]:
-        """Calls and bytes that this rank has sent so far, per axis and kind, as `ulysses.all_to_all`."""
+        """Calls and bytes that this rank has sent since `apply`, per axis and kind, as `ulysses.all_to_all`."""
+        none = Count()
+        now = self._counts()
+        old = {name: self._before.get(name, none) for name in now}
+        return {n: Count(c.calls - old[n].calls, c.bytes - old[n].bytes) for n, c in now.items()}
+
+    def _counts(self) -> dict[str, Count]:
         if self.mesh is None:
             return {}
         groups = {str(axis): group for axis, group in self.mesh.groups.items()}
@@ -63,8 +74,7 @@ def denoisers(target: Any) -> list[tuple[str, nn.Module]]:
     modules = [(name, module) for name, module in found if isinstance(module, nn.Module)]
     if not modules:
         raise ConfigError(
-            f"target={type(target).__name__}: must be a torch module, or a pipeline with one of "
-            f"{', '.join(DENOISERS)}."
+            f"target={type(target).__name__}: must be a torch module, or a pipeline with one of {', '.join(DENOISERS)}."
         )
     return modules
 
@@ -74,12 +84,12 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
 
     `target` is changed in place (its instances, never their classes) and must have the same weights on every rank. Uses
     the default process group, or makes it from the launcher's environment. On one rank nothing is wrapped. Raises
-    ConfigError before anything is changed or exchanged. Calls of the model are then collective on the sequence ranks."""
+    ConfigError before anything is changed or exchanged. Calls of the model are collective from then on."""
     config = config or Config()
     modules = denoisers(target)
     if mesh is None:
-        degrees = config.parallel.degrees(int(os.environ.get("WORLD_SIZE", "1")) if not dist.is_initialized() else
-                                          dist.get_world_size())  # fmt: skip
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        degrees = config.parallel.degrees(dist.get_world_size() if dist.is_initialized() else launched)
         stacks = [block_stack(module) for _, module in modules] if max(degrees.values()) > 1 else []
         device = "cuda" if next(modules[0][1].parameters()).is_cuda else "cpu"
         if stacks:

@@ -69,7 +69,9 @@ class Plan:
         if missing:
             raise ConfigError(f"plan: key {missing[0]!r} is missing. Write plans with --save-plan or Plan.save.")
         if values.get("schema", SCHEMA) != SCHEMA:
-            raise ConfigError(f"plan.schema={values['schema']!r}: this version reads schema {SCHEMA}; make the plan anew.")
+            raise ConfigError(
+                f"plan.schema={values['schema']!r}: this version reads schema {SCHEMA}; make the plan anew."
+            )
         reject_unknown("plan.degrees", values["degrees"], Axis)
         return cls(**values)
 

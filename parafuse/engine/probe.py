@@ -28,11 +28,15 @@ SIMULATED_DEGREES = (2, 3)
 MAX_ERROR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
+Atoms = dict[Node | Place, list[int | None]]
+"""Atom numbers along each node and place, as `Alignment.solve` gives them."""
+
+
 @dataclass
 class Seen:
-    """What one run of the block showed: q, k, v, mask of each attention call, and the leaves of the result."""
+    """What one run of the block showed: q, k, v of each attention call, and the leaves of the result."""
 
-    sites: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    sites: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     injected: list[Tensor] = field(default_factory=list)
     results: list[Any] = field(default_factory=list)
 
@@ -50,7 +54,7 @@ class Examined:
         seen = Seen()
 
         def attend(site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
-            seen.sites.append((q.detach().clone(), k.detach().clone(), v.detach().clone(), call.mask))
+            seen.sites.append((q.detach().clone(), k.detach().clone(), v.detach().clone()))
             out = injected[site] if site < len(injected) else _noise((*q.shape[:3], v.shape[-1]), v, site)
             seen.injected.append(out)
             return out
@@ -60,6 +64,9 @@ class Examined:
             result = self.forward(*args, **kwargs)
         seen.results = [x.detach().clone() if isinstance(x, Tensor) else x for x in tree_flatten(result)[0]]
         return seen
+
+    def refusal(self, why: str) -> UnsupportedError:
+        return UnsupportedError(f"{self.name}: cannot be split over tokens: {why}")
 
     def changed(self, leaf: int, dim: int, index: int) -> Seen:
         """The run with one index of one argument changed."""
@@ -142,7 +149,9 @@ def _record(alignment: Alignment, spread: dict[Node, str], examined: Examined, e
             if len(rows[0]) == len(rows[1]) == 1 and rows[1][0] - rows[0][0] == length - 1:
                 alignment.add(Interval(Place("qkk"[part], site, 2), rows[0][0], node, length, ends.offset))
             elif max(map(len, rows)) > 1:
-                spread.setdefault(node, f"one row changes {max(map(len, rows))} rows of {'qkv'[part]} at attention {site}")
+                spread.setdefault(
+                    node, f"one row changes {max(map(len, rows))} rows of {'qkv'[part]} at attention {site}"
+                )
     for number, tensor in enumerate(base.results):
         if not isinstance(tensor, Tensor):
             continue
@@ -167,46 +176,55 @@ def _result_dim(tensor: Tensor, ends: Ends, seen: list[Tensor]) -> tuple[tuple[i
     return (found[0] if found else None), bool(counts) and min(counts) > 1
 
 
-def _plan(atoms: dict[Node | Place, list[int | None]], spread: dict[Node, str], examined: Examined) -> BlockPlan:
+def _plan(atoms: Atoms, spread: dict[Node, str], examined: Examined) -> BlockPlan:
     """Chooses what is split: all atoms of sites whose queries attend to themselves; the rest is replicated."""
-    where = f"{examined.name}: cannot be split over tokens: "
+    sides = [
+        (atoms.get(Place("q", i, 2), [None]), atoms.get(Place("k", i, 2), [None]))
+        for i in range(len(examined.base.sites))
+    ]
     split: set[int] = set()
-    num_sites = len(examined.base.sites)
-    rows = [(atoms.get(Place("q", i, 2), [None]), atoms.get(Place("k", i, 2), [None])) for i in range(num_sites)]
-    for queries, keys in rows:
-        if {a for a in queries if a is not None} & {a for a in keys if a is not None}:
-            split |= {a for a in (*queries, *keys) if a is not None}
+    for queries, keys in sides:
+        if _named(queries) & _named(keys):
+            split |= _named(queries) | _named(keys)
     split &= _from_arguments(atoms)
-    sites: list[Site] = []
-    for i, (queries, keys) in enumerate(rows):
-        have = [[a in split for a in side] for side in (queries, keys)]
-        if any(have[1]):
-            if not (all(have[0]) and all(have[1])):
-                raise UnsupportedError(where + f"attention {i} mixes split rows with rows that every rank has")
-            sites.append(Site(tuple(a for a in queries if a is not None), tuple(a for a in keys if a is not None)))
-        elif any(have[0]) and not all(have[0]):
-            raise UnsupportedError(where + f"the queries of attention {i} are only partly token rows")
-        else:
-            sites.append(Site(tuple(a for a in queries if a is not None) if any(have[0]) else None, None))
-    arguments, results = {}, {}
+    sites = tuple(_site(examined, i, queries, keys, split) for i, (queries, keys) in enumerate(sides))
+    arguments: dict[int, TokenDim] = {}
+    results: dict[int, TokenDim] = {}
     for node, pieces in atoms.items():
         if not any(a in split for a in pieces):
             continue
         if node in spread:
             name = examined.names[node.index] if node.kind == "argument" else f"the result of attention {node.index}"
-            raise UnsupportedError(where + f"tokens mix outside of attention: in {name}, {spread[node]}")
+            raise examined.refusal(f"tokens mix outside of attention: in {name}, {spread[node]}")
         if node.kind not in ("argument", "result"):
             continue
         if not all(a in split for a in pieces):
-            raise UnsupportedError(where + f"only a part of {node.kind} {node.index} is token rows")
+            raise examined.refusal(f"only a part of {node.kind} {node.index} is token rows")
         target = arguments if node.kind == "argument" else results
         if node.index in target:
-            raise UnsupportedError(where + f"{node.kind} {node.index} has two token dims")
+            raise examined.refusal(f"{node.kind} {node.index} has two token dims")
         target[node.index] = TokenDim(node.dim, tuple(a for a in pieces if a is not None))
-    return BlockPlan(arguments, tuple(sites), results)
+    return BlockPlan(arguments, sites, results)
 
 
-def _from_arguments(atoms: dict[Node | Place, list[int | None]]) -> set[int]:
+def _site(examined: Examined, number: int, queries: list[int | None], keys: list[int | None], split: set[int]) -> Site:
+    """What of one attention call is split. Refuses calls that mix split rows with rows that every rank has."""
+    have_q, have_k = [a in split for a in queries], [a in split for a in keys]
+    if any(have_k) and not (all(have_q) and all(have_k)):
+        raise examined.refusal(f"attention {number} mixes split rows with rows that every rank has")
+    if any(have_q) and not all(have_q):
+        raise examined.refusal(f"the queries of attention {number} are only partly token rows")
+    return Site(
+        tuple(a for a in queries if a is not None) if any(have_q) else None,
+        tuple(a for a in keys if a is not None) if any(have_k) else None,
+    )
+
+
+def _named(pieces: list[int | None]) -> set[int]:
+    return {a for a in pieces if a is not None}
+
+
+def _from_arguments(atoms: Atoms) -> set[int]:
     """Atoms that come in with an argument: others (learned tokens, say) are the same on every rank."""
     return {a for node, pieces in atoms.items() if node.kind == "argument" for a in pieces if a is not None}
 
@@ -272,7 +290,7 @@ def _rows(base: Tensor, other: Tensor, dim: int) -> list[int]:
     """Indices along `dim` at which two tensors differ (NaN equals NaN)."""
     if base.shape != other.shape:
         return list(range(base.shape[dim]))
-    differs = (base != other) & ~((base != base) & (other != other))
+    differs = (base != other) & ~(base.isnan() & other.isnan())
     other_dims = [d for d in range(base.ndim) if d != dim % base.ndim]
     return torch.nonzero(differs.any(dim=other_dims) if other_dims else differs).flatten().tolist()
 
@@ -283,7 +301,7 @@ def _noise(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
 
 
 def _disturbed(x: Tensor, dim: int, index: int) -> Tensor:
-    """A copy with one index along `dim` changed: noise of the tensor's own size (a constant could be normalised away)."""
+    """A copy with one index along `dim` changed: by noise of the tensor's size, as norms would undo a constant."""
     out = x.clone()
     part = out.narrow(dim, index, 1)
     if x.dtype == torch.bool:

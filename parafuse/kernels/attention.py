@@ -31,10 +31,10 @@ def pick(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[str, str
     return "math", f"no kernel for {q.device.type}"
 
 
-def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask (True: attend) as zeros and -inf; other masks are cast."""
-    if mask is None or mask.dtype != torch.bool:
-        return None if mask is None else mask.to(dtype)
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
 
 
@@ -42,7 +42,7 @@ def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     """The reference, in fp32."""
     scores = q.float() @ k.float().transpose(-1, -2) * scale
     if mask is not None:
-        scores = scores + additive(mask, torch.float32)
+        scores = scores + _additive(mask, torch.float32)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))
     return (weights @ v.float()).to(q.dtype), lse
@@ -52,7 +52,7 @@ def attention_lse(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of softmax(q k^T * scale + mask) v, by the backend that `pick` names."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     backend, _ = pick(q, k, v, mask)
     if backend == "math":
         return attention_math(q, k, v, mask, scale)
@@ -60,12 +60,12 @@ def attention_lse(
     if backend == "cuda-flash":
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
         return out, lse
-    bias = additive(mask, q.dtype)
+    bias = None if mask is None else _additive(mask, q.dtype)
     if bias is not None:
         bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if backend == "cuda-efficient":
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
-        out, lse = out, lse[..., : q.shape[2]]
+        lse = lse[..., : q.shape[2]]
     else:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     if bias is not None:  # kernels differ in what they give for rows without keys

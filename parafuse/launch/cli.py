@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -113,8 +114,8 @@ def run(launch: Launch) -> int:
     except BrokenPipeError:  # the reader of stdout has gone, as in `parafuse info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:  # everything else is told in full
-        one_line, code, shown = False, 1, error
+    except Exception as error:  # everything else is told in full, from our own frames on
+        one_line, code, shown = False, 1, error.with_traceback(_own_frames(error))
     if str(shown) or not one_line:  # an empty line: no command was given, and the help is on the screen
         report(shown, one_line=one_line, code=code, supervised=launch.supervised)
     return code
@@ -129,11 +130,20 @@ def _usage(error: TyperException) -> str:
     return " ".join(error.format_message().split())
 
 
+def _own_frames(error: BaseException) -> TracebackType | None:
+    """The traceback from `generate` on, without the frames of the command-line library that lead to it."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename != generating.__file__:
+        frames = frames.tb_next
+    return frames or error.__traceback__
+
+
 def report(error: BaseException, *, one_line: bool, code: int, supervised: bool) -> None:
     """Tells why this process ends: to its launcher if it has one, else on stderr, a rank's lines led by its rank."""
     recorded = rank_entry.record(error, one_line=one_line, exit_code=code)
-    if recorded and (supervised or (one_line and log.rank() != 0)):
-        return  # the launcher shows it; what is wrong on all ranks is told once
+    told_elsewhere = (one_line and log.rank() != 0) or (not one_line and rank_entry.is_secondary(error))
+    if recorded and (supervised or told_elsewhere):
+        return  # the launcher shows it; what is wrong on all ranks is told once, by the rank that it began on
     if one_line:
         where = f"rank {log.rank()}: " if log.rank() != 0 else ""
         print(f"parafuse: error: {where}{error}", file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ Nothing in here imports torch before the checks are through."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -19,31 +18,15 @@ from parafuse.config import Config
 from parafuse.engine.plan import Plan
 from parafuse.errors import ConfigError, ParafuseError
 from parafuse.launch import quiet
+from parafuse.launch.keywords import call_keywords, refuse_unknown
 from parafuse.launch.options import Option, build, given
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from parafuse.engine.engine import Engine
-    from parafuse.engine.loader import ModelSource
 
 FORMATS = (".png",)
-KEYWORDS = {
-    "steps": "num_inference_steps",
-    "width": "width",
-    "height": "height",
-    "negative_prompt": "negative_prompt",
-    "num_images": "num_images_per_prompt",
-}
-"""Options that are keywords of the pipelines under another name. `guidance` depends on the model."""
-RESERVED = {
-    "prompt": "give the prompts as arguments",
-    "seed": "use --seed",
-    "generator": "use --seed",
-    "output_type": "the command line writes pictures; use parafuse.Engine from Python for other outputs",
-    "return_dict": "the command line needs the pipeline's output object",
-}
-"""Keywords of the pipelines that --set does not take, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +39,8 @@ class Picture:
     """The built-in emoji, a diffusers folder, a single-file checkpoint, or a hub id."""
     ranks: int | None = None
     """Processes to start on this machine, one for each GPU. Not given: 1, the plan's, or torchrun's."""
-    seed: int = 0
-    """The same seed gives the same picture on any number of ranks."""
+    seed: int | None = None
+    """The same seed gives the same picture on any number of ranks. Not given: a new one, told with the picture."""
     steps: int | None = None
     """Denoising steps."""
     width: int | None = None
@@ -84,7 +67,7 @@ class Picture:
     """Show the warnings and logs of the libraries underneath."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
+        if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"--seed {self.seed}: must be from 0 to 2^63 - 1.")
         for flag, value in (("--ranks", self.ranks), ("--num-images", self.num_images)):
             if value is not None and value < 1:
@@ -123,13 +106,16 @@ def prepare(prompts: Sequence[str], picture: Picture, options: list[Option], typ
     else:
         config.parallel.degrees(world_size)
     if log.rank() == 0:
-        number = len(prompts) * (picture.num_images or 1)
-        for path in output_paths(picture.out, number):
+        paths = output_paths(picture.out, len(prompts) * (picture.num_images or 1))
+        for path in paths:
             check_writable("--out", path, FORMATS)
         if picture.save_plan:
             check_writable("--save-plan", Path(picture.save_plan), (".json",))
+            if Path(picture.save_plan).resolve() in [p.resolve().with_suffix(".json") for p in paths]:
+                raise ConfigError(f"--save-plan {picture.save_plan!r}: the receipt of --out goes there; rename one.")
     source = locate(picture.model, allow_pickle=config.allow_pickle)
     call = call_keywords(picture, source)
+    refuse_unknown(source, call)
     for prompt in prompts:
         check_call(source, {"prompt": prompt, **call})
     if plan is not None:
@@ -196,33 +182,6 @@ def check_writable(flag: str, path: Path, suffixes: tuple[str, ...]) -> None:
         raise ConfigError(f"{shown}: cannot be written ({error.strerror}); choose another folder.") from error
 
 
-def call_keywords(picture: Picture, source: ModelSource) -> dict[str, Any]:
-    """The pipeline's keywords from the options and --set."""
-    names = KEYWORDS | {"guidance": "true_cfg_scale" if "true_cfg_scale" in source.defaults else "guidance_scale"}
-    call = {names[name]: value for name in names if (value := getattr(picture, name)) is not None}
-    flags = {keyword: "--" + name.replace("_", "-") for name, keyword in names.items()}
-    for text in picture.set:
-        key, sign, value = text.partition("=")
-        key = key.strip().replace("-", "_")
-        if not sign or not key.isidentifier():
-            raise ConfigError(f"--set {text!r}: must be KEY=VALUE, such as --set max_sequence_length=128.")
-        if key in RESERVED:
-            raise ConfigError(f"--set {text!r}: {key} cannot be set here; {RESERVED[key]}.")
-        if key in call:
-            beside = f"{flags[key]} sets it too" if key in flags else "it is set twice"
-            raise ConfigError(f"--set {text!r}: {beside}; leave one away.")
-        call[key] = json_value(value)
-    return call
-
-
-def json_value(text: str) -> Any:
-    """The JSON value; what is no JSON is taken as text, so that words need no second pair of quotes."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def start_ranks(job: Job, argv: Sequence[str]) -> int:
     """Runs this same command line on `job.world_size` ranks of this machine; returns the exit code."""
     from parafuse.parallel import ranks
@@ -261,7 +220,9 @@ def paint(job: Job) -> None:
             save(engine, output, paths[index * each : (index + 1) * each])
             if not picture.quiet:
                 shown = ", ".join(str(path) for path in paths[index * each : (index + 1) * each])
-                print(f"{shown}  ({seconds:.1f} s, seed {picture.seed}, {engine.plan.one_line()})", flush=True)
+                seed = engine.receipt.get("seed", picture.seed)
+                ranks = "1 rank" if job.world_size == 1 else f"{job.world_size} ranks"
+                print(f"{shown}  ({seconds:.1f} s on {ranks}, seed {seed})", flush=True)
     engine.close()
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 import parafuse
-from parafuse.hardware import Survey, survey
+from parafuse.launch.survey import Survey, survey
 
 GIB = 2**30
 

@@ -4,6 +4,10 @@ Exchanges are custom operators keyed by the name of their process group, so that
 their counters run on every call, compiled or not.
 """
 
+# pyright: reportUnknownMemberType=false, reportDeprecated=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch.distributed has no types)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -15,6 +19,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 _resolve: Callable[[str], ProcessGroup] = dist.distributed_c10d._resolve_process_group  # pyright: ignore
+
+# Renamed in torch 2.13; the old name warns there, the new one is not in 2.11.
+_gather_flat: Callable[..., object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 @dataclass
@@ -53,11 +60,6 @@ def counters(group: ProcessGroup | str) -> Counters:
     return _COUNTERS.setdefault(name, Counters())
 
 
-def forget(group: ProcessGroup) -> None:
-    """Drops the counters of a group that is being destroyed."""
-    _COUNTERS.pop(group.group_name, None)
-
-
 @torch.library.custom_op("parafuse::all_to_all", mutates_args=())
 def all_to_all(send_N: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: str) -> Tensor:
     """Flat all-to-all: element runs of `send_sizes` go to the ranks of `group` in order. Collective on `group`.
@@ -82,7 +84,7 @@ def all_gather(x: Tensor, degree: int, group: str) -> Tensor:
     process_group = _resolve(group)
     out = x.new_empty((degree, *x.shape))
     counters(group).add("all_gather", x.nbytes * (degree - 1))
-    dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=process_group)
+    _gather_flat(out.view(-1), x.contiguous().view(-1), group=process_group)
     return out
 
 

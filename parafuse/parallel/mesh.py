@@ -10,7 +10,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parafuse.config import SEQUENCE_AXES, Axis
-from parafuse.parallel.comm import forget
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,6 @@ class Mesh:
     @property
     def sequence_rank(self) -> int:
         return dist.get_rank(self.sequence) if self.sequence is not None else 0
-
-    def close(self) -> None:
-        """Forgets this mesh's counters. The process groups live until the process group of the world ends."""
-        for group in {*self.groups.values(), *([self.sequence] if self.sequence is not None else [])}:
-            forget(group)
 
 
 def make_mesh(degrees: Mapping[Axis, int], device: str) -> Mesh:

@@ -43,7 +43,7 @@ class RankFailure:
     exit_code: int
     """Its exit code; negative: the signal that killed it."""
     summary: str
-    """One line."""
+    """One line that names the rank."""
     details: str
     """Its traceback, else the last lines it wrote; empty where the summary says everything."""
 
@@ -55,7 +55,7 @@ class RankFailure:
     def render(self) -> str:
         """Details, each line led by the rank, then the summary."""
         lines = [f"[rank {self.rank}] {line}" for line in self.details.splitlines()]
-        return "\n".join([*lines, f"parafuse: error: rank {self.rank}: {self.summary}"])
+        return "\n".join([*lines, f"parafuse: error: {self.summary}"])
 
 
 def free_port() -> int:
@@ -76,14 +76,16 @@ def free_port() -> int:
 
 
 class _Signals:
-    """Collects SIGINT, SIGTERM and SIGHUP from construction until `restore`. Ignored ones stay ignored (nohup)."""
+    """Collects SIGINT, SIGTERM and SIGHUP from construction until `restore`. An ignored SIGHUP stays so (nohup)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, collect: bool = True) -> None:
         self.received: list[int] = []
         self._old: dict[int, Any] = {}
+        if not collect:
+            return
         try:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) != signal.SIG_IGN:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._old[number] = signal.signal(number, self._collect)
         except ValueError:  # not the main thread: its owner handles signals
             pass
@@ -219,7 +221,9 @@ class RankProcesses:
         error, code = errors[rank.rank], rank.process.returncode
         if error is None:
             code = code or 1
-            return RankFailure(rank=rank.rank, exit_code=code, summary=_silent(code), details=rank.tail())
+            return RankFailure(
+                rank=rank.rank, exit_code=code, summary=f"rank {rank.rank} {_silent(code)}", details=rank.tail()
+            )
         if error.get("secondary") and not settled and self.running:
             return None
         details = "" if error.get("one_line") else str(error["extraInfo"]["py_callstack"])
@@ -227,6 +231,8 @@ class RankProcesses:
         summary = str(error["message"])
         if details:  # which holds the whole message
             summary = summary.split("\n", 1)[0]
+        if not error.get("secondary"):  # such a message names the ranks it is about
+            summary = f"rank {rank.rank}: {summary}"
         return RankFailure(rank=rank.rank, exit_code=code, summary=summary, details=details)
 
 
@@ -249,13 +255,15 @@ def start(
     master_port: int,
     env: dict[str, str] | None = None,
     show: Sequence[int] = (0,),
+    handle_signals: bool = True,
 ) -> RankProcesses:
     """Starts `argv` once for every global rank in `ranks`, with torchrun's environment, on 127.0.0.1:`master_port`.
 
     `env` is added to this process's environment. The output of the ranks in `show` reaches the terminal; that of the
     others is kept only for the report of a failure. OMP_NUM_THREADS is the cores divided among the ranks, unless set.
+    `handle_signals=False` leaves this process's signal handlers alone (an engine in somebody's program).
     Call it from the main thread: the kernel ends the ranks when the thread that started them ends."""
-    signals = _Signals()
+    signals = _Signals(collect=handle_signals)
     folder = Path(tempfile.mkdtemp(prefix="parafuse-ranks-"))
     started: list[_Rank] = []
     processes = RankProcesses(started, folder, signals)

@@ -88,7 +88,8 @@ class AttentionMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        given = dict(zip(_SDPA_ARGUMENTS, args, strict=False)) | (kwargs or {})
+        given: dict[str, Any] = dict(zip(_SDPA_ARGUMENTS, args, strict=False))
+        given |= kwargs or {}
         if given.get("dropout_p"):
             raise UnsupportedError("attention with dropout: call eval() on the model first")
         site, self.site = self.site, self.site + 1
@@ -157,7 +158,9 @@ class SequenceParallel:
     def install(self) -> None:
         self._undo.append(override_forward(self.root, self._root_forward))
         for block in self.blocks:
-            self._undo.append(override_forward(block, lambda original, block=block: self._block_forward(block, original)))
+            self._undo.append(
+                override_forward(block, lambda original, block=block: self._block_forward(block, original))
+            )
 
     def remove(self) -> None:
         """Puts every forward back as it was. No communication."""
@@ -242,4 +245,3 @@ def fingerprint(block: nn.Module) -> str:
         if (isinstance(value, (bool, str)) or value is None) and key != "training"
     ]
     return f"{type(block).__module__}.{block!r}{flags}"
-

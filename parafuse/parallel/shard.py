@@ -96,7 +96,7 @@ class Sharded(Tensor):
                 result = rule(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        if name.endswith("_") and not name.startswith("__") or name in ("__setitem__", "set_"):
+        if (name.endswith("_") and not name.startswith("__")) or name in ("__setitem__", "set_"):
             raise UnsupportedError(f"between blocks, the model changes token rows in place by {name!r}")
         args, kwargs = gather_all((args, kwargs))
         return func(*args, **kwargs)
@@ -208,17 +208,17 @@ def _split(func: Any, args: Any, kwargs: Any) -> Any:
     return NotImplemented if any(part is NotImplemented for part in out) else tuple(out)
 
 
+_ATTRIBUTES = "shape dtype device ndim requires_grad is_cuda is_meta layout is_quantized grad_fn is_sparse is_leaf"
 _METADATA = {
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.requires_grad.__get__,
-    Tensor.is_cuda.__get__, Tensor.is_meta.__get__, Tensor.layout.__get__, Tensor.is_quantized.__get__,
-    Tensor.grad_fn.__get__, Tensor.is_sparse.__get__, Tensor.is_leaf.__get__,
-    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex,
-    Tensor.__len__, Tensor.get_device, Tensor.__hash__, Tensor.element_size, torch.is_floating_point, torch.is_complex,
-    torch.numel,
-}  # fmt: skip
+    *(vars(torch._C.TensorBase)[name].__get__ for name in _ATTRIBUTES.split()),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex),
+    *(Tensor.__len__, Tensor.get_device, Tensor.__hash__, Tensor.element_size),
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
+}
 _POINTWISE = (
-    "add sub mul div true_divide neg abs exp log pow square sqrt rsqrt reciprocal sigmoid tanh silu relu gelu leaky_relu "
-    "clip clamp where lerp addcmul nan_to_num dropout float half bfloat16 to type type_as contiguous clone detach "
+    "add sub mul div true_divide neg abs exp log pow square sqrt rsqrt reciprocal sigmoid tanh silu relu gelu "
+    "leaky_relu clip clamp where lerp addcmul nan_to_num dropout float half bfloat16 to type type_as "
+    "contiguous clone detach "
     "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __neg__ __pow__ __iadd__ __imul__ "
     "__isub__ __itruediv__ add_ mul_ sub_ div_ silu_ relu_ clamp_"
 ).split()

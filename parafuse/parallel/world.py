@@ -1,61 +1,156 @@
-"""The default process group: made from the launcher's environment, with finite timeouts, and checked for agreement."""
+"""The ranks of this job: joined with finite timeouts, checked for agreement through the store, failing together."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from parafuse.errors import ConfigError, RankError
 
-
-def world_from_environment() -> tuple[int, int, int]:
-    """(rank, local rank, world size) as the launcher gave them: RANK, LOCAL_RANK, WORLD_SIZE; (0, 0, 1) without."""
-    return tuple(int(os.environ.get(name, default)) for name, default in _NAMES)  # type: ignore[return-value]
-
-
-_NAMES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+AGREE_S = 60.0
+"""How long a rank waits for the others to say what they were asked to do, before anything is loaded or exchanged."""
+SETTLE_S = 5.0
+"""How long a rank that failed waits to hear whether the others failed too, before it gives up on them."""
 
 
-def ensure_world(device: str, timeout_s: float) -> None:
-    """Makes the default process group unless there is one. Every rank must call it.
+def ensure_world(device: str, timeout_s: float, store: dist.Store | None = None) -> bool:
+    """Makes the default process group unless there is one; returns whether it did. Every rank must call it.
 
-    gloo for the CPU, NCCL for CUDA (with gloo beside it for host messages); `timeout_s` bounds every exchange."""
+    gloo for the CPU, NCCL for CUDA (with gloo beside it for host messages); `timeout_s` bounds every exchange. The
+    ranks are those of the launcher's environment, met at `store` where one is given."""
     if dist.is_initialized():
-        return
-    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        return False
+    if store is None and ("RANK" not in os.environ or "MASTER_ADDR" not in os.environ):
         raise ConfigError(
             "no launcher: start the ranks with torchrun (or `parafuse generate --ranks N`, or parafuse.Engine), "
             "or call torch.distributed.init_process_group first."
         )
-    _, local_rank, _ = world_from_environment()
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+    if store is not None:
+        options |= {"store": store, "rank": int(os.environ.get("RANK", "0")), "world_size": _size_at(store)}
+    dist.init_process_group(backend, **options)
+    return True
 
 
-def agree(topic: str, value: str, timeout_s: float = 60.0) -> None:
-    """Raises RankError on every rank when they do not all say the same, naming those that differ.
+def _size_at(store: dist.Store) -> int:
+    return int(store.get("parafuse/world_size"))
 
-    Compared through the store, before any collective: a rank that never comes is named after `timeout_s`."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    store = dist.distributed_c10d._get_default_store()  # pyright: ignore
-    rank, size = dist.get_rank(), dist.get_world_size()
-    store.set(f"parafuse/{topic}/{rank}", value)
-    said: dict[int, str] = {}
-    for other in range(size):
+
+def join_world(device: str, timeout_s: float, size: int, store: dist.Store | None = None) -> World:
+    """This rank's place in a world of `size` ranks. Collective when `size` is above 1."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    where = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(where)
+    joined = ensure_world(device, timeout_s, store) if size > 1 else False
+    return World(where, timeout_s, joined)
+
+
+class World:
+    """What one engine says to the other ranks outside of its exchanges, through the store."""
+
+    def __init__(self, device: torch.device, timeout_s: float, joined_here: bool):
+        self.device, self.timeout_s, self.joined_here = device, timeout_s, joined_here
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.size = dist.get_world_size() if dist.is_initialized() else 1
+        self.broken = False
+        self._count: dict[str, int] = {}
+        self._prefix = f"parafuse/{_next_engine(self)}" if self.size > 1 else ""
+
+    @property
+    def store(self) -> dist.Store:
+        return dist.distributed_c10d._get_default_store()
+
+    def _key(self, topic: str) -> str:
+        self._count[topic] = self._count.get(topic, 0) + 1
+        return f"{self._prefix}/{topic}/{self._count[topic]}"
+
+    def _collect(self, key: str, value: str, timeout_s: float) -> dict[int, str]:
+        """What each rank set at `key`; ranks that said nothing within `timeout_s` are left out."""
+        self.store.set(f"{key}/{self.rank}", value)
+        said: dict[int, str] = {}
+        for other in range(self.size):
+            try:
+                self.store.wait([f"{key}/{other}"], timedelta(seconds=timeout_s))
+                said[other] = self.store.get(f"{key}/{other}").decode()
+            except dist.DistStoreError:
+                timeout_s = 0.01  # one deadline for all of them
+        return said
+
+    def agree(self, topic: str, value: str) -> None:
+        """Raises RankError on every rank unless all say the same; names those that differ or stay silent."""
+        if self.size == 1:
+            return
+        said = self._collect(self._key(topic), value, min(AGREE_S, self.timeout_s))
+        silent = [rank for rank in range(self.size) if rank not in said]
+        if silent:
+            raise RankError(f"{_ranks(silent)} did not say which {topic} they run within {AGREE_S:.0f} s.")
+        different = [rank for rank in said if said[rank] != said[0]]
+        if different:
+            raise RankError(
+                f"{_ranks(different)} had another {topic} than rank 0. Start every rank with the same arguments."
+            )
+
+    def share(self, topic: str, make: Callable[[], int]) -> int:
+        """Rank 0's number, on every rank."""
+        if self.size == 1:
+            return make()
+        key = self._key(topic)
+        if self.rank == 0:
+            self.store.set(key, str(make()))
+        self.store.wait([key], timedelta(seconds=min(AGREE_S, self.timeout_s)))
+        return int(self.store.get(key))
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Context of one request: it ends on all ranks with success, or on all with an error."""
+        key = self._key("outcome")
         try:
-            store.wait([f"parafuse/{topic}/{other}"], timedelta(seconds=timeout_s))
-        except dist.DistStoreError as error:
-            raise RankError(f"rank {other} did not report its {topic} within {timeout_s:.0f} s") from error
-        said[other] = store.get(f"parafuse/{topic}/{other}").decode()
-    different = [other for other in said if said[other] != said[0]]
-    if different:
-        raise RankError(
-            f"ranks {different} were given another {topic.split('/')[0]} than rank 0: {said[different[0]]} against "
-            f"{said[0]}. Start every rank with the same arguments."
-        )
+            yield
+        except BaseException as error:
+            self._settle(key, error)
+            raise
+        self._settle(key, None)
+
+    def _settle(self, key: str, error: BaseException | None) -> None:
+        """Tells the others how the request ended here, and hears how it ended there."""
+        if self.size == 1:
+            return
+        text = "" if error is None else f"{type(error).__name__}: {error}"
+        if error is not None and not isinstance(error, Exception):
+            self.broken = True  # interrupted: do not wait for anyone
+            self.store.set(f"{key}/{self.rank}", text)
+            return
+        said = self._collect(key, text, SETTLE_S if error else self.timeout_s)
+        silent = [rank for rank in range(self.size) if rank not in said]
+        failed = {rank: said[rank] for rank in said if said[rank]}
+        if error is not None and len(failed) == self.size:
+            return  # the same fault everywhere: nobody is left in an exchange, and the engine can go on
+        if silent or failed:
+            self.broken = True
+            others = {rank: t for rank, t in failed.items() if rank != self.rank}
+            what = "; ".join(f"rank {rank} failed: {t}" for rank, t in others.items())
+            if error is None or others:
+                raise RankError(what or f"{_ranks(silent)} did not finish the request.") from error
+
+    def leave(self) -> None:
+        """Ends the process group, if this engine made it."""
+        if self.joined_here and dist.is_initialized():
+            self.joined_here = False
+            dist.destroy_process_group()
+
+
+def _next_engine(world: World) -> int:
+    """Engines are made in the same order on every rank; each has its own keys in the store."""
+    return world.store.add(f"parafuse/engines/{world.rank}", 1)
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

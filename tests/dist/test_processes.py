@@ -124,7 +124,7 @@ def test_a_rank_that_raises_ends_all(begin: Begin) -> None:
     assert time.monotonic() - begun < 10
     assert processes.failure is not None
     assert processes.failure.rank == 1
-    assert processes.failure.summary == "ValueError: broken"
+    assert processes.failure.summary == "rank 1: ValueError: broken"
     shown = processes.failure.render()
     assert "[rank 1] Traceback (most recent call last):" in shown
     assert "[rank 1] second line" in shown
@@ -145,7 +145,7 @@ def test_a_silent_exit_shows_the_last_lines(begin: Begin) -> None:
     assert processes.wait() == 3
     assert processes.failure is not None
     assert "[rank 1] last words" in processes.failure.render()
-    assert processes.failure.summary == "ended with exit code 3."
+    assert processes.failure.summary == "rank 1 ended with exit code 3."
 
 
 def test_a_killed_rank_is_blamed_not_its_peers(begin: Begin) -> None:
@@ -180,7 +180,7 @@ os.abort()
     processes = begin(code)
     processes.wait()
     assert processes.failure is not None
-    assert (processes.failure.rank, processes.failure.summary) == (1, "ValueError: cause")
+    assert (processes.failure.rank, processes.failure.summary) == (1, "rank 1: ValueError: cause")
 
 
 def test_a_lost_connection_waits_for_the_death_it_tells_of(begin: Begin) -> None:
@@ -231,7 +231,7 @@ def parent_of(code: str, tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[
     """A parent process (in a group of its own) with two ranks that run `code`, and their pids."""
     (tmp_path / "rank.py").write_text(code)
     (tmp_path / "parent.py").write_text(PARENT)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TEST_FOLDER": str(tmp_path)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TEST_FOLDER": str(tmp_path), "TMPDIR": str(tmp_path)}
     argv = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "rank.py")]
     parent = subprocess.Popen(argv, env=env, start_new_session=True)
     return parent, pids_in(tmp_path)

@@ -32,7 +32,7 @@ class World:
     """What the fakes were asked."""
 
     folder: Path
-    calls: list[tuple[str, int, dict[str, Any]]] = field(default_factory=list)
+    calls: list[tuple[str, int | None, dict[str, Any]]] = field(default_factory=list)
     engines: list[dict[str, Any]] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     started: list[dict[str, Any]] = field(default_factory=list)
@@ -48,10 +48,11 @@ class FakeEngine:
     def __init__(self, world: World) -> None:
         self.world, self.plan, self.receipt, self.rank = world, plan_for(1), {}, int(os.environ.get("RANK", "0"))
 
-    def __call__(self, prompt: str, seed: int, **call: Any) -> Any:
+    def __call__(self, prompt: str, seed: int | None, **call: Any) -> Any:
         if self.world.fault:
             raise self.world.fault
         self.world.calls.append((prompt, seed, call))
+        self.receipt = {"seed": 11 if seed is None else seed}
         return SimpleNamespace(images=["image"] * call.get("num_images_per_prompt", 1))
 
     def close(self) -> None:
@@ -66,7 +67,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     def locate(model: str, *, allow_pickle: bool = False) -> Any:
         if model == "nothing":
             raise ModelError("model='nothing': no such folder.")
-        return SimpleNamespace(name=model, model_id="abc", defaults=state.defaults, allow_pickle=allow_pickle)
+        classes = {"flux": "FluxPipeline", "ddpm": "DDPMPipeline"}
+        facts = {"model_id": "abc", "defaults": state.defaults, "allow_pickle": allow_pickle}
+        return SimpleNamespace(name=model, pipeline_class=classes.get(model), **facts)
 
     def check_call(_source: Any, call: dict[str, Any]) -> dict[str, Any]:
         if call.get("num_inference_steps") == 0:
@@ -151,6 +154,7 @@ def test_several_prompts_and_pictures_are_numbered(world: World, run: Run) -> No
     assert world.saved == ["x-0.png", "x-1.png", "x-2.png", "x-3.png"]
     assert [prompt for prompt, _, _ in world.calls] == ["a", "b"]
     assert out.splitlines()[1].startswith("x-2.png, x-3.png  (")
+    assert "seed 11" in out, "a seed that was drawn is told"
 
 
 @pytest.mark.parametrize("prompt", ["", "x" * 10_000, "ein Apfel 🍎 苹果 تفاحة", "--", "a\nb"])
@@ -205,10 +209,10 @@ def test_a_plan_gives_the_number_of_ranks(world: World, run: Run) -> None:
 
 
 def test_a_failed_rank_is_shown(world: World, run: Run) -> None:
-    world.failure = RankFailure(rank=1, exit_code=-9, summary="was killed.", details="line 1\nline 2")
+    world.failure = RankFailure(rank=1, exit_code=-9, summary="rank 1 was killed.", details="line 1\nline 2")
     code, _, err = run("generate", "a", "--ranks", "2")
     assert code == 137
-    assert err == "[rank 1] line 1\n[rank 1] line 2\nparafuse: error: rank 1: was killed.\n"
+    assert err == "[rank 1] line 1\n[rank 1] line 2\nparafuse: error: rank 1 was killed.\n"
 
 
 def test_under_torchrun_its_ranks_are_used(world: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +251,8 @@ BAD: list[tuple[str, str]] = [
     ("--steps 3 --set num_inference_steps=2", "--steps sets it too"),
     ("--set generator=1", "use --seed"),
     ("--set output_type=pt", "parafuse.Engine from Python"),
+    ("--model flux --set max_sequence_lenght=3", "has no 'max_sequence_lenght'; did you mean 'max_sequence_length'?"),
+    ("--model ddpm", "the call of DDPMPipeline has no 'prompt'; it takes"),
     ("--out x.gif", "--out 'x.gif': the file name must end in .png"),
     ("--out x", "--out 'x': the file name must end in .png"),
     ("--out no/such/x.png", "the folder 'no/such' does not exist; create it first"),
@@ -254,6 +260,7 @@ BAD: list[tuple[str, str]] = [
     ("--out folder.png", "--out 'folder.png': is a folder"),
     ("--out /proc/x.png", "--out '/proc/x.png': cannot be written"),
     ("--save-plan x.txt", "--save-plan 'x.txt': the file name must end in .json"),
+    ("--out x.png --save-plan ./x.json", "--save-plan './x.json': the receipt of --out goes there"),
     ("--quiet --verbose", "exclude each other"),
     ("--out", "requires an argument"),
 ]

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import builtins
-import dataclasses
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from parafuse import hardware
-from parafuse.hardware import PACKAGES, Gpu, Hardware
-from parafuse.launch.info import show_info, table
+from parafuse.hardware import Gpu
 
 ROOT = Path(__file__).resolve().parents[2]
-BARE = Hardware(
-    platform="Linux", python="3.11.0", cpu="some CPU", cpu_flags=[], cores=2, machine_cores=4, memory_bytes=2**34
-)
 H200 = Gpu(name="NVIDIA H200", memory_bytes=141 * 2**30, capability="9.0", nvlinks=18)
-ALL: dict[str, str | None] = dict.fromkeys(PACKAGES, "1.0")
 
 
 def files(monkeypatch: pytest.MonkeyPatch, **contents: str) -> None:
@@ -106,6 +97,31 @@ def test_gpus_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nvml.shut
 
 
+@pytest.mark.parametrize(
+    ("visible", "number"),
+    [(None, 2), ("", 0), ("0", 1), ("1,0", 2), ("0,-1,1", 1), ("7", 0), ("GPU-8932f937,MIG-1", 2)],
+)
+def test_devices_that_torch_could_use(monkeypatch: pytest.MonkeyPatch, visible: str | None, number: int) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: ("580.1", [H200, H200]))
+    monkeypatch.setattr(hardware, "torch_cuda_build", lambda: "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert hardware.num_cuda_devices() == number
+    monkeypatch.setattr(hardware, "torch_cuda_build", lambda: None)
+    assert hardware.num_cuda_devices() == 0
+
+
+def test_cuda_build_is_read_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert hardware.torch_cuda_build() == torch.version.cuda
+    files(monkeypatch, version_py="__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None")
+    assert hardware.torch_cuda_build() == "13.0"
+    files(monkeypatch, version_py="cuda = None\nhip = '6'")
+    assert hardware.torch_cuda_build() is None
+
+
 def test_no_gpus_without_driver_or_package(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = FakeNvml()
     monkeypatch.setattr(nvml, "nvmlInit", lambda: (_ for _ in ()).throw(nvml.NVMLError()), raising=False)
@@ -115,58 +131,7 @@ def test_no_gpus_without_driver_or_package(monkeypatch: pytest.MonkeyPatch) -> N
     assert hardware.gpus() == (None, [])
 
 
-@pytest.mark.parametrize(
-    ("facts", "lacking", "cuda_build", "compiler", "first_words"),
-    [
-        (dataclasses.replace(BARE, gpus=[H200]), (), "13.0", "g++", []),
-        (BARE, (), None, "g++", ["NVIDIA GPU"]),
-        (dataclasses.replace(BARE, gpus=[H200]), ("triton",), None, "g++", ["CUDA build of torch", "triton"]),
-        (dataclasses.replace(BARE, gpus=[H200]), ("flash-attn",), "13.0", "g++", []),
-        (dataclasses.replace(BARE, gpus=[H200]), ("flash-attn", "flash-attn-3"), "13.0", "g++", ["flash-attn"]),
-        (BARE, ("torch", "nvidia-ml-py", "torchao"), None, None, ["torch", "nvidia-ml-py", "torchao", "C++ compiler"]),
-    ],
-)
-def test_missing_says_what_for(
-    facts: Hardware, lacking: tuple[str, ...], cuda_build: str | None, compiler: str | None, first_words: list[str]
-) -> None:
-    lines = hardware.missing(facts, ALL | dict.fromkeys(lacking), cuda_build, compiler=compiler)
-    assert len(lines) == len(first_words)
-    assert all(line.startswith(word) for line, word in zip(lines, first_words, strict=True))
-    assert all(": " in line for line in lines)
-
-
 def test_hardware_needs_no_torch() -> None:
     code = "from parafuse import hardware as h; import sys; h.hardware(); h.versions(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
-
-
-def test_info_for_people_and_programs(capsys: pytest.CaptureFixture[str]) -> None:
-    show_info(as_json=False)
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in ("cores", "memory", "torch", "diffusers", "gloo", "nccl"))
-    show_info(as_json=True)
-    facts: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert set(facts) == {"parafuse", "hardware", "versions", "cuda_build", "collectives", "attention", "missing"}
-    assert facts["collectives"]["gloo"] is True
-
-
-def test_info_shows_each_gpu() -> None:
-    facts = dataclasses.replace(hardware.survey(), hardware=dataclasses.replace(BARE, gpus=[H200], driver="580.1"))
-    cells = [str(cell) for column in table(facts).columns for cell in column.cells]
-    assert "NVIDIA H200, 141 GiB, compute capability 9.0, 18 NVLinks" in cells
-    assert "580.1" in cells
-
-
-def test_survey_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = hardware.importlib.util.find_spec
-    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None if name == "torch" else real(name))
-    imported = builtins.__import__
-
-    def no_torch(name: str, *args: Any, **kwargs: Any) -> Any:
-        assert not name.startswith("torch")
-        return imported(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_torch)
-    facts = hardware.survey()
-    assert (facts.cuda_build, facts.collectives, facts.attention) == (None, {}, {})

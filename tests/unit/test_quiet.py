@@ -59,3 +59,19 @@ def test_notes_can_be_silenced() -> None:
     note = "from parafuse import log; log.note('hello')"
     assert fresh(note).stderr == "parafuse: hello\n"
     assert fresh("from parafuse.launch.quiet import silence_notes; silence_notes(); " + note).stderr == ""
+
+
+def test_keywords_of_a_pipeline_are_those_that_python_sees() -> None:
+    code = """
+import inspect, sys
+from parafuse.launch.keywords import accepted_keywords
+names = ["FluxPipeline", "StableDiffusion3Pipeline", "WanPipeline", "Flux2Pipeline"]
+read = {name: accepted_keywords(name) for name in names}
+assert "torch" not in sys.modules and "diffusers" not in sys.modules
+assert accepted_keywords("NoSuchPipeline") is accepted_keywords("StableDiffusionXLPipeline") is None  # it takes any
+import diffusers
+for name in names:
+    assert read[name] == list(inspect.signature(getattr(diffusers, name).__call__).parameters)[1:], name
+"""
+    done = fresh(code)
+    assert done.returncode == 0, done.stderr

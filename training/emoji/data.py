@@ -26,8 +26,28 @@ SIZE = 128  # pixels; the package's pictures are 256 x 256
 CLIP_LENGTH = 16  # tokens of the CLIP-type encoder, start and end included
 DISTINCT_MSE = 0.008  # two pictures closer than this at 32 x 32 count as one
 # Left out: near duplicates of each other that differ in a few pixels, or whose names say nothing of the picture.
-SKIP_WORDS = ("clock face", "regional indicator", "keycap", "squared cjk", "circled ideograph", "digit", "square", "squared")
-ALWAYS = ("red apple", "cactus", "octopus", "rocket", "fire", "crescent moon", "hamburger", "sailboat", "tulip", "dog face")
+SKIP_WORDS = (
+    "clock face",
+    "regional indicator",
+    "keycap",
+    "squared cjk",
+    "circled ideograph",
+    "digit",
+    "square",
+    "squared",
+)
+ALWAYS = (
+    "red apple",
+    "cactus",
+    "octopus",
+    "rocket",
+    "fire",
+    "crescent moon",
+    "hamburger",
+    "sailboat",
+    "tulip",
+    "dog face",
+)
 
 
 def caption_of(path: Path) -> str | None:

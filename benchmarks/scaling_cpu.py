@@ -1,0 +1,137 @@
+"""Scaling of Ulysses on two CPU cores: FLUX, width 512, 2 + 4 blocks, 1024 + 128 tokens; 2 ranks x 1 thread against 1.
+
+`python benchmarks/scaling_cpu.py`: every round times, one after another in the same processes, the transformer on one
+rank (the other one idle), on two ranks, and on both at once without any exchange (the machine's ceiling). Medians of
+7 rounds. Prints bytes and calls per block beside the formulas of `parafuse.parallel.layout`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from diffusers import FluxTransformer2DModel
+
+import parafuse
+
+IMAGE, TEXT, WIDTH, HEADS = 1024, 128, 512, 8
+DOUBLE, SINGLE = 2, 4
+ROUNDS = 7
+GOALS = {"float32": 1.75, "bfloat16": 1.5}
+
+
+def model_and_inputs(dtype: torch.dtype) -> tuple[FluxTransformer2DModel, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=DOUBLE, num_single_layers=SINGLE, attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS, joint_attention_dim=256, pooled_projection_dim=256, axes_dims_rope=(16, 24, 24),
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, IMAGE, 64, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, TEXT, 256, dtype=dtype),
+        "pooled_projections": torch.randn(1, 256, dtype=dtype),
+        "timestep": torch.full((1,), 0.5, dtype=dtype),
+        "img_ids": torch.randint(0, 32, (IMAGE, 3)).to(dtype),
+        "txt_ids": torch.zeros(TEXT, 3, dtype=dtype),
+        "return_dict": False,
+    }
+    return model.to(dtype).eval(), inputs
+
+
+def timed(model: torch.nn.Module, inputs: dict[str, Any], times: int) -> float:
+    """Seconds per forward."""
+    begun = time.perf_counter()
+    for _ in range(times):
+        model(**inputs)
+    return (time.perf_counter() - begun) / times
+
+
+def measure(dtype_name: str, rank: int) -> dict[str, Any]:
+    """All three variants, interleaved; the same numbers on both ranks but for `independent`."""
+    model, inputs = model_and_inputs(getattr(torch, dtype_name))
+    times = 1 if dtype_name == "float32" else 3
+    samples: dict[str, list[float]] = {"one": [], "two": [], "independent": []}
+    with torch.no_grad():
+        whole = model(**inputs)[0]
+        handle = parafuse.apply(model)
+        split = model(**inputs)[0]
+        before = handle.exchanged()["ulysses.all_to_all"]
+        model(**inputs)
+        after = handle.exchanged()["ulysses.all_to_all"]
+        handle.remove()
+        for _ in range(ROUNDS):
+            dist.barrier()
+            if rank == 0:
+                samples["one"].append(timed(model, inputs, times))
+            dist.barrier()
+            samples["independent"].append(timed(model, inputs, times))
+            with parafuse.apply(model):
+                model(**inputs)  # examines the blocks again
+                dist.barrier()
+                samples["two"].append(timed(model, inputs, times))
+    error = float((split - whole).abs().max() / whole.abs().max())
+    blocks = DOUBLE + SINGLE
+    counts = {"calls": (after.calls - before.calls) / blocks, "bytes": (after.bytes - before.bytes) / blocks}
+    return {"samples": samples, "error": error, "counts": counts, "item_bytes": inputs["timestep"].element_size()}
+
+
+def rank_main(rank: int, port: int, dtypes: list[str], queue: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for name in dtypes:
+        queue.put((rank, name, measure(name, rank)))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def report(name: str, both: list[dict[str, Any]]) -> bool:
+    """Prints one dtype's table; True when the goal is met."""
+    one = statistics.median(both[0]["samples"]["one"])
+    two = statistics.median(max(pair) for pair in zip(*(b["samples"]["two"] for b in both), strict=True))
+    alone = statistics.median(max(pair) for pair in zip(*(b["samples"]["independent"] for b in both), strict=True))
+    ratio, ceiling = one / two, 2 * one / alone
+    goal = GOALS[name] if ceiling >= 1.9 else min(GOALS[name], 0.93 * ceiling)
+    spread = max(both[0]["samples"]["one"]) / min(both[0]["samples"]["one"])
+    expected = 4 * (IMAGE + TEXT) * WIDTH * both[0]["item_bytes"] / 2 * 1 / 2
+    counts = both[0]["counts"]
+    print(
+        f"{name}: 1 rank {one * 1e3:.1f} ms, 2 ranks {two * 1e3:.1f} ms: {ratio:.2f}x "
+        f"(ceiling {ceiling:.2f}x, goal {goal:.2f}x)"
+    )
+    print(f"  spread of the one-rank samples {spread:.2f}; relative error against one rank {both[0]['error']:.1e}")
+    print(
+        f"  per block: {counts['calls']:.0f} exchanges (2), {counts['bytes']:.0f} bytes sent (formula {expected:.0f})"
+    )
+    return ratio >= goal and counts["bytes"] == expected and counts["calls"] == 2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=list(GOALS), action="append")
+    args = parser.parse_args()
+    dtypes = args.dtype or list(GOALS)
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    del store
+    processes = [context.Process(target=rank_main, args=(rank, port, dtypes, queue), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    results = sorted((queue.get(timeout=600) for _ in range(2 * len(dtypes))), key=lambda r: (r[1], r[0]))
+    for process in processes:
+        process.join()
+    good = [report(name, [r[2] for r in results if r[1] == name]) for name in dtypes]
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,219 @@
+"""`Engine`: a pipeline, its plan and its ranks. All state lives here; two engines in one process work."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parafuse.config import Axis, Config
+from parafuse.engine.apply import Handle, apply
+from parafuse.engine.loader import ModelSource, load_pipeline, locate
+from parafuse.engine.plan import Plan
+from parafuse.engine.planner import resolve
+from parafuse.engine.progress import StepProgress
+from parafuse.engine.receipt import plain, versions
+from parafuse.engine.request import check_call, check_keywords, digest, fresh_seed
+from parafuse.engine.workers import Workers
+from parafuse.errors import ConfigError
+from parafuse.log import note
+from parafuse.parallel.mesh import make_mesh
+from parafuse.parallel.world import World, join_world
+
+
+class Engine:
+    """Runs a pipeline's own call on all ranks of a plan. Make it with `Engine.from_pretrained`."""
+
+    def __init__(self, pipeline: Any, source: ModelSource, plan: Plan, handle: Handle, world: World, progress: bool):
+        self.pipeline = pipeline
+        """The diffusers pipeline under the handles."""
+        self.plan, self.handle = plan, handle
+        self.receipt: dict[str, Any] = {}
+        """The record of the last request that ended well, ready for JSON."""
+        self._source, self._world, self._progress = source, world, progress
+        self._workers: Workers | None = None
+        self._load_s = 0.0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        config: Config | None = None,
+        *,
+        plan: Plan | None = None,
+        progress: bool = False,
+        **pipeline_kwargs: Any,
+    ) -> Engine:
+        """Loads `model` (embedded name, diffusers folder, single file, hub id) and makes it run on all ranks.
+
+        Under a launcher (torchrun) every rank calls it. In a plain process that asks for several ranks, it starts the
+        other ones itself and this process is rank 0; close the engine to end them. `pipeline_kwargs` go to diffusers'
+        `from_pretrained`. Raises ConfigError before any weight is loaded, RankError when ranks disagree or fail."""
+        config = config or Config()
+        source = locate(model, allow_pickle=config.allow_pickle)
+        launched = "RANK" in os.environ or dist.is_initialized()
+        size = _launched_size() if launched else (plan.world_size if plan else _asked_size(config))
+        if plan is None:
+            plan = resolve(config, source, size)
+        plan.check(model_id=source.model_id, world_size=size)
+        if plan.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                "device='cuda': this torch cannot use CUDA here. Use device='cpu', or install a CUDA build."
+            )
+        settings = {"plan": plan, "allow_pickle": config.allow_pickle, "pipeline_kwargs": pipeline_kwargs}
+        workers = None
+        if size > 1 and not launched:
+            workers = Workers.start(model, settings, size)
+        try:
+            store = workers.store if workers else None
+            world = join_world(plan.device, plan.timeout_s, size, store)
+            engine = cls._on_rank(source, settings, world, progress)
+        except BaseException as error:
+            if workers:
+                workers.explain(error)
+            raise
+        engine._workers = workers
+        return engine
+
+    @classmethod
+    def _on_rank(cls, source: ModelSource, settings: dict[str, Any], world: World, progress: bool) -> Engine:
+        """What every rank does once it has joined: agree, load, apply."""
+        plan: Plan = settings["plan"]
+        begun = time.perf_counter()
+        world.agree("plan", digest({"plan": plan.to_dict(), "pipeline_kwargs": settings["pipeline_kwargs"]}))
+        if plan.world_size > 1 and progress:
+            note(plan.one_line())
+        pipeline = load_pipeline(
+            source, dtype=plan.dtype, allow_pickle=settings["allow_pickle"], **settings["pipeline_kwargs"]
+        )
+        pipeline.to(world.device)
+        pipeline.set_progress_bar_config(disable=True)
+        degrees = {axis: plan.degree(axis) for axis in Axis}
+        handle = apply(pipeline, mesh=make_mesh(degrees, plan.device)) if plan.world_size > 1 else Handle()
+        engine = cls(pipeline, source, plan, handle, world, progress)
+        engine._load_s = time.perf_counter() - begun
+        return engine
+
+    @property
+    def rank(self) -> int:
+        """This process's global rank; the pictures are the same on all of them."""
+        return self._world.rank
+
+    def __call__(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
+        """The pipeline's own call, on all ranks: same arguments, same output, the same on every rank.
+
+        `seed` makes the noise with a CPU generator, so that it does not depend on the device; without it (and without
+        `generator`) one is drawn and told in the receipt. The model's own defaults fill in what is not given. Under a
+        launcher every rank calls it with the same arguments. Raises ConfigError before anything runs."""
+        if self._world.broken:
+            raise ConfigError("engine: a rank was lost in an earlier request; make a new engine.")
+        keywords = self._keywords(args, kwargs)
+        if seed is not None and "generator" in keywords:
+            raise ConfigError(f"seed={seed}: given beside generator; leave one away.")
+        if seed is None and "generator" not in keywords:
+            seed = self._world.share("seed", fresh_seed)
+        if self._workers:
+            self._workers.send({"keywords": keywords, "seed": seed})
+        try:
+            return self.run(keywords, seed)
+        except BaseException as error:
+            if self._workers and (self._world.broken or not isinstance(error, Exception)):
+                self._world.broken = True
+                self._workers.explain(error)
+            raise
+
+    def run(self, keywords: dict[str, Any], seed: int | None) -> Any:
+        """One checked request on this rank. Every rank runs it; an error on one rank is an error on all."""
+        self._world.agree("request", digest({"keywords": keywords, "seed": seed}))
+        call = dict(keywords)
+        if seed is not None:
+            call["generator"] = torch.Generator("cpu").manual_seed(seed)
+        begun = time.perf_counter()
+        with self._progress_of(call) as progress, self._threads(), self._world.request():
+            output = self.pipeline(**call)
+        self.receipt = {
+            "plan": self.plan.to_dict(),
+            "seed": seed,
+            "call": plain(keywords),
+            "versions": versions(),
+            "applied": list(self.handle.applied),
+            "exchanged": {name: {"calls": c.calls, "bytes": c.bytes} for name, c in self.handle.exchanged().items()},
+            "timings_s": {
+                "load": round(self._load_s, 3),
+                "request": round(time.perf_counter() - begun, 3),
+                "steps": [round(s, 4) for s in progress.steps_s],
+            },
+        }
+        return output
+
+    def _keywords(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name, checked, with the model's defaults."""
+        signature = inspect.signature(type(self.pipeline).__call__)
+        names = list(signature.parameters)[1:]
+        if len(args) > len(names):
+            raise ConfigError(f"call of {type(self.pipeline).__name__}: {len(args)} positional arguments are too many.")
+        keywords = dict(zip(names, args, strict=False))
+        double = keywords.keys() & kwargs.keys()
+        if double:
+            raise ConfigError(f"call of {type(self.pipeline).__name__}: {sorted(double)[0]!r} is given twice.")
+        keywords |= kwargs
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
+            check_keywords(keywords, names, type(self.pipeline).__name__)
+        return check_call(self._source, keywords)
+
+    def _progress_of(self, call: dict[str, Any]) -> StepProgress:
+        """Counts steps through the pipeline's callback where it has one."""
+        shown = self._progress and self.rank == 0
+        progress = StepProgress(
+            shown=shown, total=call.get("num_inference_steps"), user=call.get("callback_on_step_end")
+        )
+        if "callback_on_step_end" in inspect.signature(type(self.pipeline).__call__).parameters:
+            call["callback_on_step_end"] = progress.callback
+        return progress
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Shares the cores with the ranks that this process started, while a request runs."""
+        before = torch.get_num_threads()
+        if self._workers and self.plan.device == "cpu":
+            torch.set_num_threads(self._workers.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def close(self) -> None:
+        """Takes everything off and ends the ranks that this engine started. A second call does nothing."""
+        self.handle.remove()
+        if self._workers:
+            self._workers.stop()
+            self._workers = None
+            self._world.broken = True
+            self._world.leave()
+        elif self._world.joined_here:
+            self._world.leave()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _launched_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _asked_size(config: Config) -> int:
+    """Ranks that a config asks for in a plain process; "auto" asks for none beside the others."""
+    size = 1
+    for axis in Axis:
+        degree = getattr(config.parallel, axis)
+        size *= 1 if degree == "auto" else degree
+    return size

@@ -1,0 +1,43 @@
+"""From `Config` to `Plan`: every "auto" resolved. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from parafuse.config import Axis, Config
+from parafuse.engine.plan import Plan
+from parafuse.errors import ConfigError
+from parafuse.hardware import num_cuda_devices
+
+if TYPE_CHECKING:
+    from parafuse.engine.loader import ModelSource
+
+
+def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
+    """The plan for `world_size` ranks. Raises ConfigError when the degrees or the device do not fit.
+
+    Until layouts are chosen by cost, `ulysses="auto"` means all ranks that are left."""
+    degrees = config.parallel.degrees(world_size)
+    local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
+    devices = num_cuda_devices()
+    device = config.device if config.device != "auto" else ("cuda" if devices >= local else "cpu")
+    if device == "cuda" and devices < local:
+        raise ConfigError(
+            f"device='cuda': {local} ranks on this machine, but {devices} CUDA devices are visible. Start at most "
+            f"{devices} ranks here, or use device='cpu'."
+        )
+    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+    why = ""
+    if config.parallel.ulysses == "auto" and degrees[Axis.ULYSSES] > 1:
+        why = "ulysses takes all ranks that no other axis uses"
+    return Plan(
+        model=source.name,
+        model_id=source.model_id,
+        world_size=world_size,
+        degrees={str(axis): degree for axis, degree in degrees.items()},
+        device=device,
+        dtype=dtype,
+        timeout_s=config.timeout_s,
+        why=why,
+    )

@@ -1,0 +1,48 @@
+"""A progress bar over denoising steps, on rank 0 only, through the pipeline's own step callback."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
+
+class StepProgress:
+    """Context manager; `callback` goes in as `callback_on_step_end` and calls the user's own one after counting."""
+
+    def __init__(self, *, shown: bool, total: int | None, user: Callback | None):
+        self.steps_s: list[float] = []
+        """Seconds of each step after the first, from callback to callback."""
+        self._last: float | None = None
+        self._user = user
+        self._bar: Progress | None = None
+        if shown:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("denoising", total=total)
+
+    def callback(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        now = time.perf_counter()
+        if self._last is not None:
+            self.steps_s.append(now - self._last)
+        self._last = now
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step + 1)
+        return tensors if self._user is None else self._user(pipeline, step, timestep, tensors)
+
+    def __enter__(self) -> StepProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

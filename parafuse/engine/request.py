@@ -1,0 +1,91 @@
+"""Checks a call of the pipeline before anything runs, and lets all ranks agree on it. Checking is torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable
+from typing import Any, cast
+
+from parafuse.engine.loader import ModelSource
+from parafuse.errors import ConfigError, reject_unknown
+
+AT_LEAST_ONE = ("num_inference_steps", "num_images_per_prompt", "num_videos_per_prompt", "num_frames")
+SIZES = ("width", "height")
+
+
+def check_call(source: ModelSource, keywords: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a call with the model's defaults filled in. Raises ConfigError for the first that is wrong.
+
+    `prompt` may be any text or list of texts: empty, long, or in any script."""
+    out = source.defaults | {name: value for name, value in keywords.items() if value is not None}
+    _check_prompt(out)
+    for name in AT_LEAST_ONE:
+        if name in out and (isinstance(out[name], bool) or not isinstance(out[name], int) or out[name] < 1):
+            raise ConfigError(f"{name}={out[name]!r}: must be a whole number of at least 1.")
+    for name in SIZES:
+        _check_size(name, out.get(name), source.size_multiple)
+    for name in ("guidance_scale", "true_cfg_scale"):
+        if name in out and (isinstance(out[name], bool) or not isinstance(out[name], (int, float))):
+            raise ConfigError(f"{name}={out[name]!r}: must be a number.")
+    negative = out.get("negative_prompt")
+    if "negative_prompt" not in keywords and isinstance(negative, str) and isinstance(out.get("prompt"), list):
+        out["negative_prompt"] = [negative] * len(out["prompt"])
+    return out
+
+
+def _check_prompt(keywords: dict[str, Any]) -> None:
+    prompt = keywords.get("prompt")
+    if prompt is None or isinstance(prompt, str):
+        return
+    prompts = cast("list[Any]", prompt)
+    if not isinstance(prompt, list) or not prompts:
+        raise ConfigError(f"prompt={prompt!r}: must be a text or a list of texts.")
+    for index, text in enumerate(prompts):
+        if not isinstance(text, str):
+            raise ConfigError(f"prompt[{index}]={text!r}: must be a text.")
+
+
+def _check_size(name: str, value: Any, multiple: int | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r}: must be a whole number of pixels, at least 1.")
+    if multiple and value % multiple:
+        below, above = value // multiple * multiple, -(-value // multiple) * multiple
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(f"{name}={value}: must be a multiple of {multiple} for this model's VAE; use {near}.")
+
+
+def check_keywords(names: Iterable[str], accepted: Iterable[str], pipeline: str) -> None:
+    """Raises ConfigError for a keyword that the pipeline's call does not take, with the nearest one that it does."""
+    reject_unknown(f"call of {pipeline}", names, accepted)
+
+
+def fresh_seed() -> int:
+    """A seed for a request that gave none."""
+    return secrets.randbits(31)
+
+
+def digest(value: Any) -> str:
+    """Short hash of a request, equal on ranks that were given the same one. Tensors and pictures by content."""
+    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in cast("list[Any]", value)]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if hasattr(value, "detach"):  # a tensor
+        value = value.detach().cpu()
+        raw = bytes(value.contiguous().untyped_storage().tolist()) if value.numel() else b""
+        return [str(value.dtype), list(value.shape), hashlib.sha256(raw).hexdigest()]
+    if hasattr(value, "get_state"):  # a generator
+        return ["generator", _plain(value.get_state())]
+    if hasattr(value, "tobytes"):  # a picture or an array
+        return [type(value).__name__, hashlib.sha256(value.tobytes()).hexdigest()]
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,97 @@
+"""The keywords of a pipeline's call: made from options, and checked against diffusers' source.
+
+All of it before torch, diffusers or weights are loaded."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parafuse.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from parafuse.engine.loader import ModelSource
+    from parafuse.launch.generate import Picture
+
+KEYWORDS = {
+    "steps": "num_inference_steps",
+    "width": "width",
+    "height": "height",
+    "negative_prompt": "negative_prompt",
+    "num_images": "num_images_per_prompt",
+}
+"""Options that are keywords of the pipelines under another name. `guidance` depends on the model."""
+RESERVED = {
+    "prompt": "give the prompts as arguments",
+    "seed": "use --seed",
+    "generator": "use --seed",
+    "output_type": "the command line writes pictures; use parafuse.Engine from Python for other outputs",
+    "return_dict": "the command line needs the pipeline's output object",
+}
+"""Keywords of the pipelines that --set does not take, and what to do."""
+
+
+def call_keywords(picture: Picture, source: ModelSource) -> dict[str, Any]:
+    """The pipeline's keywords from the options and --set."""
+    names = KEYWORDS | {"guidance": "true_cfg_scale" if "true_cfg_scale" in source.defaults else "guidance_scale"}
+    call = {names[name]: value for name in names if (value := getattr(picture, name)) is not None}
+    flags = {keyword: "--" + name.replace("_", "-") for name, keyword in names.items()}
+    for text in picture.set:
+        key, sign, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not sign or not key.isidentifier():
+            raise ConfigError(f"--set {text!r}: must be KEY=VALUE, such as --set max_sequence_length=128.")
+        if key in RESERVED:
+            raise ConfigError(f"--set {text!r}: {key} cannot be set here; {RESERVED[key]}.")
+        if key in call:
+            beside = f"{flags[key]} sets it too" if key in flags else "it is set twice"
+            raise ConfigError(f"--set {text!r}: {beside}; leave one away.")
+        call[key] = json_value(value)
+    return call
+
+
+def refuse_unknown(source: ModelSource, call: dict[str, Any]) -> None:
+    """Raises ConfigError for a keyword that the model's pipeline does not take, where its source tells."""
+    name = getattr(source, "pipeline_class", None)
+    accepted = accepted_keywords(name) if name else None
+    if accepted is None:
+        return
+    for key in ("prompt", *call):
+        if key not in accepted:
+            others = ", ".join(k for k in accepted if k not in RESERVED)
+            hint = nearest(key, accepted) or f"; it takes {others}."
+            raise ConfigError(f"model={source.name!r}: the call of {name} has no {key!r}{hint}")
+
+
+def json_value(text: str) -> Any:
+    """The JSON value; what is no JSON is taken as text, so that words need no second pair of quotes."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def accepted_keywords(pipeline_class: str) -> list[str] | None:
+    """Keywords of `pipeline_class.__call__`; None where the source does not tell (a class that is not diffusers' own,
+    an inherited call, or one that takes any keyword)."""
+    spec = importlib.util.find_spec("diffusers")
+    if spec is None or spec.origin is None:
+        return None
+    opening = f"class {pipeline_class}("
+    for file in sorted((Path(spec.origin).parent / "pipelines").glob("**/*.py")):
+        text = file.read_text(encoding="utf-8")
+        if opening in text:
+            return _call_of(pipeline_class, ast.parse(text))
+    return None
+
+
+def _call_of(name: str, module: ast.Module) -> list[str] | None:
+    for node in module.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and item.name == "__call__" and item.args.kwarg is None:
+                    return [arg.arg for arg in [*item.args.args[1:], *item.args.kwonlyargs]]
+    return None

@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 demo: setup ## Paint four prompts on 1 and on 2 ranks and compare: out/demo.png
-	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/demo.py --out out/demo.png
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/demo.py --out out/demo.png
 
 check: setup ## Lint, format, types, import floors, docs
 	$(BIN)/ruff check .

@@ -41,7 +41,8 @@ def model_and_inputs(dtype: torch.dtype) -> tuple[FluxTransformer2DModel, dict[s
         "txt_ids": torch.zeros(TEXT, 3, dtype=dtype),
         "return_dict": False,
     }
-    return model.to(dtype).eval(), inputs
+    torch.nn.Module.to(model.eval(), dtype)
+    return model, inputs
 
 
 def timed(model: torch.nn.Module, inputs: dict[str, Any], times: int) -> float:

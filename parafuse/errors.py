@@ -27,7 +27,13 @@ class UnsupportedError(ParafuseError):
 
 
 class RankError(ParafuseError):
-    """Another rank failed, stalled, or was started with different arguments."""
+    """Another rank failed or stalled."""
+
+
+class RankMismatchError(RankError):
+    """The ranks were started with different arguments; found before anything was loaded or exchanged."""
+
+    exit_code = 2
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -153,7 +153,7 @@ def wan_ti2v_inputs(sizes: Sizes) -> Inputs:
 def weaver_inputs(sizes: Sizes) -> Inputs:
     """The second sample's text has holes: its first and its last words are masked."""
     legible = torch.ones(sizes.batch, sizes.text, dtype=torch.bool)
-    legible[-1, 0] = False
+    legible[-1, :1] = False
     legible[-1, sizes.text // 2 :] = False
     return dict(
         cloth=torch.randn(sizes.batch, sizes.image, 4),

@@ -41,10 +41,19 @@ class Alignment:
         """`sizes`: rows of every place, so that rows that nothing accounts for are seen too."""
         self.sizes = sizes
         self.intervals: list[Interval] = []
+        self.doubtful: list[Interval] = []
+        """Places of a single row that a single row changes: it may be that row's token, or conditioning."""
 
     def add(self, interval: Interval) -> None:
         if interval not in self.intervals:
             self.intervals.append(interval)
+
+    def settle_doubtful(self) -> None:
+        """Takes those whose node carries one row of several elsewhere: it is a token there, so it is one here."""
+        tokens = {i.node for i in self.intervals if self.sizes.get(i.place, 1) > 1}
+        for interval in self.doubtful:
+            if interval.node in tokens:
+                self.add(interval)
 
     def cuts(self) -> dict[Node | Place, set[int]]:
         """Cut positions of every node and place, carried back and forth until nothing new appears."""

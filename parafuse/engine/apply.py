@@ -14,6 +14,7 @@ from parafuse.config import Axis, Config
 from parafuse.engine.probe import probe
 from parafuse.engine.stack import block_stack
 from parafuse.errors import ConfigError
+from parafuse.log import note
 from parafuse.parallel.comm import Count, counters
 from parafuse.parallel.mesh import Mesh, make_mesh
 from parafuse.parallel.sequence import SequenceParallel
@@ -95,6 +96,8 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         if stacks:
             ensure_world(device, config.timeout_s)
         mesh = make_mesh(degrees, device)
+        if stacks and config.parallel.ulysses == "auto":
+            note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
     handle = Handle(mesh=mesh)
     if mesh.sequence_degree == 1:
         return handle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from parafuse.engine.request import check_call, check_keywords, digest, fresh_se
 from parafuse.engine.workers import Workers
 from parafuse.errors import ConfigError
 from parafuse.log import note
+from parafuse.parallel.comm import Count
 from parafuse.parallel.mesh import make_mesh
 from parafuse.parallel.world import World, join_world
 
@@ -48,13 +50,15 @@ class Engine:
         *,
         plan: Plan | None = None,
         progress: bool = False,
+        agree_on: Any = None,
         **pipeline_kwargs: Any,
     ) -> Engine:
         """Loads `model` (embedded name, diffusers folder, single file, hub id) and makes it run on all ranks.
 
         Under a launcher (torchrun) every rank calls it. In a plain process that asks for several ranks, it starts the
         other ones itself and this process is rank 0; close the engine to end them. `pipeline_kwargs` go to diffusers'
-        `from_pretrained`. Raises ConfigError before any weight is loaded, RankError when ranks disagree or fail."""
+        `from_pretrained`; `agree_on` is anything else that all ranks must have been given alike. Raises ConfigError
+        before any weight is loaded, RankError when ranks disagree or fail."""
         config = config or Config()
         source = locate(model, allow_pickle=config.allow_pickle)
         launched = "RANK" in os.environ or dist.is_initialized()
@@ -66,7 +70,12 @@ class Engine:
             raise ConfigError(
                 "device='cuda': this torch cannot use CUDA here. Use device='cpu', or install a CUDA build."
             )
-        settings = {"plan": plan, "allow_pickle": config.allow_pickle, "pipeline_kwargs": pipeline_kwargs}
+        settings = {
+            "plan": plan,
+            "allow_pickle": config.allow_pickle,
+            "pipeline_kwargs": pipeline_kwargs,
+            "agree_on": agree_on,
+        }
         workers = None
         if size > 1 and not launched:
             workers = Workers.start(model, settings, size)
@@ -86,8 +95,9 @@ class Engine:
         """What every rank does once it has joined: agree, load, apply."""
         plan: Plan = settings["plan"]
         begun = time.perf_counter()
-        world.agree("plan", digest({"plan": plan.to_dict(), "pipeline_kwargs": settings["pipeline_kwargs"]}))
-        if plan.world_size > 1 and progress:
+        world.agree("a plan", plan.digest())
+        world.agree("arguments", digest([settings["pipeline_kwargs"], settings["agree_on"]]))
+        if plan.why:
             note(plan.one_line())
         pipeline = load_pipeline(
             source, dtype=plan.dtype, allow_pickle=settings["allow_pickle"], **settings["pipeline_kwargs"]
@@ -130,20 +140,20 @@ class Engine:
 
     def run(self, keywords: dict[str, Any], seed: int | None) -> Any:
         """One checked request on this rank. Every rank runs it; an error on one rank is an error on all."""
-        self._world.agree("request", digest({"keywords": keywords, "seed": seed}))
+        self._world.agree("a request", digest({"keywords": keywords, "seed": seed}))
         call = dict(keywords)
         if seed is not None:
             call["generator"] = torch.Generator("cpu").manual_seed(seed)
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), self.handle.exchanged()
         with self._progress_of(call) as progress, self._threads(), self._world.request():
-            output = self.pipeline(**call)
+            output = self._paint(call)
         self.receipt = {
             "plan": self.plan.to_dict(),
             "seed": seed,
             "call": plain(keywords),
             "versions": versions(),
             "applied": list(self.handle.applied),
-            "exchanged": {name: {"calls": c.calls, "bytes": c.bytes} for name, c in self.handle.exchanged().items()},
+            "exchanged": _difference(self.handle.exchanged(), before),
             "timings_s": {
                 "load": round(self._load_s, 3),
                 "request": round(time.perf_counter() - begun, 3),
@@ -151,6 +161,16 @@ class Engine:
             },
         }
         return output
+
+    def _paint(self, call: dict[str, Any]) -> Any:
+        """The pipeline's own call; what its `check_inputs` refuses is a ConfigError."""
+        try:
+            return self.pipeline(**call)
+        except ValueError as error:
+            frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+            if "check_inputs" in frames:
+                raise ConfigError(f"call of {type(self.pipeline).__name__}: {error}") from error
+            raise
 
     def _keywords(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments by name, checked, with the model's defaults."""
@@ -204,6 +224,13 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _difference(now: dict[str, Count], before: dict[str, Count]) -> dict[str, dict[str, int]]:
+    """What was exchanged in between, for the receipt."""
+    none = Count()
+    old = {name: before.get(name, none) for name in now}
+    return {n: {"calls": c.calls - old[n].calls, "bytes": c.bytes - old[n].bytes} for n, c in now.items()}
 
 
 def _launched_size() -> int:

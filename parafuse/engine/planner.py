@@ -24,8 +24,8 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
     device = config.device if config.device != "auto" else ("cuda" if devices >= local else "cpu")
     if device == "cuda" and devices < local:
         raise ConfigError(
-            f"device='cuda': {local} ranks on this machine, but {devices} CUDA devices are visible. Start at most "
-            f"{devices} ranks here, or use device='cpu'."
+            f"device='cuda': {local} ranks on this machine, but {devices} CUDA devices are visible. "
+            + (f"Start at most {devices} ranks here, or use device='cpu'." if devices else "Use device='cpu'.")
         )
     dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
     why = ""

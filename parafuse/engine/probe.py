@@ -97,8 +97,10 @@ def probe(block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec)
     spread: dict[Node, str] = {}
     for ends in _argument_ends(examined):
         _record(alignment, spread, examined, ends)
+    alignment.settle_doubtful()
     for ends in _attention_ends(examined, alignment.cuts()):
         _record(alignment, spread, examined, ends)
+    alignment.settle_doubtful()
     plan = _plan(alignment.solve(), spread, examined)
     if plan.splits:
         for degree in SIMULATED_DEGREES:
@@ -143,10 +145,11 @@ def _record(alignment: Alignment, spread: dict[Node, str], examined: Examined, e
     for site, whole in enumerate(base.sites):
         for part in range(3):
             tensor = whole[part]
-            if tensor.shape[2] == 1 and length == 1:
-                continue  # one row in all: nothing can be told, and nothing need be split
             rows = [_rows(tensor, seen.sites[site][part], 2) for seen in ends.seen]
-            if len(rows[0]) == len(rows[1]) == 1 and rows[1][0] - rows[0][0] == length - 1:
+            if tensor.shape[2] == 1 and length == 1:  # one row in all: token or conditioning, other places tell
+                if rows[0]:
+                    alignment.doubtful.append(Interval(Place("qkk"[part], site, 2), 0, node, 1, ends.offset))
+            elif len(rows[0]) == len(rows[1]) == 1 and rows[1][0] - rows[0][0] == length - 1:
                 alignment.add(Interval(Place("qkk"[part], site, 2), rows[0][0], node, length, ends.offset))
             elif max(map(len, rows)) > 1:
                 spread.setdefault(
@@ -157,7 +160,9 @@ def _record(alignment: Alignment, spread: dict[Node, str], examined: Examined, e
             continue
         found, mixed = _result_dim(tensor, ends, [s.results[number] for s in ends.seen])
         if found is not None:
-            alignment.add(Interval(Place("result", number, found[0]), found[1], node, length, ends.offset))
+            single = tensor.shape[found[0]] == 1 and length == 1
+            keep = alignment.doubtful.append if single else alignment.add
+            keep(Interval(Place("result", number, found[0]), found[1], node, length, ends.offset))
         elif mixed:
             spread.setdefault(node, f"one row changes several rows of result {number}")
 
@@ -202,7 +207,11 @@ def _plan(atoms: Atoms, spread: dict[Node, str], examined: Examined) -> BlockPla
             raise examined.refusal(f"only a part of {node.kind} {node.index} is token rows")
         target = arguments if node.kind == "argument" else results
         if node.index in target:
-            raise examined.refusal(f"{node.kind} {node.index} has two token dims")
+            shape = (examined.leaves if node.kind == "argument" else examined.base.results)[node.index].shape
+            if not shape[node.dim] == shape[target[node.index].dim] == 1:
+                raise examined.refusal(f"{node.kind} {node.index} has two token dims")
+            if node.dim < target[node.index].dim:
+                continue  # a batch of one token: both dims fit, and cutting either is the same; batch dims come first
         target[node.index] = TokenDim(node.dim, tuple(a for a in pieces if a is not None))
     return BlockPlan(arguments, sites, results)
 

@@ -22,9 +22,10 @@ class StepProgress:
         self._last: float | None = None
         self._user = user
         self._bar: Progress | None = None
-        if shown:
+        console = Console(stderr=True)
+        if shown and console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task("denoising", total=total)
 
     def callback(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Workers:
         """Gives the next request to every worker; None: end."""
         self._sent += 1
         self.store.set(f"parafuse/request/{self._sent}", _text(request))
+        self.store.delete_key(f"parafuse/request/{self._sent - 2}")
 
     def explain(self, error: BaseException) -> None:
         """Ends all workers; raises RankError with the traceback of the one that failed, where one did."""
@@ -65,7 +66,7 @@ class Workers:
             failure = self._processes.poll()
         self.stop(grace_s=1.0)
         if failure is not None:
-            raise RankError(f"rank {failure.rank}: {failure.summary}\n{failure.render()}") from error
+            raise RankError(failure.render()) from error
 
     def stop(self, grace_s: float = 5.0) -> None:
         """Asks the workers to end, then ends them."""

@@ -207,7 +207,13 @@ def paint(job: Job) -> None:
 
     if not picture.verbose:
         quiet.hide_loading_bars()
-    engine = Engine.from_pretrained(picture.model, job.config, plan=job.plan, progress=not picture.quiet)
+    engine = Engine.from_pretrained(
+        picture.model,
+        job.config,
+        plan=job.plan,
+        progress=not picture.quiet,
+        agree_on=[list(job.prompts), picture.seed, job.call],
+    )
     if picture.save_plan and engine.rank == 0:
         engine.plan.save(picture.save_plan)
     paths = output_paths(picture.out, len(job.prompts) * (picture.num_images or 1))

@@ -232,7 +232,7 @@ def check_mask(mask: Tensor | None, queries: Layout, keys: Layout) -> None:
 def signature(leaf: Any) -> Any:
     """What of an argument decides how a block is split: its structure, never its lengths."""
     if isinstance(leaf, Tensor):
-        return (leaf.dtype, tuple(size == 1 for size in leaf.shape))
+        return (leaf.dtype, tuple(min(size, 2) for size in leaf.shape))
     return leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf).__name__
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parafuse.errors import ConfigError, RankError
+from parafuse.errors import ConfigError, RankError, RankMismatchError
 
 AGREE_S = 60.0
 """How long a rank waits for the others to say what they were asked to do, before anything is loaded or exchanged."""
@@ -69,8 +69,11 @@ class World:
         return dist.distributed_c10d._get_default_store()
 
     def _key(self, topic: str) -> str:
-        self._count[topic] = self._count.get(topic, 0) + 1
-        return f"{self._prefix}/{topic}/{self._count[topic]}"
+        """The next key for `topic`. When a rank asks for number n, all ranks are through with n - 2: it is deleted."""
+        number = self._count[topic] = self._count.get(topic, 0) + 1
+        if number > 2:
+            self.store.delete_key(f"{self._prefix}/{topic}/{number - 2}/{self.rank}")
+        return f"{self._prefix}/{topic}/{number}"
 
     def _collect(self, key: str, value: str, timeout_s: float) -> dict[int, str]:
         """What each rank set at `key`; ranks that said nothing within `timeout_s` are left out."""
@@ -91,18 +94,18 @@ class World:
         said = self._collect(self._key(topic), value, min(AGREE_S, self.timeout_s))
         silent = [rank for rank in range(self.size) if rank not in said]
         if silent:
-            raise RankError(f"{_ranks(silent)} did not say which {topic} they run within {AGREE_S:.0f} s.")
+            raise RankError(f"{_ranks(silent)} did not report {topic} within {AGREE_S:.0f} s.")
         different = [rank for rank in said if said[rank] != said[0]]
         if different:
-            raise RankError(
-                f"{_ranks(different)} had another {topic} than rank 0. Start every rank with the same arguments."
+            raise RankMismatchError(
+                f"{_ranks(different)} were given {topic} other than rank 0's. Start every rank with the same arguments."
             )
 
     def share(self, topic: str, make: Callable[[], int]) -> int:
         """Rank 0's number, on every rank."""
         if self.size == 1:
             return make()
-        key = self._key(topic)
+        key = f"{self._key(topic)}/0"
         if self.rank == 0:
             self.store.set(key, str(make()))
         self.store.wait([key], timedelta(seconds=min(AGREE_S, self.timeout_s)))

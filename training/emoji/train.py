@@ -26,7 +26,7 @@ STAGES = ({"size": 64, "batch": 64}, {"size": 128, "batch": 32})
 ATTENTION = ([SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 LEARNING_RATE, TEXT_RATE = 1.5e-3, 5.0
 DROP_CAPTION = 0.1
-AVERAGE = 0.999
+AVERAGE = 0.998
 SAVE_EVERY_S = 240
 
 

@@ -16,6 +16,7 @@ from parafuse.engine.stack import block_stack
 from parafuse.errors import ConfigError
 from parafuse.log import note
 from parafuse.parallel.comm import Count, counters
+from parafuse.parallel.hooks import is_overridden
 from parafuse.parallel.mesh import Mesh, make_mesh
 from parafuse.parallel.sequence import SequenceParallel
 from parafuse.parallel.world import ensure_world
@@ -88,6 +89,9 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     ConfigError before anything is changed or exchanged. Calls of the model are collective from then on."""
     config = config or Config()
     modules = denoisers(target)
+    for name, module in modules:
+        if is_overridden(module):
+            raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
     if mesh is None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         degrees = config.parallel.degrees(dist.get_world_size() if dist.is_initialized() else launched)

@@ -22,11 +22,11 @@ from parafuse.engine.progress import StepProgress
 from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import check_call, check_keywords, digest, fresh_seed
 from parafuse.engine.workers import Workers
-from parafuse.errors import ConfigError
+from parafuse.errors import ConfigError, RankError
 from parafuse.log import note
 from parafuse.parallel.comm import Count
 from parafuse.parallel.mesh import make_mesh
-from parafuse.parallel.world import World, join_world
+from parafuse.parallel.world import AGREE_S, World, join_world, launched
 
 
 class Engine:
@@ -61,8 +61,8 @@ class Engine:
         before any weight is loaded, RankError when ranks disagree or fail."""
         config = config or Config()
         source = locate(model, allow_pickle=config.allow_pickle)
-        launched = "RANK" in os.environ or dist.is_initialized()
-        size = _launched_size() if launched else (plan.world_size if plan else _asked_size(config))
+        ours = not launched()
+        size = (plan.world_size if plan else _asked_size(config)) if ours else _launched_size()
         if plan is None:
             plan = resolve(config, source, size)
         plan.check(model_id=source.model_id, world_size=size)
@@ -77,11 +77,18 @@ class Engine:
             "agree_on": agree_on,
         }
         workers = None
-        if size > 1 and not launched:
+        if size > 1 and ours:
+            if dist.is_initialized():
+                raise ConfigError(
+                    "engine: another engine of this process has started ranks; close it first, or start all ranks with "
+                    "torchrun, where several engines share them."
+                )
             workers = Workers.start(model, settings, size)
         try:
-            store = workers.store if workers else None
-            world = join_world(plan.device, plan.timeout_s, size, store)
+            if workers:
+                workers.await_start(plan.timeout_s)
+            world = join_world(plan.device, plan.timeout_s, size, workers.store if workers else None)
+            world.watch = workers.watch if workers else None
             engine = cls._on_rank(source, settings, world, progress)
         except BaseException as error:
             if workers:
@@ -95,8 +102,8 @@ class Engine:
         """What every rank does once it has joined: agree, load, apply."""
         plan: Plan = settings["plan"]
         begun = time.perf_counter()
-        world.agree("a plan", plan.digest())
-        world.agree("arguments", digest([settings["pipeline_kwargs"], settings["agree_on"]]))
+        world.agree("a plan", plan.digest(), AGREE_S)
+        world.agree("arguments", digest([settings["pipeline_kwargs"], settings["agree_on"]]), AGREE_S)
         if plan.why:
             note(plan.one_line())
         pipeline = load_pipeline(
@@ -133,7 +140,9 @@ class Engine:
         try:
             return self.run(keywords, seed)
         except BaseException as error:
-            if self._workers and (self._world.broken or not isinstance(error, Exception)):
+            if self._workers and (
+                self._world.broken or isinstance(error, RankError) or not isinstance(error, Exception)
+            ):
                 self._world.broken = True
                 self._workers.explain(error)
             raise

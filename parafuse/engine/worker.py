@@ -28,6 +28,7 @@ def _serve() -> None:
     from parafuse.parallel.world import join_world
 
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store.set(f"parafuse/here/{os.environ['RANK']}", "1")
     setup = read_value(store, "parafuse/setup")
     plan = setup["plan"]
     source = locate(setup.pop("model"), allow_pickle=setup["allow_pickle"])

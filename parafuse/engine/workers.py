@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import atexit
 import base64
+import math
 import os
 import pickle
 import sys
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from parafuse.errors import RankError
 from parafuse.hardware import cores
-from parafuse.parallel.ranks import RankProcesses, start
+from parafuse.parallel.ranks import RankFailure, RankProcesses, start
+from parafuse.parallel.world import wait_for
 
-IDLE_WAIT_S = 1.0
 FAILURE_SHOWS_S = 8.0
 """How long to look for the rank that caused a failed exchange, before the exchange's own error is all there is."""
 
@@ -27,7 +27,7 @@ class Workers:
     over the loopback address."""
 
     def __init__(self, processes: RankProcesses, store: dist.Store, size: int):
-        self._processes, self.store = processes, store
+        self._processes, self.store, self._size = processes, store, size
         self.threads = max(1, cores() // size)
         self._sent = 0
 
@@ -51,6 +51,19 @@ class Workers:
         atexit.register(workers.stop)
         return workers
 
+    def await_start(self, timeout_s: float) -> None:
+        """Waits until all workers are there to be joined. Raises RankError when one ends or does not come."""
+        deadline = time.monotonic() + timeout_s
+        for rank in range(1, self._size):
+            if not wait_for(self.store, f"parafuse/here/{rank}", deadline, self.watch):
+                raise RankError(f"rank {rank} did not start within {timeout_s:.0f} s.")
+
+    def watch(self) -> None:
+        """Raises RankError when a worker has ended."""
+        failure = self._processes.poll()
+        if failure is not None:
+            raise _lost(failure)
+
     def send(self, request: dict[str, Any] | None) -> None:
         """Gives the next request to every worker; None: end."""
         self._sent += 1
@@ -66,7 +79,7 @@ class Workers:
             failure = self._processes.poll()
         self.stop(grace_s=1.0)
         if failure is not None:
-            raise RankError(failure.render()) from error
+            raise _lost(failure) from error
 
     def stop(self, grace_s: float = 5.0) -> None:
         """Asks the workers to end, then ends them."""
@@ -76,6 +89,12 @@ class Workers:
         while self._processes.running and time.monotonic() < deadline:
             time.sleep(0.02)
         self._processes.stop(grace_s=1.0)
+
+
+def _lost(failure: RankFailure) -> RankError:
+    """The cause first, then what that rank wrote."""
+    details = "".join(f"\n[rank {failure.rank}] {line}" for line in failure.details.splitlines())
+    return RankError(f"rank {failure.rank}: {failure.summary}{details}")
 
 
 def _text(value: Any) -> str:
@@ -91,9 +110,5 @@ def read_value(store: dist.Store, key: str) -> Any:
 def next_request(store: dist.Store, number: int) -> dict[str, Any] | None:
     """Waits, for as long as it takes, for request `number`; the parent's death ends this process meanwhile."""
     key = f"parafuse/request/{number}"
-    while True:
-        try:
-            store.wait([key], timedelta(seconds=IDLE_WAIT_S))
-            return read_value(store, key)
-        except dist.DistStoreError:
-            continue
+    wait_for(store, key, math.inf)
+    return read_value(store, key)

@@ -39,7 +39,10 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The reference, in fp32."""
+    """The reference, in fp32. Heads may be grouped: k and v (B, G, N, D), H a multiple of G."""
+    if k.shape[1] != q.shape[1]:
+        group_size = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group_size, 1), v.repeat_interleave(group_size, 1)
     scores = q.float() @ k.float().transpose(-1, -2) * scale
     if mask is not None:
         scores = scores + _additive(mask, torch.float32)
@@ -79,8 +82,6 @@ def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tup
     """Two partial attentions over different keys, as one. `out` is fp32 (B, H, S, D); lse fp32 (B, H, S).
 
     Rows without keys in a block (lse = -inf) keep what the other block gives."""
-    total = torch.logaddexp(lse, block_lse)
-    shift = total.masked_fill(total == -math.inf, 0.0)
-    mine = torch.exp(lse - shift).unsqueeze(-1)
-    theirs = torch.exp(block_lse - shift).unsqueeze(-1)
-    return out * mine + block_out.float() * theirs, total
+    # The weights come from the difference alone, so they sum to 1 however large the scores and however many the blocks.
+    weight = torch.sigmoid(block_lse - lse).nan_to_num(0.0).unsqueeze(-1)
+    return torch.lerp(out, block_out.float(), weight), torch.logaddexp(lse, block_lse)

@@ -10,6 +10,11 @@ from torch import nn
 Forward = Callable[..., Any]
 
 
+def is_overridden(module: nn.Module) -> bool:
+    """Whether a replacement stands on this instance."""
+    return getattr(module.forward, "parafuse", False)
+
+
 def override_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> Callable[[], None]:
     """Sets `module.forward = make(original)` on the instance; the returned function undoes it.
 
@@ -17,6 +22,7 @@ def override_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> C
     replaced it since: then it stays, and a RuntimeError says so."""
     had, original = "forward" in module.__dict__, module.forward
     replacement = make(original)
+    replacement.parafuse = True  # pyright: ignore[reportFunctionMemberAccess]
     module.forward = replacement
 
     def undo() -> None:

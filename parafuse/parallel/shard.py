@@ -90,13 +90,17 @@ class Sharded(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = func.__name__
+        target = kwargs.get("out")
+        if args and ((name.endswith("_") and not name.startswith("__")) or name == "__setitem__"):
+            target = args[0]
+        into_whole = target is not None and not isinstance(target, Sharded)  # it stays whole, under all its names
         rule = _RULES.get(name)
-        if rule is not None:
+        if rule is not None and args and not into_whole and "out" not in kwargs:
             with torch._C.DisableTorchFunctionSubclass():
                 result = rule(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        if (name.endswith("_") and not name.startswith("__")) or name in ("__setitem__", "set_"):
+        if isinstance(target, Sharded):
             raise UnsupportedError(f"between blocks, the model changes token rows in place by {name!r}")
         args, kwargs = gather_all((args, kwargs))
         return func(*args, **kwargs)
@@ -137,6 +141,8 @@ def _pointwise(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if isinstance(args[0], Sharded) and result is args[0].local:
         return args[0]
+    if not isinstance(result, Tensor):
+        return result
     return lead.like(result, result.ndim - from_right)
 
 
@@ -195,7 +201,7 @@ def _getitem(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _split(func: Any, args: Any, kwargs: Any) -> Any:
     """split / chunk: by whole segments along the token dim (given sizes), or along another dim."""
-    x, how = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()))
+    x, how = args[0], args[1] if len(args) > 1 else next(v for name, v in kwargs.items() if name != "dim")
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.ndim
     if dim != x.token_dim:
         return tuple(x.like(part) for part in func(x.local, how, dim))

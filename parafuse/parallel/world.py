@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,8 +14,11 @@ import torch.distributed as dist
 
 from parafuse.errors import ConfigError, RankError, RankMismatchError
 
-AGREE_S = 60.0
-"""How long a rank waits for the others to say what they were asked to do, before anything is loaded or exchanged."""
+AGREE_S = 120.0
+"""How long a rank that has started waits for the others to start, before anything is loaded."""
+LONGEST_PAUSE_S = 0.02
+_OWN_RANKS = "parafuse/own_ranks"
+"""Set in the default store where an engine has started the ranks for itself."""
 SETTLE_S = 5.0
 """How long a rank that failed waits to hear whether the others failed too, before it gives up on them."""
 
@@ -36,6 +40,8 @@ def ensure_world(device: str, timeout_s: float, store: dist.Store | None = None)
     if store is not None:
         options |= {"store": store, "rank": int(os.environ.get("RANK", "0")), "world_size": _size_at(store)}
     dist.init_process_group(backend, **options)
+    if store is not None:
+        dist.distributed_c10d._get_default_store().set(_OWN_RANKS, "1")
     return True
 
 
@@ -50,17 +56,43 @@ def join_world(device: str, timeout_s: float, size: int, store: dist.Store | Non
     if device == "cuda":
         torch.cuda.set_device(where)
     joined = ensure_world(device, timeout_s, store) if size > 1 else False
-    return World(where, timeout_s, joined)
+    return World(where, timeout_s, joined, alone=size == 1)
+
+
+def launched() -> bool:
+    """Whether this process is one of several ranks that somebody else started: a launcher, or the user's own code.
+
+    Not so where an engine in this process has started ranks for itself: those are its own."""
+    if dist.is_initialized():
+        return not dist.distributed_c10d._get_default_store().check([_OWN_RANKS])
+    return "RANK" in os.environ
+
+
+def wait_for(store: dist.Store, key: str, deadline: float, watch: Callable[[], None] | None = None) -> bool:
+    """Waits until somebody has set `key`; False when `deadline` (monotonic) has passed. `watch` may raise meanwhile.
+
+    Looks again and again: the store's own wait logs every timeout, and cannot see that a rank has died."""
+    pause_s = 0.0005
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return False
+        if watch is not None:
+            watch()
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+    return True
 
 
 class World:
     """What one engine says to the other ranks outside of its exchanges, through the store."""
 
-    def __init__(self, device: torch.device, timeout_s: float, joined_here: bool):
+    def __init__(self, device: torch.device, timeout_s: float, joined_here: bool, *, alone: bool = False):
         self.device, self.timeout_s, self.joined_here = device, timeout_s, joined_here
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = 0 if alone else dist.get_rank()
+        self.size = 1 if alone else dist.get_world_size()
         self.broken = False
+        self.watch: Callable[[], None] | None = None
+        """Called while waiting for others; raises when one of them is known to have died."""
         self._count: dict[str, int] = {}
         self._prefix = f"parafuse/{_next_engine(self)}" if self.size > 1 else ""
 
@@ -78,23 +110,24 @@ class World:
     def _collect(self, key: str, value: str, timeout_s: float) -> dict[int, str]:
         """What each rank set at `key`; ranks that said nothing within `timeout_s` are left out."""
         self.store.set(f"{key}/{self.rank}", value)
+        deadline = time.monotonic() + timeout_s
         said: dict[int, str] = {}
         for other in range(self.size):
-            try:
-                self.store.wait([f"{key}/{other}"], timedelta(seconds=timeout_s))
+            if wait_for(self.store, f"{key}/{other}", deadline, self.watch):
                 said[other] = self.store.get(f"{key}/{other}").decode()
-            except dist.DistStoreError:
-                timeout_s = 0.01  # one deadline for all of them
         return said
 
-    def agree(self, topic: str, value: str) -> None:
-        """Raises RankError on every rank unless all say the same; names those that differ or stay silent."""
+    def agree(self, topic: str, value: str, deadline_s: float | None = None) -> None:
+        """Raises RankError on every rank unless all say the same; names those that differ or stay silent.
+
+        Waits `deadline_s` (not given: the job's timeout) for the others."""
         if self.size == 1:
             return
-        said = self._collect(self._key(topic), value, min(AGREE_S, self.timeout_s))
+        deadline_s = min(deadline_s or self.timeout_s, self.timeout_s)
+        said = self._collect(self._key(topic), value, deadline_s)
         silent = [rank for rank in range(self.size) if rank not in said]
         if silent:
-            raise RankError(f"{_ranks(silent)} did not report {topic} within {AGREE_S:.0f} s.")
+            raise RankError(f"{_ranks(silent)} did not report {topic} within {deadline_s:.0f} s.")
         different = [rank for rank in said if said[rank] != said[0]]
         if different:
             raise RankMismatchError(
@@ -108,7 +141,8 @@ class World:
         key = f"{self._key(topic)}/0"
         if self.rank == 0:
             self.store.set(key, str(make()))
-        self.store.wait([key], timedelta(seconds=min(AGREE_S, self.timeout_s)))
+        if not wait_for(self.store, key, time.monotonic() + self.timeout_s, self.watch):
+            raise RankError(f"rank 0 did not report {topic} within {self.timeout_s:.0f} s.")
         return int(self.store.get(key))
 
     @contextmanager

@@ -1,0 +1,274 @@
+"""What a model may do with token tensors between blocks: on each rank's rows alone, or gathered, or refused."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parafuse.errors import UnsupportedError
+from parafuse.parallel import shard
+from parafuse.parallel.layout import Layout
+from parafuse.parallel.shard import SequenceGroup, Sharded, gather_all
+
+B, T, S, D = 2, 13, 35, 6
+DEGREES = (2, 3, 4)
+
+
+class Ranks:
+    """Threads that play ranks: each runs the same function, and `all_gather` is a meeting of all."""
+
+    def __init__(self) -> None:
+        self.here = threading.local()
+        self.gathers = 0
+
+    def all_gather(self, x: Tensor, degree: int, group: str) -> Tensor:
+        assert group == "played"
+        self.slots[self.here.rank] = x
+        self.barrier.wait(timeout=20)
+        out = torch.stack(self.slots)
+        self.barrier.wait(timeout=20)
+        self.gathers += self.here.rank == 0
+        return out
+
+    def play(self, degree: int, function: Callable[[SequenceGroup], Any]) -> list[Any]:
+        """The results of `function(group)` by rank; the error of a rank ends the play."""
+        self.slots: list[Any] = [None] * degree
+        self.barrier = threading.Barrier(degree)
+        self.gathers = 0
+
+        def act(rank: int) -> Any:
+            self.here.rank = rank
+            group: Any = SimpleNamespace(group_name="played")
+            try:
+                return function(SequenceGroup(degree, rank, group))
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(degree) as pool, torch.no_grad():
+            return list(pool.map(act, range(degree)))
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    ranks = Ranks()
+    monkeypatch.setattr(shard, "all_gather", ranks.all_gather)
+    return ranks
+
+
+torch.manual_seed(0)
+TEXT, IMAGE, OTHER = torch.randn(B, T, D), torch.randn(B, S, D), torch.randn(B, S, D)
+JOINT = torch.cat([TEXT, IMAGE], 1)
+TABLE, ROW, SCALE = torch.randn(S, D), torch.randn(D), torch.randn(B, 1, D)
+LINEAR, NORM = nn.Linear(D, 5).requires_grad_(False), nn.LayerNorm(D).requires_grad_(False)
+STREAMS = {"text": TEXT, "image": IMAGE, "other": OTHER, "joint": JOINT}
+Act = Callable[[dict[str, Any]], Any]
+
+LOCAL: dict[str, Act] = {
+    "add a whole residual": lambda x: x["image"] + OTHER,
+    "a whole residual first": lambda x: OTHER + x["image"],
+    "two streams of one layout": lambda x: x["image"] * x["other"] - x["image"],
+    "modulate": lambda x: x["image"] * (1 + SCALE) + ROW,
+    "a table without batch": lambda x: x["image"] + TABLE,
+    "a column for each token": lambda x: x["image"] * TABLE[:, :1],
+    "number first": lambda x: 1 - 2 * x["image"] / 3,
+    "power": lambda x: x["image"] ** 2,
+    "where": lambda x: torch.where(OTHER > 0, x["image"], 0.0),
+    "activations": lambda x: F.silu(torch.sigmoid(F.gelu(x["image"]))).clamp(-1, 1).tanh(),
+    "cast": lambda x: x["image"].to(torch.bfloat16).float().type_as(OTHER),
+    "copies": lambda x: x["image"].contiguous().clone().detach(),
+    "methods": lambda x: x["image"].add(1).mul(2).neg().square().sqrt(),
+    "lerp": lambda x: torch.lerp(x["image"], OTHER, 0.3),
+    "keywords": lambda x: torch.add(x["image"], other=OTHER, alpha=2),
+    "+= in place": lambda x: _augmented(x["image"]),
+    "add_ in place": lambda x: x["image"].add_(OTHER).mul_(2),
+    "linear": lambda x: LINEAR(x["image"]),
+    "norm": lambda x: NORM(x["image"]),
+    "norm of features": lambda x: F.rms_norm(x["image"], (D,)),
+    "streams one after another": lambda x: torch.cat([x["text"], x["image"]], dim=1),
+    "a whole stream beside a split one": lambda x: torch.cat([TEXT, x["image"]], 1),
+    "negative dim": lambda x: torch.cat([x["image"], x["text"]], dim=-2),
+    "features side by side": lambda x: torch.cat([x["image"], OTHER, x["other"]], dim=-1),
+    "batches": lambda x: torch.cat([x["image"], x["other"]], dim=0),
+    "cut the text away": lambda x: torch.cat([x["text"], x["image"]], 1)[:, T:],
+    "keep the text": lambda x: torch.cat([x["text"], x["image"]], 1)[:, :T, ...],
+    "negative bound": lambda x: torch.cat([x["text"], x["image"]], 1)[:, -S:],
+    "some features": lambda x: x["image"][..., 1:4],
+    "some batches": lambda x: x["image"][1:],
+    "split by streams": lambda x: torch.cat([x["text"], x["image"]], 1).split([T, S], dim=1),
+    "split with keywords": lambda x: torch.split(x["image"], dim=2, split_size_or_sections=4),
+    "chunks of features": lambda x: x["image"].chunk(3, dim=-1),
+    "chunks with keywords": lambda x: x["image"].chunk(dim=-1, chunks=2),
+    "a chain": lambda x: LINEAR(NORM(torch.cat([x["text"], x["image"]], 1)) * (1 + SCALE))[:, T:] + 1,
+}
+GATHERED: dict[str, Act] = {
+    "mean over tokens": lambda x: x["image"].mean(dim=1),
+    "cumulative": lambda x: torch.cumsum(x["image"], 1),
+    "norm over tokens": lambda x: F.layer_norm(x["image"], (S, D)),
+    "matrix product": lambda x: x["image"].transpose(1, 2) @ OTHER,
+    "roll": lambda x: x["image"].roll(1, 1),
+    "reshape": lambda x: x["image"].reshape(B, 5, 7, D),
+    "unpatchify": lambda x: x["image"].unflatten(1, (5, 7)).permute(0, 3, 1, 2),
+    "every second token": lambda x: x["image"][:, ::2],
+    "tokens from the middle of a stream": lambda x: x["image"][:, 3:9],
+    "one token": lambda x: x["image"][:, 0],
+    "picked tokens": lambda x: x["image"][:, torch.tensor([4, 1])],
+    "chunks of tokens": lambda x: x["image"].chunk(2, dim=1),
+    "equal sizes": lambda x: x["image"].split(10, dim=1),
+    "sizes across streams": lambda x: x["joint"].split([5, S + T - 5], 1),
+    "flipped product": lambda x: x["image"] * x["image"].flip(1),
+    "streams of two layouts": lambda x: x["joint"] + torch.cat([x["text"], x["image"]], 1),
+    "stacked": lambda x: torch.stack([x["image"], x["other"]]),
+    "numpy": lambda x: torch.from_numpy(x["image"].numpy().copy()),
+    "item": lambda x: torch.tensor(x["image"].sum().item()),
+    "into a whole tensor": lambda x: _into_whole(x["image"]),
+    "keywords only": lambda x: torch.cat(tensors=[x["image"], x["other"]], dim=1),
+    "layer norm with keywords only": lambda x: F.layer_norm(input=x["image"], normalized_shape=(D,)),
+    "linear with keywords only": lambda x: F.linear(input=x["image"], weight=LINEAR.weight),
+    "add with keywords only": lambda x: torch.add(input=x["image"], other=OTHER),
+    "out": lambda x: torch.add(x["image"], OTHER, out=torch.empty(B, S, D)),
+}
+REFUSED: dict[str, Act] = {
+    "copy_": lambda x: x["image"].copy_(OTHER),
+    "zero_": lambda x: x["image"].zero_(),
+    "index_add_": lambda x: x["image"].index_add_(1, torch.tensor([0]), OTHER[:, :1]),
+    "masked_fill_": lambda x: x["image"].masked_fill_(OTHER > 0, 0.0),
+    "__setitem__": lambda x: x["image"].__setitem__((slice(None), 0), 0.0),
+    "add_": lambda x: _augmented(x["joint"], torch.cat([x["text"], x["image"]], 1)),
+    "cat": lambda x: torch.cat([OTHER, TEXT], 1, out=x["joint"]),
+}
+
+
+def _augmented(x: Any, other: Any = None) -> Any:
+    x += OTHER if other is None else other
+    return x
+
+
+def _into_whole(x: Any) -> Any:
+    """A plain tensor that a split one is added to in place: its other names must see the sum."""
+    whole = OTHER.clone()
+    alias = whole
+    whole += x
+    whole.mul_(x)
+    return alias.clone()
+
+
+def split(group: SequenceGroup) -> dict[str, Any]:
+    """The streams as tensors that carry this rank's rows."""
+    out = {}
+    for name, whole in STREAMS.items():
+        layout = Layout((whole.shape[1],), group.degree)
+        out[name] = Sharded(group.take(whole, 1, layout).clone(), 1, layout, group)
+    return out
+
+
+def flat(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def check(ranks: Ranks, act: Act, degree: int) -> tuple[bool, int]:
+    """Compares with whole tensors; (whether all results stay split, gathers of the act itself)."""
+    expected = flat(act({name: x.clone() for name, x in STREAMS.items()}))
+    results = ranks.play(degree, lambda group: flat(act(split(group))))
+    gathers = ranks.gathers
+    whole = ranks.play(degree, lambda group: gather_all(results[group.rank]))
+    for rank in range(degree):
+        assert len(whole[rank]) == len(expected)
+        for got, seen, want in zip(whole[rank], results[rank], expected, strict=True):
+            assert seen.shape == want.shape
+            assert seen.dtype == got.dtype == want.dtype
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    return all(isinstance(x, Sharded) for result in results for x in result), gathers
+
+
+@pytest.mark.parametrize("degree", DEGREES)
+@pytest.mark.parametrize("name", LOCAL)
+def test_done_on_the_rows_of_each_rank(ranks: Ranks, name: str, degree: int) -> None:
+    assert check(ranks, LOCAL[name], degree) == (True, 0)
+
+
+@pytest.mark.parametrize("degree", DEGREES)
+@pytest.mark.parametrize("name", GATHERED)
+def test_gathered_first(ranks: Ranks, name: str, degree: int) -> None:
+    assert check(ranks, GATHERED[name], degree)[1] >= 1
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_changes_in_place_that_cannot_be_done_are_refused(ranks: Ranks, name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"between blocks, the model changes token rows in place by '{name}'"):
+        ranks.play(2, lambda group: REFUSED[name](split(group)))
+    assert ranks.gathers == 0
+
+
+def test_metadata_is_that_of_the_whole_and_costs_nothing(ranks: Ranks) -> None:
+    def look(group: SequenceGroup) -> list[Any]:
+        x = split(group)["image"]
+        return [
+            x.shape,
+            x.size(1),
+            x.dim(),
+            x.ndim,
+            len(x),
+            x.numel(),
+            x.dtype,
+            x.device,
+            x.type(),
+            x.is_floating_point(),
+        ]
+
+    expected = look_at = [
+        IMAGE.shape,
+        S,
+        3,
+        3,
+        B,
+        B * S * D,
+        torch.float32,
+        torch.device("cpu"),
+        "torch.FloatTensor",
+        True,
+    ]
+    assert ranks.play(3, look) == [expected] * 3
+    assert ranks.gathers == 0
+
+
+def test_in_place_is_seen_under_every_name(ranks: Ranks) -> None:
+    def act(group: SequenceGroup) -> Tensor:
+        x = split(group)["image"]
+        alias = x
+        x += 1
+        return alias.whole()
+
+    for got in ranks.play(3, act):
+        torch.testing.assert_close(got, IMAGE + 1)
+
+
+def test_wrong_filler_would_show(ranks: Ranks) -> None:
+    """Negative control: a gather that trims only the tail of the whole is not what `whole` gives."""
+
+    def trimmed(group: SequenceGroup) -> tuple[Tensor, Tensor]:
+        layout = Layout((T, S), group.degree)
+        x = Sharded(group.take(JOINT, 1, layout), 1, layout, group)
+        everyone = ranks.all_gather(x.local, group.degree, "played")
+        return x.whole(), everyone.movedim(0, 1).flatten(1, 2)[:, : T + S]
+
+    for whole, tail in ranks.play(4, trimmed):
+        assert torch.equal(whole, JOINT)
+        assert float((tail - JOINT).abs().max()) > 0.1
+
+
+def test_rows_that_do_not_fit_and_gathers_in_simulations_are_refused() -> None:
+    layout = Layout((S,), 2)
+    alone = SequenceGroup(2, 0, None)
+    with pytest.raises(UnsupportedError, match="35 rows along dim 1"):
+        Sharded(IMAGE, 1, layout, alone)
+    with pytest.raises(UnsupportedError, match="a simulated rank cannot gather"):
+        Sharded(alone.take(IMAGE, 1, layout), 1, layout, alone).whole()

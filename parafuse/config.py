@@ -58,7 +58,7 @@ class Parallel:
                 raise ConfigError(f"parallel.{axis}={degree!r}: must be a whole number of at least 1.")
             if degree > 1 and axis not in SEQUENCE_AXES:
                 raise ConfigError(
-                    f"parallel.{axis}={degree}: this version runs only 1 on the {axis!r} axis; "
+                    f"parallel.{axis}={degree}: this version runs only 1 on the '{axis}' axis; "
                     "use parallel.ulysses or parallel.ring for more ranks."
                 )
 
@@ -102,8 +102,11 @@ class Config:
             raise ConfigError(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}.")
         if self.device not in DEVICES:
             raise ConfigError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}.")
-        if not 1 <= self.timeout_s <= 86_400:
+        number = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
+        if not number or not 1 <= self.timeout_s <= 86_400:
             raise ConfigError(f"timeout_s={self.timeout_s!r}: must be from 1 to 86400 seconds.")
+        if not isinstance(self.allow_pickle, bool):
+            raise ConfigError(f"allow_pickle={self.allow_pickle!r}: must be true or false.")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -44,7 +44,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def reject_unknown(where: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Raises ConfigError for the first of `names` that is not in `known`, with the nearest known name."""
-    allowed = sorted(known)
+    allowed = sorted(str(name) for name in known)
     for name in names:
         if name not in allowed:
             hint = nearest(name, allowed) or f"; allowed: {', '.join(allowed)}."

@@ -43,7 +43,8 @@ class Weave(nn.Module):
 
 
 class Weaver(nn.Module):
-    """Words, then cloth, as one stream; between blocks a depth is added, and at the end the words are cut away."""
+    """Words, then cloth, as one stream. Between blocks a depth is added and the tables are written into; at the end the
+    words are cut away."""
 
     def __init__(self, heads: int, key_heads: int, depth: int = 3):
         super().__init__()
@@ -61,4 +62,6 @@ class Weaver(nn.Module):
         spins = (angles.cos().to(cloth.dtype), angles.sin().to(cloth.dtype))
         for depth, weave in zip(self.depths, self.weaves, strict=True):
             strands = weave(strands + depth, spins=spins, readable=readable, mood=mood)
+            for table in spins:
+                table.mul_(0.9)
         return self.to_cloth(strands[:, words.shape[1] :])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
@@ -96,7 +97,8 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         degrees = config.parallel.degrees(dist.get_world_size() if dist.is_initialized() else launched)
         stacks = [block_stack(module) for _, module in modules] if max(degrees.values()) > 1 else []
-        device = "cuda" if next(modules[0][1].parameters()).is_cuda else "cpu"
+        first = next(chain(modules[0][1].parameters(), modules[0][1].buffers()), None)
+        device = "cuda" if first is not None and first.is_cuda else "cpu"
         if stacks:
             ensure_world(device, config.timeout_s)
         mesh = make_mesh(degrees, device)

@@ -1,5 +1,8 @@
 """What will run: every degree, dtype and device explicit. Torch-free, serialisable, replayable."""
 
+# Plans are read from files, so types are checked at run time too.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from parafuse.config import Axis
+from parafuse.config import Axis, Config, Parallel
 from parafuse.errors import ConfigError, reject_unknown
 
 SCHEMA = 1
@@ -36,6 +39,19 @@ class Plan:
     why: str = ""
     """One line: how the layout was chosen."""
     schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what no resolved plan holds: plans are read from files."""
+        if not isinstance(self.degrees, dict) or self.degrees.keys() != set(Axis) or "auto" in self.degrees.values():
+            raise ConfigError(f"plan.degrees={self.degrees!r}: must give a degree for each of {', '.join(Axis)}.")
+        if not isinstance(self.world_size, int) or isinstance(self.world_size, bool) or self.world_size < 1:
+            raise ConfigError(f"plan.world_size={self.world_size!r}: must be a whole number of at least 1.")
+        for name, value in (("device", self.device), ("dtype", self.dtype)):
+            if value == "auto":
+                raise ConfigError(f"plan.{name}='auto': a plan is explicit; only a Config may say 'auto'.")
+        parallel = Parallel(**cast("dict[str, Any]", self.degrees))
+        Config(parallel=parallel, device=self.device, dtype=self.dtype, timeout_s=self.timeout_s)
+        parallel.degrees(self.world_size)
 
     def degree(self, axis: Axis) -> int:
         return self.degrees[axis]
@@ -72,7 +88,8 @@ class Plan:
             raise ConfigError(
                 f"plan.schema={values['schema']!r}: this version reads schema {SCHEMA}; make the plan anew."
             )
-        reject_unknown("plan.degrees", values["degrees"], Axis)
+        if isinstance(values["degrees"], dict):
+            reject_unknown("plan.degrees", cast("dict[str, Any]", values["degrees"]), Axis)
         return cls(**values)
 
     @classmethod

@@ -34,9 +34,10 @@ Atoms = dict[Node | Place, list[int | None]]
 
 @dataclass
 class Seen:
-    """What one run of the block showed: q, k, v of each attention call, and the leaves of the result."""
+    """What one run of the block showed: q, k, v and the rest of each attention call, and the leaves of the result."""
 
     sites: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     injected: list[Tensor] = field(default_factory=list)
     results: list[Any] = field(default_factory=list)
 
@@ -55,6 +56,7 @@ class Examined:
 
         def attend(site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
             seen.sites.append((q.detach().clone(), k.detach().clone(), v.detach().clone()))
+            seen.calls.append(call)
             out = injected[site] if site < len(injected) else _noise((*q.shape[:3], v.shape[-1]), v, site)
             seen.injected.append(out)
             return out
@@ -140,7 +142,7 @@ def _attention_ends(examined: Examined, cuts: dict[Node | Place, set[int]]) -> I
 
 
 def _record(alignment: Alignment, spread: dict[Node, str], examined: Examined, ends: Ends) -> None:
-    """Adds where the rows of `ends.node` appear, and in `spread` where one of them reaches several rows."""
+    """Adds where the rows of `ends.node` appear, and in `spread` where one of them reaches several rows or others."""
     base, node, length = examined.base, ends.node, ends.length
     for site, whole in enumerate(base.sites):
         for part in range(3):
@@ -151,10 +153,10 @@ def _record(alignment: Alignment, spread: dict[Node, str], examined: Examined, e
                     alignment.doubtful.append(Interval(Place("qkk"[part], site, 2), 0, node, 1, ends.offset))
             elif len(rows[0]) == len(rows[1]) == 1 and rows[1][0] - rows[0][0] == length - 1:
                 alignment.add(Interval(Place("qkk"[part], site, 2), rows[0][0], node, length, ends.offset))
-            elif max(map(len, rows)) > 1:
-                spread.setdefault(
-                    node, f"one row changes {max(map(len, rows))} rows of {'qkv'[part]} at attention {site}"
-                )
+            elif any(rows):
+                many = max(map(len, rows))
+                how = f"one row changes {many} rows of" if many > 1 else "rows change places in"
+                spread.setdefault(node, f"{how} {'qkv'[part]} at attention {site}")
     for number, tensor in enumerate(base.results):
         if not isinstance(tensor, Tensor):
             continue
@@ -191,17 +193,17 @@ def _plan(atoms: Atoms, spread: dict[Node, str], examined: Examined) -> BlockPla
     for queries, keys in sides:
         if _named(queries) & _named(keys):
             split |= _named(queries) | _named(keys)
-    split &= _from_arguments(atoms)
+    given = _from_arguments(atoms)
+    split &= given
+    tokens = split.union(*(_named(queries) & given for queries, _ in sides))
     sites = tuple(_site(examined, i, queries, keys, split) for i, (queries, keys) in enumerate(sides))
     arguments: dict[int, TokenDim] = {}
     results: dict[int, TokenDim] = {}
     for node, pieces in atoms.items():
-        if not any(a in split for a in pieces):
-            continue
-        if node in spread:
+        if node in spread and any(a in tokens for a in pieces):
             name = examined.names[node.index] if node.kind == "argument" else f"the result of attention {node.index}"
             raise examined.refusal(f"tokens mix outside of attention: in {name}, {spread[node]}")
-        if node.kind not in ("argument", "result"):
+        if node.kind not in ("argument", "result") or not any(a in split for a in pieces):
             continue
         if not all(a in split for a in pieces):
             raise examined.refusal(f"only a part of {node.kind} {node.index} is token rows")
@@ -249,10 +251,18 @@ def _simulate(examined: Examined, plan: BlockPlan, degree: int) -> None:
             layouts = bound.site_layouts(site)
             injected.append(ranks.take(out, 2, layouts[0]) if layouts[0] else out)
             expected.append(layouts)
-        seen = examined.run(bound.local, injected)
+        try:
+            seen = examined.run(bound.local, injected)
+        except (RuntimeError, ValueError, IndexError) as error:
+            first = str(error).partition("\n")[0]
+            raise examined.refusal(
+                f"with {degree} simulated ranks, it fails on a part of the tokens ({first}); "
+                "does the block take a length or a grid as a number?"
+            ) from error
         if len(seen.sites) != len(base.sites):
             raise UnsupportedError(f"{examined.name}: makes {len(seen.sites)} attention calls on a part of the tokens")
         for site, (layout_q, layout_k) in enumerate(expected):
+            _compare_calls(examined, site, seen.calls[site], base.calls[site])
             for part, layout in ((0, layout_q), (1, layout_k), (2, layout_k)):
                 whole = base.sites[site][part]
                 name = f"{'qkv'[part]} of attention {site}"
@@ -262,6 +272,18 @@ def _simulate(examined: Examined, plan: BlockPlan, degree: int) -> None:
             if isinstance(whole, Tensor):
                 dim, layout = (label.dim, bound.layout(label.atoms)) if label else (0, None)
                 _compare(examined, f"result {number}", ranks, whole, seen.results[number], dim, layout)
+
+
+def _compare_calls(examined: Examined, site: int, local: Call, whole: Call) -> None:
+    """Raises UnsupportedError when a block makes its mask or its scale from the tokens it is given."""
+    masks = [x.mask for x in (local, whole) if x.mask is not None]
+    if len(masks) == 1 or (masks and not torch.equal(*masks)):
+        what = "mask"
+    elif (local.scale, local.is_causal) != (whole.scale, whole.is_causal):
+        what = "scale"
+    else:
+        return
+    raise examined.refusal(f"it makes the {what} of attention {site} from the number of tokens it is given")
 
 
 def _compare(

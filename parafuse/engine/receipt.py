@@ -47,8 +47,11 @@ def save_image(image: Image, path: str | Path, receipt: dict[str, Any]) -> None:
         info.add_itxt(PNG_KEY, text)
         options["pnginfo"] = info
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    image.save(partial, **options)
-    partial.replace(path)
+    try:
+        image.save(partial, **options)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     path.with_suffix(".json").write_text(text + "\n")
 
 

@@ -81,9 +81,10 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     if hasattr(value, "detach"):  # a tensor
-        value = value.detach().cpu()
-        raw = bytes(value.contiguous().untyped_storage().tolist()) if value.numel() else b""
-        return [str(value.dtype), list(value.shape), hashlib.sha256(raw).hexdigest()]
+        import torch
+
+        flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return [str(value.dtype), list(value.shape), hashlib.sha256(flat.numpy().tobytes()).hexdigest()]
     if hasattr(value, "get_state"):  # a generator
         return ["generator", _plain(value.get_state())]
     if hasattr(value, "tobytes"):  # a picture or an array

@@ -119,9 +119,12 @@ class Bound:
                 return leaf.local
             return self.ranks.take(leaf.whole(), label.dim, layout)
         key = (id(leaf), label.dim, layout)
-        if key not in self._slices:  # tables are the same for every block: cut once a call; the leaf is kept alive
-            self._slices[key] = (leaf, self.ranks.take(leaf, label.dim, layout))
-        return self._slices[key][1]
+        # Tables are the same for every block: cut once a call, and again where the model has written into one since
+        # (tensors of inference mode do not tell). The leaf is kept alive, so that its id is its own.
+        version = None if leaf.is_inference() else leaf._version
+        if key not in self._slices or version is None or self._slices[key][1] != version:
+            self._slices[key] = (leaf, version, self.ranks.take(leaf, label.dim, layout))
+        return self._slices[key][2]
 
     def layout(self, atoms: Atoms) -> Layout:
         return Layout(tuple(n for atom in atoms for n in self.lengths[atom]), self.ranks.degree)
@@ -210,11 +213,22 @@ class SequenceParallel:
         def attend(site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
             queries, keys = bound.site_layouts(site)
             if queries is None or keys is None:
-                return F.scaled_dot_product_attention(**given)
+                return F.scaled_dot_product_attention(**self._own_rows(queries, call, given))
             check_mask(call.mask, queries, keys)
             return self.attention(q, k, v, queries, keys, call)
 
         return attend
+
+    def _own_rows(self, queries: Layout | None, call: Call, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of an attention to keys that every rank has: of a mask over all queries, this rank's rows."""
+        mask = call.mask
+        if queries is None:
+            return given
+        if call.is_causal:
+            raise UnsupportedError("causal attention from split tokens to tokens that every rank has")
+        if mask is not None and mask.ndim > 1 and mask.shape[-2] == queries.total != 1:
+            return given | {"attn_mask": self.ranks.take(mask, mask.ndim - 2, queries)}
+        return given
 
 
 def check_mask(mask: Tensor | None, queries: Layout, keys: Layout) -> None:

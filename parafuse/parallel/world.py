@@ -103,7 +103,7 @@ class World:
     def _key(self, topic: str) -> str:
         """The next key for `topic`. When a rank asks for number n, all ranks are through with n - 2: it is deleted."""
         number = self._count[topic] = self._count.get(topic, 0) + 1
-        if number > 2:
+        if number > 2 and self.size > 1:
             self.store.delete_key(f"{self._prefix}/{topic}/{number - 2}/{self.rank}")
         return f"{self._prefix}/{topic}/{number}"
 

@@ -31,7 +31,7 @@ def paint(call: dict[str, Any]) -> np.ndarray:
     defaults = json.loads((MODEL / "parafuse.json").read_text())["call"] | {"num_inference_steps": 4}
     if isinstance(call["prompt"], list):
         defaults["negative_prompt"] = [""] * len(call["prompt"])
-    images = pipeline(**(defaults | call), generator=torch.Generator().manual_seed(7)).images
+    images = pipeline(**(defaults | call), generator=torch.Generator().manual_seed(7), return_dict=False)[0]
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 

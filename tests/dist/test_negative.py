@@ -192,7 +192,9 @@ def test_a_broken_safeguard_shows(breakage: Any, layout: tuple[int, int], case: 
 def without_exchange(block: Any, *args: Any) -> BlockPlan:
     """A plan in which self-attention sees the rank's own rows only, as cross-attention may."""
     plan = probe(block, *args)
-    return BlockPlan(plan.arguments, (plan.sites[0], *(Site(site.queries, None) for site in plan.sites[1:])), plan.results)
+    return BlockPlan(
+        plan.arguments, (plan.sites[0], *(Site(site.queries, None) for site in plan.sites[1:])), plan.results
+    )
 
 
 def model_errors(layout: tuple[int, int]) -> dict[str, tuple[float, float]]:
@@ -200,7 +202,13 @@ def model_errors(layout: tuple[int, int]) -> dict[str, tuple[float, float]]:
     out = {}
     for name, family, target, attribute, broken in (
         ("the dual attention stays local", "sd3", apply_module, "probe", without_exchange),
-        ("the mask is dropped", "weaver", sequence, "Call", lambda mask, scale, causal: attention.Call(None, scale, causal)),
+        (
+            "the mask is dropped",
+            "weaver",
+            sequence,
+            "Call",
+            lambda mask, scale, causal: attention.Call(None, scale, causal),
+        ),
     ):
         model, values = build(family), inputs(family, ODD)
         plain = call(model, values)
@@ -215,5 +223,7 @@ def model_errors(layout: tuple[int, int]) -> dict[str, tuple[float, float]]:
 @pytest.mark.parametrize("layout", [(1, 3), (3, 1)], ids=str)
 def test_a_wrong_plan_shows_in_the_output(layout: tuple[int, int]) -> None:
     for found in run_ranks(model_errors, 3, layout):
-        assert {name: pair for name, pair in found.items() if not (pair[0] <= EXACT and VISIBLE < pair[1] < math.inf)} == {}
+        assert {
+            name: pair for name, pair in found.items() if not (pair[0] <= EXACT and VISIBLE < pair[1] < math.inf)
+        } == {}
         assert len(found) == 2

@@ -95,7 +95,11 @@ def fail_and_go_on(layout: Layout) -> list[Any]:
         plain = call(model, values)
         with parafuse.apply(model, parallel(layout)):
             last = block_stack(model)[-1]
-            for module in (last, next(m for m in last.modules() if isinstance(m, nn.Linear)), list(model.modules())[-1]):
+            for module in (
+                last,
+                next(m for m in last.modules() if isinstance(m, nn.Linear)),
+                list(model.modules())[-1],
+            ):
                 with broken(module):
                     out.append(attempt(call, model, values))
                 out.append(len(_get_current_function_mode_stack()))

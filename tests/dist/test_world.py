@@ -51,7 +51,12 @@ def test_ranks_that_say_the_same_agree_again_and_again() -> None:
 
 @pytest.mark.parametrize(
     ("values", "named"),
-    [(["a", "b", "a"], "rank 1 "), (["a", "a", "b"], "rank 2 "), (["a", "b", "c"], "ranks 1, 2 "), (["", "a", ""], "rank 1 ")],
+    [
+        (["a", "b", "a"], "rank 1 "),
+        (["a", "a", "b"], "rank 2 "),
+        (["a", "b", "c"], "ranks 1, 2 "),
+        (["", "a", ""], "rank 1 "),
+    ],
 )
 def test_ranks_that_differ_are_named_on_every_rank(values: list[str], named: str) -> None:
     for texts in run_ranks(agreeing, 3, free_port(), values, 1):
@@ -82,7 +87,11 @@ def two_engines(port: int) -> list[Any]:
         order = [first, second] if first.rank == 0 else [second, first]
         for world in order:  # written first, read afterwards: agree would wait for the other order
             world.store.set(f"{world._prefix}/met/{world.rank}", "yes")
-        return [first._prefix != second._prefix, attempt(first.agree, "a plan", "1"), attempt(second.agree, "a plan", "2")]
+        return [
+            first._prefix != second._prefix,
+            attempt(first.agree, "a plan", "1"),
+            attempt(second.agree, "a plan", "2"),
+        ]
 
 
 def test_two_engines_have_keys_of_their_own() -> None:

@@ -40,8 +40,8 @@ def paint(model: Path, captions: list[str], **overrides: float) -> list[Image.Im
 
 
 def sheet(painted: list[Image.Image], right: list[bool], columns: int = 16) -> Image.Image:
-    """8 rows of 16 would be long captions; pictures only, a red frame around the wrong ones."""
-    side = painted[0].width
+    """Four rows of 16 pictures, half size; a red frame around the wrong ones."""
+    side = painted[0].width // 2
     rows = -(-len(painted) // columns)
     out = Image.new("RGB", (columns * side, rows * side), "white")
     for index, (picture, good) in enumerate(zip(painted, right, strict=True)):
@@ -51,11 +51,27 @@ def sheet(painted: list[Image.Image], right: list[bool], columns: int = 16) -> I
     return out
 
 
+def plot_curve(model: Path, path: Path) -> None:
+    """Loss over images seen is not comparable between the stages (other tokens): one panel each."""
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+
+    curve = json.loads((model / "training_curve.json").read_text())
+    stages = sorted({point["stage"] for point in curve})
+    figure, axes = plt.subplots(1, len(stages), figsize=(4.5 * len(stages), 3), squeeze=False)
+    for stage, axis in zip(stages, axes[0], strict=True):
+        points = [point for point in curve if point["stage"] == stage]
+        axis.plot([p["step"] for p in points], [p["loss"] for p in points])
+        axis.set(xlabel="step", ylabel="flow-matching loss", title=f"{(64, 128)[stage]} pixels")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--curve", type=Path, help="PNG of the training curve (needs matplotlib)")
     parser.add_argument("--guidance", type=float)
     args = parser.parse_args()
     captions = [row["caption"] for row in json.loads((args.work / "captions.json").read_text())]
@@ -71,6 +87,8 @@ def main() -> None:
     wrong = [f"{captions[a]} -> {captions[b]}" for a, b in zip(chosen, found, strict=True) if a != b]
     print(f"{sum(right)} of {NUM_PROMPTS} right; {seconds:.2f} s a picture")
     print("wrong:", "; ".join(wrong))
+    if args.curve:
+        plot_curve(args.model, args.curve)
     if args.sheet:
         sheet(painted, right).save(args.sheet)
 

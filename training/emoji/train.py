@@ -205,7 +205,7 @@ class Run:
 
 
 def export(run: Run, data: TrainingSet, work: Path, folder: Path) -> None:
-    """The averaged weights as a FluxPipeline in fp16 safetensors."""
+    """The averaged weights as a FluxPipeline in safetensors."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     average = run.average.eval()
@@ -216,7 +216,9 @@ def export(run: Run, data: TrainingSet, work: Path, folder: Path) -> None:
         text_encoder_2=average.text_encoder_2, tokenizer_2=data.t5,
         transformer=average.transformer,
     )  # fmt: skip
-    pipeline.to(torch.float16)
+    # Half precision on disk, fp32 when loaded: so diffusers loads its own models; transformers keeps the file's dtype.
+    for model in (pipeline.transformer, pipeline.vae):
+        model.half()
     pipeline.save_pretrained(folder, safe_serialization=True)
     (folder / "captions.json").write_text(json.dumps(data.captions, indent=0))
     curve = [{"stage": s, "step": n, "seconds": round(t), "loss": round(v, 5)} for s, n, t, v in run.curve]

@@ -1,0 +1,181 @@
+"""A call is checked before anything runs; and what ranks compare follows its content, nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from parafuse.engine.loader import ModelSource
+from parafuse.engine.request import check_call, check_keywords, digest, fresh_seed
+from parafuse.errors import ConfigError
+
+DEFAULTS = {"width": 64, "num_inference_steps": 20, "negative_prompt": "blurry"}
+SOURCE = ModelSource(name="m", path="/m", kind="folder", model_id="0", defaults=DEFAULTS, size_multiple=16)
+PLAIN = ModelSource(name="m", path="/m", kind="hub", model_id="0")
+
+
+def refusal(**keywords: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_call(SOURCE, keywords)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_models_defaults_fill_in_what_is_not_given() -> None:
+    given_keywords = {"prompt": "x", "width": 32, "num_inference_steps": None, "callback": print}
+    out = check_call(SOURCE, given_keywords)
+    assert out == {
+        "prompt": "x",
+        "width": 32,
+        "num_inference_steps": 20,
+        "negative_prompt": "blurry",
+        "callback": print,
+    }
+    assert given_keywords["num_inference_steps"] is None
+    assert DEFAULTS == SOURCE.defaults
+    assert check_call(PLAIN, {"prompt": "x", "width": 33}) == {"prompt": "x", "width": 33}
+
+
+def test_a_default_negative_prompt_is_repeated_for_several_prompts() -> None:
+    assert check_call(SOURCE, {"prompt": ["a", "b"]})["negative_prompt"] == ["blurry", "blurry"]
+    assert check_call(SOURCE, {"prompt": "a"})["negative_prompt"] == "blurry"
+    assert check_call(SOURCE, {"prompt": ["a", "b"], "negative_prompt": "no"})["negative_prompt"] == "no"
+
+
+@given(st.text(max_size=300))
+def test_a_prompt_may_be_any_text(prompt: str) -> None:
+    assert check_call(SOURCE, {"prompt": prompt})["prompt"] == prompt
+    assert check_call(SOURCE, {"prompt": [prompt, ""]})["prompt"] == [prompt, ""]
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * 10_000, "ένα κόκκινο μήλο", "一个红苹果", "تفاحة حمراء", "🍎" * 500])
+def test_prompts_that_others_stumble_over(prompt: str) -> None:
+    out = check_call(SOURCE, {"prompt": prompt})
+    assert out["prompt"] == prompt
+    assert digest(out) != digest(check_call(SOURCE, {"prompt": prompt + "."}))
+
+
+@pytest.mark.parametrize("prompt", [5, b"x", [], ("a",), {"a": 1}])
+def test_a_prompt_of_another_kind(prompt: Any) -> None:
+    assert refusal(prompt=prompt) == f"prompt={prompt!r}: must be a text or a list of texts."
+
+
+def test_a_prompt_in_a_list_of_another_kind() -> None:
+    assert refusal(prompt=["a", 5]) == "prompt[1]=5: must be a text."
+    assert refusal(prompt=["a", None]) == "prompt[1]=None: must be a text."
+
+
+@pytest.mark.parametrize(
+    "name", ["num_inference_steps", "num_images_per_prompt", "num_videos_per_prompt", "num_frames"]
+)
+@pytest.mark.parametrize("value", [0, -1, 1.5, "4", True])
+def test_counts_are_at_least_one(name: str, value: Any) -> None:
+    assert refusal(**{name: value}) == f"{name}={value!r}: must be a whole number of at least 1."
+    assert check_call(SOURCE, {name: 1})[name] == 1
+
+
+@pytest.mark.parametrize("name", ["width", "height"])
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (100, "100: must be a multiple of 16 for this model's VAE; use 96 or 112."),
+        (7, "7: must be a multiple of 16 for this model's VAE; use 16."),
+        (0, "0: must be a whole number of pixels, at least 1."),
+        (-16, "-16: must be a whole number of pixels, at least 1."),
+        (64.0, "64.0: must be a whole number of pixels, at least 1."),
+        ("64", "'64': must be a whole number of pixels, at least 1."),
+        (True, "True: must be a whole number of pixels, at least 1."),
+    ],
+)
+def test_sizes_that_the_vae_cannot_do(name: str, value: Any, found: str) -> None:
+    assert refusal(**{name: value}) == f"{name}={found}"
+
+
+@given(st.integers(1, 4000), st.integers(1, 64))
+def test_sizes_pass_exactly_when_they_divide(size: int, multiple: int) -> None:
+    source = ModelSource(name="m", path="/m", kind="folder", model_id="0", size_multiple=multiple)
+    try:
+        check_call(source, {"width": size})
+    except ConfigError:
+        assert size % multiple
+    else:
+        assert size % multiple == 0
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "true_cfg_scale"])
+def test_scales_are_numbers(name: str) -> None:
+    assert check_call(SOURCE, {name: 0})[name] == 0
+    assert refusal(**{name: "3"}) == f"{name}='3': must be a number."
+    assert refusal(**{name: True}) == f"{name}=True: must be a number."
+
+
+def test_unknown_keywords_name_the_nearest() -> None:
+    check_keywords(["prompt"], ["prompt", "height"], "FluxPipeline")
+    with pytest.raises(ConfigError, match="call of FluxPipeline: unknown key 'hieght'; did you mean 'height'?"):
+        check_keywords(["prompt", "hieght"], ["prompt", "height"], "FluxPipeline")
+
+
+def test_seeds_differ_and_fit() -> None:
+    seeds = {fresh_seed() for _ in range(20)}
+    assert len(seeds) > 15
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    torch.Generator().manual_seed(max(seeds))
+
+
+def variations() -> dict[str, Any]:
+    """Values that are all different."""
+    base = torch.arange(12.0)
+    return {
+        "none": None,
+        "text": "a",
+        "number": 1,
+        "another number": 2,
+        "float": 1.5,
+        "list": [1, 2],
+        "order": [2, 1],
+        "nested": {"a": [1, {"b": 2}]},
+        "nested otherwise": {"a": [1, {"b": 3}]},
+        "tensor": base,
+        "shape": base.view(3, 4),
+        "dtype": base.double(),
+        "bfloat16": base.bfloat16(),
+        "values": base + 1,
+        "slice": base[1:5],
+        "another slice": base[2:6],
+        "bool": base > 3,
+        "empty": base[:0],
+        "generator": torch.Generator().manual_seed(1),
+        "another generator": torch.Generator().manual_seed(2),
+        "picture": Image.new("RGB", (4, 4), "red"),
+        "another picture": Image.new("RGB", (4, 4), "blue"),
+        "array": base.numpy(),
+    }
+
+
+def test_what_differs_has_another_digest() -> None:
+    digests = {name: digest({"x": value}) for name, value in variations().items()}
+    assert len(set(digests.values())) == len(digests)
+
+
+def test_what_is_equal_has_the_same_digest() -> None:
+    again = variations()
+    assert {name: digest(value) for name, value in variations().items()} == {n: digest(v) for n, v in again.items()}
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest((1, 2)) == digest([1, 2])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64]
+)
+def test_tensors_by_content_however_they_lie_in_memory(dtype: torch.dtype) -> None:
+    """Ranks may hold the same values as a slice, a transpose, or a tensor of its own."""
+    whole = (torch.arange(24).view(4, 6) % 7).to(dtype)
+    for view in (whole[1:3], whole.t(), whole[:, ::2], whole[0, 0], whole[:0]):
+        assert digest(view) == digest(view.clone())
+        assert digest(view) == digest(torch.empty_strided(view.shape, view.stride(), dtype=dtype).copy_(view))

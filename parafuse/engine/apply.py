@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parafuse.config import Axis, Config
+from parafuse.engine.loader import ModelSource
 from parafuse.engine.probe import probe
 from parafuse.engine.stack import block_stack
 from parafuse.errors import ConfigError
@@ -69,6 +70,33 @@ class Handle:
         self.remove()
 
 
+def check_components(source: ModelSource) -> None:
+    """Raises ConfigError for a pipeline that cannot run on several ranks, before its weights are loaded."""
+    if source.components is not None and not set(DENOISERS) & set(source.components):
+        raise ConfigError(
+            f"model={source.name!r}: has no {' or '.join(DENOISERS)} to split over ranks (UNets are not split in this "
+            "version). Run it on one rank."
+        )
+
+
+def _refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
+    """Raises ConfigError for modules that somebody else has wrapped: the order would decide what is right."""
+    for module in modules:
+        where = f"{name}: {type(module).__name__}"
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+            raise ConfigError(f"{where} is compiled; apply parafuse to the model before it is compiled.")
+        hooks: Any = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+        if hooks:
+            raise ConfigError(
+                f"{where} carries diffusers hooks ({', '.join(hooks)}), such as a cache, offload or context parallel; "
+                "take them off (disable_cache(), remove_all_hooks()) before parafuse is applied."
+            )
+        if hasattr(module, "_hf_hook"):
+            raise ConfigError(
+                f"{where} is offloaded or placed by accelerate; take that off before parafuse is applied."
+            )
+
+
 def denoisers(target: Any) -> list[tuple[str, nn.Module]]:
     """(name, module) of what carries the block stacks: the target itself, or a pipeline's denoisers."""
     if isinstance(target, nn.Module):
@@ -89,19 +117,26 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     the default process group, or makes it from the launcher's environment. On one rank nothing is wrapped. Raises
     ConfigError before anything is changed or exchanged. Calls of the model are collective from then on."""
     config = config or Config()
+    for field_name in ("dtype", "device", "allow_pickle"):
+        value = getattr(config, field_name)
+        if value != getattr(Config(), field_name):
+            raise ConfigError(f"{field_name}={value!r}: apply takes the model as it is; set it when loading the model.")
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    degrees = config.parallel.degrees(world_size) if mesh is None else {}
+    if world_size == 1:
+        return Handle()
     modules = denoisers(target)
     for name, module in modules:
+        _refuse_wrapped(name, [module, *block_stack(module)])
         if is_overridden(module):
             raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
     if mesh is None:
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        degrees = config.parallel.degrees(dist.get_world_size() if dist.is_initialized() else launched)
         stacks = [block_stack(module) for _, module in modules] if max(degrees.values()) > 1 else []
         first = next(chain(modules[0][1].parameters(), modules[0][1].buffers()), None)
         device = "cuda" if first is not None and first.is_cuda else "cpu"
         if stacks:
             ensure_world(device, config.timeout_s)
-        mesh = make_mesh(degrees, device)
+        mesh = make_mesh(degrees, device, config.timeout_s)
         if stacks and config.parallel.ulysses == "auto":
             note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
     handle = Handle(mesh=mesh)

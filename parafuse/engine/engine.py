@@ -8,13 +8,14 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from parafuse.config import Axis, Config
-from parafuse.engine.apply import Handle, apply
+from parafuse.engine.apply import Handle, apply, check_components
 from parafuse.engine.loader import ModelSource, load_pipeline, locate
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
@@ -40,7 +41,7 @@ class Engine:
         """The record of the last request that ended well, ready for JSON."""
         self._source, self._world, self._progress = source, world, progress
         self._workers: Workers | None = None
-        self._load_s = 0.0
+        self._load_s, self._closed = 0.0, False
 
     @classmethod
     def from_pretrained(
@@ -62,6 +63,7 @@ class Engine:
         config = config or Config()
         source = locate(model, allow_pickle=config.allow_pickle)
         ours = not launched()
+        given_plan = plan is not None
         size = (plan.world_size if plan else _asked_size(config)) if ours else _launched_size()
         if plan is None:
             plan = resolve(config, source, size)
@@ -76,7 +78,10 @@ class Engine:
             "pipeline_kwargs": pipeline_kwargs,
             "agree_on": agree_on,
         }
-        workers = None
+        _refuse_ignored(config, given_plan, pipeline_kwargs)
+        if size > 1:
+            check_components(source)
+        workers, world = None, None
         if size > 1 and ours:
             if dist.is_initialized():
                 raise ConfigError(
@@ -91,8 +96,12 @@ class Engine:
             world.watch = workers.watch if workers else None
             engine = cls._on_rank(source, settings, world, progress)
         except BaseException as error:
-            if workers:
-                workers.explain(error)
+            try:
+                if workers:
+                    workers.explain(error)
+            finally:
+                if world:
+                    world.leave()
             raise
         engine._workers = workers
         return engine
@@ -112,7 +121,9 @@ class Engine:
         pipeline.to(world.device)
         pipeline.set_progress_bar_config(disable=True)
         degrees = {axis: plan.degree(axis) for axis in Axis}
-        handle = apply(pipeline, mesh=make_mesh(degrees, plan.device)) if plan.world_size > 1 else Handle()
+        handle = (
+            apply(pipeline, mesh=make_mesh(degrees, plan.device, plan.timeout_s)) if plan.world_size > 1 else Handle()
+        )
         engine = cls(pipeline, source, plan, handle, world, progress)
         engine._load_s = time.perf_counter() - begun
         return engine
@@ -128,6 +139,8 @@ class Engine:
         `seed` makes the noise with a CPU generator, so that it does not depend on the device; without it (and without
         `generator`) one is drawn and told in the receipt. The model's own defaults fill in what is not given. Under a
         launcher every rank calls it with the same arguments. Raises ConfigError before anything runs."""
+        if self._closed:
+            raise ConfigError("engine: it is closed; make a new one.")
         if self._world.broken:
             raise ConfigError("engine: a rank was lost in an earlier request; make a new engine.")
         keywords = self._keywords(args, kwargs)
@@ -203,6 +216,9 @@ class Engine:
             shown=shown, total=call.get("num_inference_steps"), user=call.get("callback_on_step_end")
         )
         if "callback_on_step_end" in inspect.signature(type(self.pipeline).__call__).parameters:
+            wanted = getattr(call.get("callback_on_step_end"), "tensor_inputs", None)
+            if wanted is not None:  # diffusers' own callback classes say themselves what they need
+                call["callback_on_step_end_tensor_inputs"] = wanted
             call["callback_on_step_end"] = progress.callback
         return progress
 
@@ -219,13 +235,14 @@ class Engine:
 
     def close(self) -> None:
         """Takes everything off and ends the ranks that this engine started. A second call does nothing."""
-        self.handle.remove()
-        if self._workers:
-            self._workers.stop()
-            self._workers = None
-            self._world.broken = True
-            self._world.leave()
-        elif self._world.joined_here:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.handle.remove()
+        finally:
+            if self._workers:
+                self._workers.stop()
             self._world.leave()
 
     def __enter__(self) -> Engine:
@@ -233,6 +250,17 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _refuse_ignored(config: Config, given_plan: bool, pipeline_kwargs: dict[str, Any]) -> None:
+    """Raises ConfigError for what a plan would override without a word."""
+    if given_plan and replace(config, allow_pickle=False) != Config():
+        raise ConfigError("config: given beside a plan, which decides all of it but allow_pickle; leave one away.")
+    for name in ("dtype", "torch_dtype"):
+        if name in pipeline_kwargs and not isinstance(pipeline_kwargs[name], dict):
+            raise ConfigError(
+                f"{name}={pipeline_kwargs[name]}: give it as Config(dtype=...), so that the plan knows it."
+            )
 
 
 def _difference(now: dict[str, Count], before: dict[str, Count]) -> dict[str, dict[str, int]]:

@@ -31,6 +31,8 @@ class ModelSource:
     """folder, file or hub."""
     model_id: str
     """Fingerprint of the configuration files: equal architectures are equal here, whatever their weights."""
+    components: tuple[str, ...] | None = None
+    """Component names from model_index.json; None where they are known only after loading."""
     pipeline_class: str | None = None
     """Class name from model_index.json; None where it is known only after loading."""
     defaults: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -78,6 +80,7 @@ def _folder(name: str, path: Path, allow_pickle: bool) -> ModelSource:
         path=str(path),
         kind="folder",
         model_id=_digest(texts),
+        components=tuple(key for key in index if not key.startswith("_")),
         pipeline_class=index.get("_class_name"),
         defaults=_defaults(path, name),
         size_multiple=_size_multiple(path, name),
@@ -180,6 +183,8 @@ def load_pipeline(source: ModelSource, *, dtype: str, allow_pickle: bool, **kwar
         if source.kind == "file":
             return _single_file(source, kwargs)
         return DiffusionPipeline.from_pretrained(source.path, **kwargs)
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model={source.name!r}: cannot be loaded ({first})") from error

@@ -31,6 +31,8 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
     why = ""
     if config.parallel.ulysses == "auto" and degrees[Axis.ULYSSES] > 1:
         why = "ulysses takes all ranks that no other axis uses"
+    if device == "cpu" and config.device == "auto" and devices:
+        why += f"{'; ' if why else ''}on the CPU: {local} ranks here, but {devices} CUDA devices are visible"
     return Plan(
         model=source.name,
         model_id=source.model_id,

@@ -55,6 +55,10 @@ class Examined:
         seen = Seen()
 
         def attend(site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
+            if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+                raise self.refusal(
+                    f"attention {site} has queries of {q.ndim} dims; (batch, heads, tokens, size) is needed"
+                )
             seen.sites.append((q.detach().clone(), k.detach().clone(), v.detach().clone()))
             seen.calls.append(call)
             out = injected[site] if site < len(injected) else _noise((*q.shape[:3], v.shape[-1]), v, site)
@@ -196,6 +200,8 @@ def _plan(atoms: Atoms, spread: dict[Node, str], examined: Examined) -> BlockPla
     given = _from_arguments(atoms)
     split &= given
     tokens = split.union(*(_named(queries) & given for queries, _ in sides))
+    if not split:
+        _refuse_unknown_rows(examined, [_named(queries) & given for queries, _ in sides])
     sites = tuple(_site(examined, i, queries, keys, split) for i, (queries, keys) in enumerate(sides))
     arguments: dict[int, TokenDim] = {}
     results: dict[int, TokenDim] = {}
@@ -229,6 +235,13 @@ def _site(examined: Examined, number: int, queries: list[int | None], keys: list
         tuple(a for a in queries if a is not None) if any(have_q) else None,
         tuple(a for a in keys if a is not None) if any(have_k) else None,
     )
+
+
+def _refuse_unknown_rows(examined: Examined, queries: list[set[int]]) -> None:
+    """Nothing splits: fine for one token, or for cross-attention alone, but not for shuffled or folded tokens."""
+    for site, known in enumerate(queries):
+        if examined.base.sites[site][0].shape[2] > 1 and not known:
+            raise examined.refusal(f"the rows of attention {site} are not the tokens of any argument, in their order")
 
 
 def _named(pieces: list[int | None]) -> set[int]:
@@ -338,7 +351,7 @@ def _disturbed(x: Tensor, dim: int, index: int) -> Tensor:
     if x.dtype == torch.bool:
         part.logical_not_()
     elif not (x.is_floating_point() or x.is_complex()):
-        part.add_(1)
+        part.copy_(torch.where(part > 0, part - 1, part + 1))  # stays within what an index may be
     else:
         real = torch.view_as_real(x) if x.is_complex() else x
         size = real.float().abs().nan_to_num(0, 0, 0).max()

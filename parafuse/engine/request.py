@@ -19,20 +19,28 @@ def check_call(source: ModelSource, keywords: dict[str, Any]) -> dict[str, Any]:
     """The keywords of a call with the model's defaults filled in. Raises ConfigError for the first that is wrong.
 
     `prompt` may be any text or list of texts: empty, long, or in any script."""
-    out = source.defaults | {name: value for name, value in keywords.items() if value is not None}
+    defaults = dict(source.defaults)
+    if any(name.startswith("negative_") for name in keywords):  # embeddings, say: not both
+        defaults.pop("negative_prompt", None)
+    # None is "not given", but no negative prompt is a thing to ask for.
+    out = defaults | {k: v for k, v in keywords.items() if v is not None or k.startswith("negative_")}
     _check_prompt(out)
     for name in AT_LEAST_ONE:
-        if name in out and (isinstance(out[name], bool) or not isinstance(out[name], int) or out[name] < 1):
+        if out.get(name) is not None and not _is_count(out[name]):
             raise ConfigError(f"{name}={out[name]!r}: must be a whole number of at least 1.")
     for name in SIZES:
         _check_size(name, out.get(name), source.size_multiple)
     for name in ("guidance_scale", "true_cfg_scale"):
-        if name in out and (isinstance(out[name], bool) or not isinstance(out[name], (int, float))):
+        if out.get(name) is not None and (isinstance(out[name], bool) or not isinstance(out[name], (int, float))):
             raise ConfigError(f"{name}={out[name]!r}: must be a number.")
     negative = out.get("negative_prompt")
     if "negative_prompt" not in keywords and isinstance(negative, str) and isinstance(out.get("prompt"), list):
         out["negative_prompt"] = [negative] * len(out["prompt"])
     return out
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_prompt(keywords: dict[str, Any]) -> None:

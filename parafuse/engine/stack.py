@@ -44,4 +44,4 @@ def block_stack(model: nn.Module) -> list[nn.Module]:
             f"{type(model).__name__}: no block stack found (no ModuleList of repeated blocks); sequence parallel "
             "needs one. Run it on one rank."
         )
-    return blocks
+    return list(dict.fromkeys(blocks))  # a block that is used twice is wrapped once

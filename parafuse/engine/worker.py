@@ -24,18 +24,19 @@ def _serve() -> None:
 
     from parafuse.engine.engine import Engine
     from parafuse.engine.loader import locate
-    from parafuse.engine.workers import next_request, read_value
+    from parafuse.engine.workers import KEY_ENV, next_request, read_signed
     from parafuse.parallel.world import join_world
 
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     store.set(f"parafuse/here/{os.environ['RANK']}", "1")
-    setup = read_value(store, "parafuse/setup")
+    key = os.environ.pop(KEY_ENV)
+    setup = read_signed(store.get("parafuse/setup").decode(), key)
     plan = setup["plan"]
     source = locate(setup.pop("model"), allow_pickle=setup["allow_pickle"])
     world = join_world(plan.device, plan.timeout_s, plan.world_size, store)
     engine = Engine._on_rank(source, setup, world, progress=False)
     number = 1
-    while (request := next_request(store, number)) is not None:
+    while (request := next_request(store, number, key)) is not None:
         number += 1
         try:
             engine.run(request["keywords"], request["seed"])

@@ -24,11 +24,23 @@ def pick(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[str, str
         if q.dtype in (torch.float32, *_HALF):
             return "cpu-flash", "flash attention of the CPU build"
         return "math", f"no CPU kernel for {q.dtype}"
-    if q.device.type == "cuda" and q.dtype in _HALF and mask is None and q.shape[-1] <= 256:
+    if q.device.type == "cuda" and q.shape[-1] % 8:
+        return "math", "head size is not a multiple of 8"
+    if q.device.type == "cuda" and q.dtype in _HALF and mask is None and q.shape[-1] <= 256 and _has_flash(q.device):
         return "cuda-flash", "16-bit, no mask"
     if q.device.type == "cuda":
         return "cuda-efficient", "mask or 32-bit"
     return "math", f"no kernel for {q.device.type}"
+
+
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """The same bias in memory whose rows start at multiples of 16 elements, as the CUDA kernel wants them."""
+    columns = bias.shape[-1]
+    return torch.nn.functional.pad(bias, (0, -columns % 16))[..., :columns]
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,6 +79,7 @@ def attention_lse(
     if bias is not None:
         bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if backend == "cuda-efficient":
+        bias = None if bias is None else _aligned(bias)
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
         lse = lse[..., : q.shape[2]]
     else:

@@ -4,6 +4,7 @@ Nothing in here imports torch before the checks are through."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import tempfile
@@ -217,10 +218,12 @@ def paint(job: Job) -> None:
     if picture.save_plan and engine.rank == 0:
         engine.plan.save(picture.save_plan)
     paths = output_paths(picture.out, len(job.prompts) * (picture.num_images or 1))
+    takes_type = "output_type" in inspect.signature(type(engine.pipeline).__call__).parameters
+    wanted = {**job.call, "output_type": "pil"} if takes_type else job.call  # videos are arrays by default
     each = len(paths) // len(job.prompts)
     for index, prompt in enumerate(job.prompts):
         begun = time.perf_counter()
-        output = engine(prompt, seed=picture.seed, **job.call)
+        output = engine(prompt, seed=picture.seed, **wanted)
         seconds = time.perf_counter() - begun
         if engine.rank == 0:
             save(engine, output, paths[index * each : (index + 1) * each])

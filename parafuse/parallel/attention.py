@@ -51,8 +51,8 @@ class SequenceAttention:
             qkv = self._scatter_heads(q, k, v, queries, keys)
         else:
             qkv = tuple(
-                join_rows(x.unsqueeze(0), *self._chunk(layout, self.ring_rank, x is q))
-                for x, layout in ((q, queries), (k, keys), (v, keys))
+                join_rows(x.unsqueeze(0), *self._chunk(layout, self.ring_rank, true_rows))
+                for x, layout, true_rows in ((q, queries, True), (k, keys, False), (v, keys, False))
             )
         call = Call(_slice_heads(call.mask, heads, q.shape[1]), call.scale, call.is_causal)
         if heads[0] == heads[1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -36,8 +37,17 @@ class Mesh:
         return dist.get_rank(self.sequence) if self.sequence is not None else 0
 
 
-def make_mesh(degrees: Mapping[Axis, int], device: str) -> Mesh:
-    """The mesh of `degrees`, whose product is the world size. Collective on all ranks."""
+def make_mesh(degrees: Mapping[Axis, int], device: str, timeout_s: float) -> Mesh:
+    """The mesh of `degrees`, whose product is the world size. Collective on all ranks.
+
+    `timeout_s` bounds the exchanges of every group; a new group would take torch's default, not the job's."""
+    mesh = _make(degrees, device)
+    for group in {*mesh.groups.values(), *([mesh.sequence] if mesh.sequence is not None else [])}:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+    return mesh
+
+
+def _make(degrees: Mapping[Axis, int], device: str) -> Mesh:
     axes = [axis for axis in Axis if degrees[axis] > 1]
     if not axes:
         return Mesh(None, {}, None)

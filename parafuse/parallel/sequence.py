@@ -203,8 +203,14 @@ class SequenceParallel:
                 return original(*gather_all(args), **gather_all(kwargs))
             bound = Bound(plan, leaves, self.ranks, self._slices)
             local_args, local_kwargs = tree_unflatten(bound.local, spec)
-            with AttentionMode(self._attend(bound)):
+            with AttentionMode(self._attend(bound)) as mode:
                 result = original(*local_args, **local_kwargs)
+            if mode.site != len(plan.sites):
+                raise UnsupportedError(
+                    f"{type(block).__name__}: made {mode.site} attention calls through torch's "
+                    f"scaled_dot_product_attention, {len(plan.sites)} when it was examined; was its processor "
+                    "changed? remove() parafuse, then apply it again."
+                )
             return bound.wrap(result)
 
         return forward
@@ -251,11 +257,29 @@ def signature(leaf: Any) -> Any:
 
 
 def fingerprint(block: nn.Module) -> str:
-    """Equal for blocks that differ in weights only: class, submodules with their shapes, and flags."""
-    flags = [
-        (name, key, value)
+    """Equal for blocks that differ in weights only: class, submodules with their shapes, and all other attributes."""
+    facts = [
+        (name, key, _fact(value))
         for name, module in block.named_modules()
         for key, value in sorted(vars(module).items())
-        if (isinstance(value, (bool, str)) or value is None) and key != "training"
+        if key not in _MODULE_STATE and not isinstance(value, (Tensor, nn.Module))
     ]
-    return f"{type(block).__module__}.{block!r}{flags}"
+    return f"{type(block).__module__}.{block!r}{facts}"
+
+
+_MODULE_STATE = {*vars(nn.Module()), "forward"}
+
+
+def _fact(value: Any, depth: int = 2) -> Any:
+    """A value for comparison: plain ones as they are, objects (attention processors, say) by type and attributes."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_fact(item, depth) for item in value]
+    if isinstance(value, dict):
+        return [(str(key), _fact(item, depth)) for key, item in value.items()]
+    name = getattr(value, "__qualname__", None)
+    if name is not None:  # a function or a class
+        return f"{getattr(value, '__module__', '')}.{name}"
+    kept = _fact(vars(value), depth - 1) if depth and hasattr(value, "__dict__") else None
+    return (f"{type(value).__module__}.{type(value).__qualname__}", kept)

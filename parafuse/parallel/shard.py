@@ -39,7 +39,7 @@ class SequenceGroup:
                 shape[dim] = part - count
                 rows.append(whole.new_zeros(shape))
             offset += length
-        return rows[0] if len(rows) == 1 else torch.cat(rows, dim)
+        return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, dim)
 
     def gather(self, local: Tensor, dim: int, layout: Layout) -> Tensor:
         """The whole tensor from every rank's rows. Collective on the sequence group."""

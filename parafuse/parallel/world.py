@@ -17,6 +17,7 @@ from parafuse.errors import ConfigError, RankError, RankMismatchError
 AGREE_S = 120.0
 """How long a rank that has started waits for the others to start, before anything is loaded."""
 LONGEST_PAUSE_S = 0.02
+_USERS, _MADE_HERE = "parafuse/users", "parafuse/made_here"
 _OWN_RANKS = "parafuse/own_ranks"
 """Set in the default store where an engine has started the ranks for itself."""
 SETTLE_S = 5.0
@@ -94,6 +95,11 @@ class World:
         self.watch: Callable[[], None] | None = None
         """Called while waiting for others; raises when one of them is known to have died."""
         self._count: dict[str, int] = {}
+        self._left = False
+        if self.size > 1:
+            self.store.add(f"{_USERS}/{self.rank}", 1)
+            if joined_here:
+                self.store.set(f"{_MADE_HERE}/{self.rank}", "1")
         self._prefix = f"parafuse/{_next_engine(self)}" if self.size > 1 else ""
 
     @property
@@ -127,6 +133,7 @@ class World:
         said = self._collect(self._key(topic), value, deadline_s)
         silent = [rank for rank in range(self.size) if rank not in said]
         if silent:
+            self.broken = True
             raise RankError(f"{_ranks(silent)} did not report {topic} within {deadline_s:.0f} s.")
         different = [rank for rank in said if said[rank] != said[0]]
         if different:
@@ -178,9 +185,12 @@ class World:
                 raise RankError(what or f"{_ranks(silent)} did not finish the request.") from error
 
     def leave(self) -> None:
-        """Ends the process group, if this engine made it."""
-        if self.joined_here and dist.is_initialized():
-            self.joined_here = False
+        """Ends the process group when its last engine leaves, if an engine made it. A second call does nothing."""
+        if self.size == 1 or self._left or not dist.is_initialized():
+            return
+        self._left = True
+        last = self.store.add(f"{_USERS}/{self.rank}", -1) == 0
+        if last and self.store.check([f"{_MADE_HERE}/{self.rank}"]):
             dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Attention over spread tokens equals attention over all of them: masks, causal, scale, heads and lengths of any kind."""
+"""Attention over spread tokens equals attention over all of them: masks, causal, scale, any heads and lengths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from parafuse.parallel.comm import counters
 from parafuse.parallel.layout import Layout
 from parafuse.parallel.mesh import Mesh, make_mesh
 from parafuse.parallel.shard import SequenceGroup
-from tests.dist.ranks import run_ranks
+from tests.dist.ranks import COLLECTIVE_S, run_ranks
 from tests.models import error
 
 LAYOUTS = [(1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (4, 1), (2, 2)]
@@ -113,7 +113,8 @@ def tensors(case: Case) -> tuple[Tensor, Tensor, Tensor, Call]:
 
 
 def mesh_of(layout: tuple[int, int]) -> Mesh:
-    return make_mesh(dict.fromkeys(Axis, 1) | {Axis.RING: layout[0], Axis.ULYSSES: layout[1]}, "cpu")
+    degrees = dict.fromkeys(Axis, 1) | {Axis.RING: layout[0], Axis.ULYSSES: layout[1]}
+    return make_mesh(degrees, "cpu", COLLECTIVE_S)
 
 
 def spread(case: Case, mesh: Mesh) -> tuple[Tensor, Tensor, Layout, SequenceGroup]:
@@ -168,7 +169,8 @@ def halves(layout: tuple[int, int]) -> dict[str, tuple[float, float]]:
         plain = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
         ranks = SequenceGroup(mesh.sequence_degree, mesh.sequence_rank, mesh.sequence)
         rows = Layout(case.queries, ranks.degree)
-        local = SequenceAttention(mesh)(*(ranks.take(x, 2, rows) for x in (q, k, v)), rows, rows, Call(mask))
+        mine = [ranks.take(x, 2, rows) for x in (q, k, v)]
+        local = SequenceAttention(mesh)(mine[0], mine[1], mine[2], rows, rows, Call(mask))
         got = ranks.gather(local, 2, rows)
         out[name] = (float((got - truth).square().mean().sqrt()), float((plain - truth).square().mean().sqrt()))
     return out

@@ -1,4 +1,4 @@
-"""Negative controls: each safeguard is broken on purpose, and the difference must show. Else the tests beside are blind."""
+"""Negative controls: each safeguard is broken on purpose, and it must show. Else the tests beside these are blind."""
 
 from __future__ import annotations
 

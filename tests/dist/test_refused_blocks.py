@@ -1,4 +1,4 @@
-"""A model that cannot be split is refused on every rank, at once, and is as it was after; and what is beside it works."""
+"""A model that cannot be split is refused on every rank, and is as it was after; what is beside it works."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class Manual(Good):
 class Crossed(Good):
     """Self-attention, then attention to a context that every rank has, under a mask."""
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
         x = x + self.attend(x)
         q, (k, v) = self.project(x)[0], self.project(context)[1:]
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)

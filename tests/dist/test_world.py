@@ -49,6 +49,29 @@ def test_ranks_that_say_the_same_agree_again_and_again() -> None:
     assert run_ranks(agreeing, 3, free_port(), ["x"] * 3, 5) == [[None] * 5] * 3
 
 
+class SlowStore:
+    """A store that takes its time for every question."""
+
+    def __init__(self, store: dist.Store):
+        self.slow = store
+
+    def __getattr__(self, name: str) -> Any:
+        time.sleep(0.05 if name in ("check", "get", "wait") else 0.0)
+        return getattr(self.slow, name)
+
+
+def agreeing_slowly(port: int, times: int) -> list[Any]:
+    with worlds(port, LATER_S / 4) as world:
+        store: Any = SlowStore(world.store) if world.rank == 2 else world.store
+        with patch.object(World, "store", new_callable=PropertyMock, return_value=store):
+            return [attempt(world.agree, "a plan", str(number)) for number in range(times)]
+
+
+def test_a_rank_that_reads_late_still_finds_what_the_others_said() -> None:
+    """Old keys are deleted, but not before everyone has read them."""
+    assert run_ranks(agreeing_slowly, 3, free_port(), 4) == [[None] * 4] * 3
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [

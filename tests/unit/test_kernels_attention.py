@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def make_mask(kind: str) -> Tensor | None:
     }[kind]
 
 
-MASKS = ("none keys full heads bias nothing").split() + [
+MASKS = [
+    "none", "keys", "full", "heads", "bias", "nothing",
     "two dims", "bias for each head", "bias of keys", "bias and -inf", "empty rows", "empty rows as -inf",
 ]  # fmt: skip
 
@@ -128,7 +130,7 @@ def in_blocks(bounds: list[int], *, blind: bool = False, kind: str = "none") -> 
     q, k, v = tensors()
     mask = make_mask(kind)
     out, lse = torch.zeros(B, H, S, D), torch.full((B, H, S), -math.inf)
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         part = mask if mask is None or mask.shape[-1] == 1 else mask[..., start:stop]
         block, block_lse = attention_lse(q, k[:, :, start:stop], v[:, :, start:stop], part)
         out, lse = merge(out, lse, block, torch.zeros_like(block_lse) if blind else block_lse)

@@ -28,7 +28,7 @@ def write(path: Path, values: Any) -> Path:
 def folder(tmp_path: Path) -> Path:
     """A diffusers folder as it lies on a disk, with empty weights."""
     model = tmp_path / "model"
-    parts = {"_class_name": "FluxPipeline", "_diffusers_version": "0.42.0", "vae": ["diffusers", "AutoencoderKL"],
+    parts = {"_class_name": "FluxPipeline", "_diffusers_version": "0.42.0", "vae": ["diffusers", "X"],
              "transformer": ["diffusers", "FluxTransformer2DModel"], "scheduler": ["diffusers", "X"]}  # fmt: skip
     write(model / "model_index.json", parts)
     write(model / "vae" / "config.json", FLUX_VAE)
@@ -158,7 +158,7 @@ SIZES: dict[str, tuple[dict[str, Any] | None, str, dict[str, Any], int | None]] 
     "FLUX.2": (FLUX_VAE | {"latent_channels": 32}, "transformer", {"patch_size": 1, "in_channels": 128}, 16),
     "SD3": (FLUX_VAE, "transformer", {"patch_size": 2, "in_channels": 16}, 16),
     "SDXL": (FLUX_VAE | {"latent_channels": 4}, "unet", {"in_channels": 4}, 8),
-    "Wan 2.1": ({"temperal_downsample": [False, True, True], "z_dim": 16}, "transformer", {"patch_size": [1, 2, 2]}, 16),
+    "Wan 2.1": ({"temperal_downsample": [False, True, True]}, "transformer", {"patch_size": [1, 2, 2]}, 16),
     "Wan 2.2": ({"scale_factor_spatial": 16, "temperal_downsample": [False, True, True]}, "transformer",
                 {"patch_size": [1, 2, 2], "in_channels": 48}, 32),
     "no transformer": (FLUX_VAE, "other", {}, 8),

@@ -31,8 +31,8 @@ SIZES = {
     "as many tokens as features of flux": Sizes(grid=(1, 6, 8), text=48),
     "batch 1": Sizes(batch=1),
 }
-_FLUX = ({"hidden_states": "1:b", "encoder_hidden_states": "1:a", "image_rotary_emb.0": "0:ab", "image_rotary_emb.1": "0:ab"},
-         ["ab-ab"], {0: "1:a", 1: "1:b"})  # fmt: skip
+_FLUX = ({"hidden_states": "1:b", "encoder_hidden_states": "1:a", "image_rotary_emb.0": "0:ab",
+          "image_rotary_emb.1": "0:ab"}, ["ab-ab"], {0: "1:a", 1: "1:b"})  # fmt: skip
 _WAN = ({"hidden_states": "1:a", "rotary_emb.0": "1:a", "rotary_emb.1": "1:a"}, ["a-a", "a-"], {0: "1:a"})
 _WEAVER = ({"strands": "1:a", "spins.0": "0:a", "spins.1": "0:a"}, ["a-a"], {0: "1:a"})
 EXPECTED: dict[str, dict[str, list[Readable]]] = {

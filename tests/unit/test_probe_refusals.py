@@ -1,4 +1,4 @@
-"""Blocks that cannot be split are refused, by name and with what was seen; and without the checks they would be wrong."""
+"""Blocks that cannot be split are refused, by name and with what was seen; unchecked, they would be wrong."""
 
 from __future__ import annotations
 
@@ -125,21 +125,21 @@ class Reversed(Good):
 class TextLength(Good):
     """Takes a length as an int, and cuts there."""
 
-    def forward(self, x: Tensor, length: int) -> Tensor:
+    def forward(self, x: Tensor, length: int) -> Tensor:  # type: ignore[override]
         return x + self.attend(torch.cat([2 * x[:, :length], x[:, length:]], 1))
 
 
 class TableLength(Good):
     """Takes a length as an int, and makes a table of it."""
 
-    def forward(self, x: Tensor, length: int) -> Tensor:
+    def forward(self, x: Tensor, length: int) -> Tensor:  # type: ignore[override]
         return x + self.attend(x + torch.linspace(0, 1, length)[:, None])
 
 
 class Grid(Good):
     """Takes a grid, and transposes it."""
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
         return x + self.attend(x.unflatten(1, grid).transpose(1, 2).flatten(1, 2))
 
 

@@ -53,7 +53,8 @@ def fresh(code: str, **env: str) -> Any:
 
 def changed(before: str, action: str) -> dict[str, list[Any]]:
     """Global state that `action` changes, where `before` has been imported already: name -> [before, after]."""
-    code = f"{STATE}\n{before}\nold = state()\n{action}\nnew = state()\n" + (
+    code = (
+        f"{STATE}\n{before}\nold = state()\n{action}\nnew = state()\n"
         "print(json.dumps({k: [old[k], new[k]] for k in old if old[k] != new[k]}, default=str))"
     )
     return fresh(code)
@@ -106,7 +107,7 @@ def test_the_names_are_those_that_are_documented() -> None:
 
 def test_other_names_are_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'parafuse' has no attribute 'Engin'"):
-        _ = parafuse.Engin  # type: ignore[attr-defined]
+        _ = parafuse.Engin
     assert not hasattr(parafuse, "torch")
     with pytest.raises(ImportError):
         exec("from parafuse import nothing")

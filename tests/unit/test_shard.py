@@ -69,7 +69,8 @@ TEXT, IMAGE, OTHER = torch.randn(B, T, D), torch.randn(B, S, D), torch.randn(B, 
 JOINT = torch.cat([TEXT, IMAGE], 1)
 TABLE, ROW, SCALE = torch.randn(S, D), torch.randn(D), torch.randn(B, 1, D)
 LINEAR, NORM = nn.Linear(D, 5).requires_grad_(False), nn.LayerNorm(D).requires_grad_(False)
-STREAMS = {"text": TEXT, "image": IMAGE, "other": OTHER, "joint": JOINT}
+SQUARE = torch.randn(B, S, S)
+STREAMS = {"text": TEXT, "image": IMAGE, "other": OTHER, "joint": JOINT, "rows": SQUARE, "columns": SQUARE + 1}
 Act = Callable[[dict[str, Any]], Any]
 
 LOCAL: dict[str, Act] = {
@@ -127,6 +128,8 @@ GATHERED: dict[str, Act] = {
     "sizes across streams": lambda x: x["joint"].split([5, S + T - 5], 1),
     "flipped product": lambda x: x["image"] * x["image"].flip(1),
     "streams of two layouts": lambda x: x["joint"] + torch.cat([x["text"], x["image"]], 1),
+    "split along other dims": lambda x: x["rows"] + x["columns"],
+    "side by side along other dims": lambda x: torch.cat([x["rows"], x["columns"]], 0),
     "stacked": lambda x: torch.stack([x["image"], x["other"]]),
     "numpy": lambda x: torch.from_numpy(x["image"].numpy().copy()),
     "item": lambda x: torch.tensor(x["image"].sum().item()),
@@ -165,8 +168,9 @@ def split(group: SequenceGroup) -> dict[str, Any]:
     """The streams as tensors that carry this rank's rows."""
     out = {}
     for name, whole in STREAMS.items():
-        layout = Layout((whole.shape[1],), group.degree)
-        out[name] = Sharded(group.take(whole, 1, layout).clone(), 1, layout, group)
+        dim = 2 if name == "columns" else 1
+        layout = Layout((whole.shape[dim],), group.degree)
+        out[name] = Sharded(group.take(whole, dim, layout).clone(), dim, layout, group)
     return out
 
 
@@ -224,7 +228,7 @@ def test_metadata_is_that_of_the_whole_and_costs_nothing(ranks: Ranks) -> None:
             x.is_floating_point(),
         ]
 
-    expected = look_at = [
+    expected = [
         IMAGE.shape,
         S,
         3,

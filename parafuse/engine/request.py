@@ -33,9 +33,9 @@ def check_call(source: ModelSource, keywords: dict[str, Any]) -> dict[str, Any]:
     for name in ("guidance_scale", "true_cfg_scale"):
         if out.get(name) is not None and (isinstance(out[name], bool) or not isinstance(out[name], (int, float))):
             raise ConfigError(f"{name}={out[name]!r}: must be a number.")
-    negative = out.get("negative_prompt")
-    if "negative_prompt" not in keywords and isinstance(negative, str) and isinstance(out.get("prompt"), list):
-        out["negative_prompt"] = [negative] * len(out["prompt"])
+    prompt, negative = out.get("prompt"), out.get("negative_prompt")
+    if "negative_prompt" not in keywords and isinstance(negative, str) and isinstance(prompt, list):
+        out["negative_prompt"] = [negative] * len(cast("list[str]", prompt))
     return out
 
 

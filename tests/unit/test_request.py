@@ -30,16 +30,19 @@ def refusal(**keywords: Any) -> str:
 def test_the_models_defaults_fill_in_what_is_not_given() -> None:
     given_keywords = {"prompt": "x", "width": 32, "num_inference_steps": None, "callback": print}
     out = check_call(SOURCE, given_keywords)
-    assert out == {
-        "prompt": "x",
-        "width": 32,
-        "num_inference_steps": 20,
-        "negative_prompt": "blurry",
-        "callback": print,
-    }
+    assert out == DEFAULTS | {"prompt": "x", "width": 32, "callback": print}
     assert given_keywords["num_inference_steps"] is None
     assert SOURCE.defaults == {"width": 64, "num_inference_steps": 20, "negative_prompt": "blurry"}
     assert check_call(PLAIN, {"prompt": "x", "width": 33}) == {"prompt": "x", "width": 33}
+
+
+def test_no_negative_prompt_is_a_thing_to_ask_for() -> None:
+    assert check_call(SOURCE, {"prompt": "x", "negative_prompt": None})["negative_prompt"] is None
+    assert check_call(SOURCE, {"prompt": "x", "negative_prompt": ""})["negative_prompt"] == ""
+
+
+def test_another_kind_of_negative_prompt_takes_the_place_of_the_default() -> None:
+    assert "negative_prompt" not in check_call(SOURCE, {"prompt": "x", "negative_prompt_embeds": [1]})
 
 
 def test_a_default_negative_prompt_is_repeated_for_several_prompts() -> None:

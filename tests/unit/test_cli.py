@@ -44,7 +44,19 @@ class World:
     closed: int = 0
 
 
+class FakePipeline:
+    def __call__(self, prompt: str) -> None:
+        """Takes no output_type."""
+
+
+class FakeVideoPipeline:
+    def __call__(self, prompt: str, output_type: str = "np") -> None:
+        """Gives arrays unless it is asked for pictures."""
+
+
 class FakeEngine:
+    pipeline: Any = FakePipeline()
+
     def __init__(self, world: World) -> None:
         self.world, self.plan, self.receipt, self.rank = world, plan_for(1), {}, int(os.environ.get("RANK", "0"))
 
@@ -144,8 +156,18 @@ def test_one_picture(world: World, run: Run) -> None:
     assert world.saved == ["apple.png"]
     assert out.startswith("apple.png  (")
     assert out.count("\n") == 1
-    assert world.engines == [{"model": "emoji", "config": Config(), "plan": None, "progress": True}]
+    agreed = [["a red apple"], 7, {"num_inference_steps": 4, "width": 64}]
+    wanted = {"model": "emoji", "config": Config(), "plan": None, "progress": True, "agree_on": agreed}
+    assert world.engines == [wanted]
     assert world.closed == 1
+
+
+def test_pictures_are_asked_for_where_the_pipeline_gives_arrays(
+    world: World, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "pipeline", FakeVideoPipeline())
+    assert run("generate", "x", "--out", "x.png", "--seed", "1")[0] == 0
+    assert world.calls == [("x", 1, {"output_type": "pil"})]
 
 
 def test_several_prompts_and_pictures_are_numbered(world: World, run: Run) -> None:

@@ -1,0 +1,139 @@
+"""Guards around sequence parallel that only a changed, wrapped or unlucky model meets."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import parafuse
+from parafuse.config import Axis
+from parafuse.engine.workers import read_signed, signed
+from parafuse.errors import ConfigError, RankError, UnsupportedError
+from parafuse.parallel.mesh import make_mesh
+from parafuse.parallel.sequence import fingerprint
+from tests.dist.ranks import run_ranks
+
+WIDTH, HEADS = 12, 3
+
+
+class Block(nn.Module):
+    """Self-attention whose queries may be shifted by some tokens, which no split survives."""
+
+    def __init__(self, shift: int = 0, *, torch_attention: bool = True):
+        super().__init__()
+        self.shift, self.torch_attention = shift, torch_attention
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q = q.roll(self.shift, dims=2)
+        if self.torch_attention:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return x + out.transpose(1, 2).flatten(2)
+
+
+class Model(nn.Module):
+    def __init__(self, *blocks: Block):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def call(model: nn.Module) -> float | str:
+    """Relative error of the split model against itself, or the refusal."""
+    x = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(x)
+        try:
+            with parafuse.apply(model):
+                out = model(x)
+        except (ConfigError, UnsupportedError) as error:
+            return str(error)
+    return float((out - expected).abs().max() / expected.abs().max())
+
+
+def all_cases() -> dict[str, Any]:
+    shared = Block()
+    compiled = Model(Block())
+    compiled.blocks[0].compile()
+    changed = Model(Block())
+    x = torch.randn(2, 7, WIDTH)
+    with torch.no_grad(), parafuse.apply(changed):
+        changed(x)
+        vars(changed.blocks[0])["torch_attention"] = False  # as a user's new attention processor would
+        try:
+            changed(x)
+            after_change = "ran"
+        except UnsupportedError as error:
+            after_change = str(error)
+    return {
+        "plain": call(Model(Block(), Block())),
+        "shift in the second block": call(Model(Block(), Block(shift=1))),
+        "one block twice": call(Model(shared, shared)),
+        "compiled": call(compiled),
+        "changed": after_change,
+    }
+
+
+def test_changed_wrapped_and_shared_blocks() -> None:
+    for seen in run_ranks(all_cases, 2):
+        assert seen["plain"] <= 1e-5
+        assert seen["one block twice"] <= 1e-5
+        assert "cannot be split over tokens" in str(seen["shift in the second block"])
+        assert "is compiled" in str(seen["compiled"])
+        assert "made 0 attention calls" in str(seen["changed"])
+
+
+def group_timeouts() -> list[timedelta]:
+    degrees = dict.fromkeys(Axis, 1) | {Axis.RING: 2, Axis.ULYSSES: 2}
+    mesh = make_mesh(degrees, "cpu", 77.0)
+    assert mesh.sequence is not None
+    groups = [*mesh.groups.values(), mesh.sequence]
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+def test_the_timeout_reaches_every_group() -> None:
+    for seen in run_ranks(group_timeouts, 4):
+        assert seen == [timedelta(seconds=77)] * 3
+
+
+def test_blocks_that_behave_differently_are_told_apart() -> None:
+    assert fingerprint(Block()) == fingerprint(Block())
+    assert fingerprint(Block()) != fingerprint(Block(shift=1))
+    with_processor = Block()
+    with_processor.processor = object()  # type: ignore[assignment]
+    assert fingerprint(with_processor) != fingerprint(Block())
+
+
+def test_only_signed_requests_are_read() -> None:
+    text = signed({"seed": 7}, "key")
+    assert read_signed(text, "key") == {"seed": 7}
+    for wrong in (text[:-4] + "AAAA", "0" + text[1:] if text[0] != "0" else "1" + text[1:], text.split(" ")[1]):
+        with pytest.raises(RankError, match="not signed"):
+            read_signed(wrong, "key")
+    with pytest.raises(RankError, match="not signed"):
+        read_signed(text, "another key")
+
+
+def test_a_lambda_is_refused_and_the_engine_goes_on() -> None:
+    config = parafuse.Config(parallel=parafuse.Parallel(ulysses=2))
+    steps: dict[str, Any] = {"num_inference_steps": 1, "width": 32, "height": 32, "seed": 1}
+    with parafuse.Engine.from_pretrained("emoji", config) as engine:
+        with pytest.raises(ConfigError, match="callback_on_step_end: cannot be sent"):
+            engine("x", callback_on_step_end=lambda *_: {}, **steps)
+        assert engine("x", **steps).images[0].size == (32, 32)
+    assert not dist.is_initialized()
+    with pytest.raises(ConfigError, match="closed"):
+        engine("x", **steps)

@@ -18,8 +18,8 @@ from parafuse.parallel.world import World
 from tests.dist.ranks import run_ranks
 from tests.dist.test_sequence import attempt
 
-SOON_S = 0.5
-LATER_S = 20.0
+SOON_S = 3.0
+LATER_S = 40.0
 
 
 @contextmanager

@@ -204,7 +204,7 @@ def left_alone(port: int) -> tuple[Any, float, bool]:
 def test_a_rank_that_hangs_holds_nobody_beyond_the_deadline() -> None:
     found = run_ranks(left_alone, 3, free_port())
     assert found[0][0] == "Fault: lost"
-    assert found[0][1] < 2.0  # SETTLE_S, not the job's timeout
+    assert found[0][1] < LATER_S / 4  # SETTLE_S, not the job's timeout
     assert found[2][0] == "RankError: rank 0 failed: Fault: lost"
     assert found[2][1] < 4.0
     assert found[0][2]

@@ -127,7 +127,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         return Handle()
     modules = denoisers(target)
     for name, module in modules:
-        _refuse_wrapped(name, [module, *block_stack(module)])
+        _refuse_wrapped(name, list(module.modules()))
         if is_overridden(module):
             raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
     if mesh is None:

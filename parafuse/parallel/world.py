@@ -37,17 +37,28 @@ def ensure_world(device: str, timeout_s: float, store: dist.Store | None = None)
             "or call torch.distributed.init_process_group first."
         )
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
-    if store is not None:
-        options |= {"store": store, "rank": int(os.environ.get("RANK", "0")), "world_size": _size_at(store)}
-    dist.init_process_group(backend, **options)
-    if store is not None:
+    ours = store is not None
+    if store is None:
+        store, rank, size = _meet(min(AGREE_S, timeout_s))
+    else:
+        rank, size = int(os.environ.get("RANK", "0")), int(store.get("parafuse/world_size"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    if ours:
         dist.distributed_c10d._get_default_store().set(_OWN_RANKS, "1")
     return True
 
 
-def _size_at(store: dist.Store) -> int:
-    return int(store.get("parafuse/world_size"))
+def _meet(deadline_s: float) -> tuple[dist.Store, int, int]:
+    """The launcher's store, this rank and the number of ranks. Raises RankError when rank 0 is not there in time: on
+    another node it may have ended over its arguments, and nobody there can end this process."""
+    try:
+        return next(dist.rendezvous("env://", timeout=timedelta(seconds=deadline_s)))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        raise RankError(
+            f"rank {os.environ['RANK']}: rank 0 was not at {where} within {deadline_s:.0f} s. Its own terminal says "
+            "why, if it ended; otherwise check the address and the port that the launcher was given."
+        ) from error
 
 
 def join_world(device: str, timeout_s: float, size: int, store: dist.Store | None = None) -> World:

@@ -137,3 +137,64 @@ def test_a_lambda_is_refused_and_the_engine_goes_on() -> None:
     assert not dist.is_initialized()
     with pytest.raises(ConfigError, match="closed"):
         engine("x", **steps)
+
+
+def refusals_of_other_libraries() -> dict[str, str]:
+    """What `apply` says of a model that carries another library's hooks, and whether it works once they are off."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+    from diffusers import FirstBlockCacheConfig
+
+    from tests.models import ODD, build, call, error, inputs
+
+    values = inputs("flux", ODD)
+    model: Any = build("flux")
+    plain = call(model, values)
+    said: dict[str, str] = {}
+
+    def attempt(name: str) -> None:
+        try:
+            parafuse.apply(model).remove()
+            said[name] = "accepted"
+        except ConfigError as refusal:
+            said[name] = str(refusal)
+
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    attempt("cache")
+    model.disable_cache()
+    attempt("cache off")
+    model.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    )
+    attempt("group offload")
+    for module in model.modules():
+        if hasattr(module, "_diffusers_hook"):
+            for name in list(module._diffusers_hook.hooks):
+                module._diffusers_hook.remove_hook(name)
+    attempt("group offload off")
+    cpu_offload(model, torch.device("cpu"))
+    attempt("accelerate")
+    remove_hook_from_submodules(model)
+    with parafuse.apply(model):
+        said["error"] = f"{error(call(model, values), plain):.1e}"
+    return said
+
+
+def test_models_under_other_libraries_hooks_are_refused_until_these_are_off() -> None:
+    for said in run_ranks(refusals_of_other_libraries, 2):
+        assert "carries diffusers hooks" in said["cache"]
+        assert "disable_cache()" in said["cache"]
+        assert said["cache off"] == "accepted"
+        assert "carries diffusers hooks" in said["group offload"]
+        assert said["group offload off"] == "accepted"
+        assert "offloaded or placed by accelerate" in said["accelerate"]
+        assert float(said["error"]) <= 1e-5
+
+
+def test_an_engine_starts_after_one_that_could_not() -> None:
+    config = parafuse.Config(parallel=parafuse.Parallel(ulysses=2))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        parafuse.Engine.from_pretrained("emoji", config, variant="absent")
+    assert not dist.is_initialized()
+    with parafuse.Engine.from_pretrained("emoji", config) as engine:
+        assert engine("x", num_inference_steps=1, width=32, height=32, seed=1).images[0].size == (32, 32)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from parafuse.config import Axis, Config
+from parafuse.engine.derive import derive
 from parafuse.engine.loader import ModelSource
-from parafuse.engine.probe import probe
 from parafuse.engine.stack import block_stack
 from parafuse.errors import ConfigError
 from parafuse.log import note
@@ -145,7 +145,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     try:
         for name, module in modules:
             blocks = block_stack(module)
-            parallel = SequenceParallel(module, blocks, mesh, probe)
+            parallel = SequenceParallel(module, blocks, mesh, derive)
             handle._undo.append(parallel.remove)
             parallel.install()
             axes = " x ".join(f"{a} {mesh.degree(a)}" for a in (Axis.RING, Axis.ULYSSES) if mesh.degree(a) > 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,8 +96,32 @@ def _file(name: str, path: Path, allow_pickle: bool) -> ModelSource:
         )
     if path.suffix not in (*PICKLES, *SAFE):
         raise ModelError(f"model={name!r}: must be a folder, or a {' '.join(SAFE)} file; {path.suffix!r} is neither.")
+    if path.suffix in SAFE:
+        facts = [f"{tensor} {shape}" for tensor, shape in sorted(_tensor_shapes(path, name).items())]
+    else:
+        facts = [path.name, str(path.stat().st_size)]
+    return ModelSource(name=name, path=str(path), kind="file", model_id=_digest(facts))
+
+
+def _tensor_shapes(path: Path, name: str) -> dict[str, list[int]]:
+    """Shape of every tensor of a safetensors file, from its header: 8 bytes of length, then one JSON object.
+
+    Raises ModelError for a file that is none, or that was not copied to its end."""
     size = path.stat().st_size
-    return ModelSource(name=name, path=str(path), kind="file", model_id=_digest([path.name, str(size)]))
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"it has {size} bytes and no header")
+            header = json.loads(file.read(length))
+        tensors = {tensor: facts for tensor, facts in header.items() if tensor != "__metadata__"}
+        end = 8 + length + max((facts["data_offsets"][1] for facts in tensors.values()), default=0)
+        shapes = {tensor: list(facts["shape"]) for tensor, facts in tensors.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ModelError(f"model={name!r}: cannot be read as safetensors ({error}). Download it again.") from error
+    if end != size:
+        raise ModelError(f"model={name!r}: has {size} bytes instead of {end}. Download it again.")
+    return shapes
 
 
 def _refuse_pickles(name: str, path: Path, index: dict[str, Any]) -> None:
@@ -148,14 +173,8 @@ def _size_multiple(path: Path, name: str) -> int | None:
     vae_file = path / "vae" / "config.json"
     if not vae_file.is_file():
         return None
-    vae = _read_json(vae_file, name)
-    if "scale_factor_spatial" in vae:
-        factor = int(vae["scale_factor_spatial"])
-    elif "temperal_downsample" in vae:
-        factor = 2 ** len(vae["temperal_downsample"])
-    elif "block_out_channels" in vae:
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    else:
+    factor = _vae_factor(_read_json(vae_file, name))
+    if factor is None:
         return None
     model_file = next((p for n in ("transformer", "unet") if (p := path / n / "config.json").is_file()), None)
     if model_file is None:
@@ -163,9 +182,27 @@ def _size_multiple(path: Path, name: str) -> int | None:
     model = _read_json(model_file, name)
     patch = model.get("patch_size") or 1
     patch = int(patch[-1] if isinstance(patch, list) else patch)
+    vae = _read_json(vae_file, name)
     if patch == 1 and model.get("in_channels") == 4 * vae.get("latent_channels", 0):
         patch = 2  # latents are packed two by two into channels before the transformer (FLUX and its relatives)
     return factor * patch
+
+
+def _vae_factor(vae: dict[str, Any]) -> int | None:
+    """Pixels per latent along one side, by the rules of diffusers' autoencoders; None for a config that fits none."""
+    for key in ("scale_factor_spatial", "spatial_compression_ratio"):
+        if vae.get(key) is not None:
+            return int(vae[key])
+    if "spatio_temporal_scaling" in vae:  # LTX
+        return int(vae.get("patch_size", 1)) * 2 ** sum(map(bool, vae["spatio_temporal_scaling"]))
+    if "spatial_expansions" in vae:  # Mochi
+        return math.prod(vae["spatial_expansions"])
+    if "temperal_downsample" in vae:
+        return 2 ** len(vae["temperal_downsample"])
+    for key in ("encoder_block_out_channels", "block_out_channels"):
+        if key in vae:
+            return 2 ** (len(vae[key]) - 1)
+    return None
 
 
 def load_pipeline(source: ModelSource, *, dtype: str, allow_pickle: bool, **kwargs: Any) -> Any:
@@ -174,6 +211,7 @@ def load_pipeline(source: ModelSource, *, dtype: str, allow_pickle: bool, **kwar
     Raises ModelError for what diffusers cannot load."""
     import torch
     from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
 
     if "torch_dtype" not in kwargs:
         kwargs.setdefault("dtype", getattr(torch, dtype))
@@ -183,33 +221,133 @@ def load_pipeline(source: ModelSource, *, dtype: str, allow_pickle: bool, **kwar
         if source.kind == "file":
             return _single_file(source, kwargs)
         return DiffusionPipeline.from_pretrained(source.path, **kwargs)
-    except ConfigError:
+    except (ConfigError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model={source.name!r}: cannot be loaded ({first})") from error
+    except (OSError, ValueError, LookupError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = _not_fetched(error) if source.kind == "hub" else None
+        if reason:
+            raise ModelError(f"model={source.name!r}: {reason}, or give a folder.") from error
+        raise ModelError(f"model={source.name!r}: cannot be loaded ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _not_fetched(error: BaseException) -> str | None:
+    """Why the hub did not give a repository, and the way out; None where something else is wrong."""
+    from huggingface_hub import errors
+
+    chain: list[BaseException] = [error]
+    for link in chain:
+        chain += [e for e in (link.__cause__, link.__context__) if e is not None and e not in chain]
+    if any(isinstance(e, errors.GatedRepoError) for e in chain):
+        return "its terms must be accepted on its page on the hub; do that, then `hf auth login`"
+    if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain):
+        return "the hub has no such repository, or it is private; check the name, `hf auth login`"
+    if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
+        return "is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; unset it"
+    if any(isinstance(e, errors.LocalEntryNotFoundError) for e in chain):
+        why = _first_line(chain[-1])
+        return f"is not in the local cache, and the hub cannot be reached ({why}); check the connection"
+    return None
+
+
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+"""Those of `from_pretrained` and `from_single_file` that say how to fetch from the hub."""
 
 
 def _single_file(source: ModelSource, kwargs: dict[str, Any]) -> Any:
-    """A single-file checkpoint, by the pipeline class that diffusers infers from its keys."""
-    from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+    """A single-file checkpoint. Its keys tell its type, and diffusers which hub repository holds the configuration of
+    that type; the repository's model_index.json names the pipeline class."""
+    import diffusers
+    import torch
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, SingleFileComponentError
+    from huggingface_hub import snapshot_download
 
-    name = infer_diffusers_model_type(load_single_file_checkpoint(source.path))
-    classes = {
-        "flux-dev": FluxPipeline,
-        "flux-schnell": FluxPipeline,
-        "sd3": StableDiffusion3Pipeline,
-        "sd35_large": StableDiffusion3Pipeline,
-        "sd35_medium": StableDiffusion3Pipeline,
-        "xl_base": StableDiffusionXLPipeline,
-        "v1": StableDiffusionPipeline,
-        "v2": StableDiffusionPipeline,
-    }
-    found = classes.get(name)
-    if found is None:
-        raise ConfigError(
-            f"model={source.name!r}: a single file of type {name!r}; single files of FLUX, Stable Diffusion 1, 2, 3 "
-            "and XL are read. Convert it to a diffusers folder."
+    for name in ("dtype", "torch_dtype"):
+        if isinstance(kwargs.get(name), dict):
+            raise ConfigError(f"{name}={kwargs[name]}: a single file has one dtype for all parts; give a folder.")
+    kind = _single_file_type(source)
+    hub_id = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    try:
+        folder = snapshot_download(
+            hub_id,
+            allow_patterns=["**/*.json", "*.json", "*.txt", "**/*.txt", "**/*.model"],
+            **{key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs},
         )
-    return found.from_single_file(source.path, **kwargs)
+    except OSError as error:
+        raise ModelError(
+            f"model={source.name!r}: a single file of type {kind!r}; its configuration {hub_id!r} "
+            f"{_not_fetched(error) or _first_line(error)}, or convert the file to a diffusers folder."
+        ) from error
+    index = Path(folder) / "model_index.json"
+    parts = _read_json(index, source.name) if index.is_file() else {}
+    found: Any = getattr(diffusers, str(parts.get("_class_name")), None)
+    if not hasattr(found, "from_single_file"):
+        raise _only_a_part(source, hub_id, parts, f"a single file of type {kind!r} holds no whole pipeline")
+    try:
+        pipeline = found.from_single_file(source.path, config=folder, **kwargs)
+    except SingleFileComponentError as error:
+        raise _only_a_part(source, hub_id, parts, _first_line(error)) from error
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()  # diffusers leaves the dropout of a T5 encoder on
+    _refuse_empty(source, pipeline)
+    return pipeline
+
+
+def _single_file_type(source: ModelSource) -> str:
+    """diffusers' name of the checkpoint's type, from the names and shapes of its tensors."""
+    import torch
+    from diffusers.loaders.single_file_utils import (
+        DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+        infer_diffusers_model_type,
+        load_single_file_checkpoint,
+    )
+
+    path = Path(source.path)
+    if path.suffix in SAFE:
+        shapes = _tensor_shapes(path, source.name)
+        tensors = {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items()}
+    else:
+        tensors = load_single_file_checkpoint(source.path)
+    try:
+        kind = infer_diffusers_model_type(tensors)
+    except (NameError, KeyError, RuntimeError):  # a known layout in a size that diffusers does not know
+        kind = None
+    # "v1" is also what diffusers says of keys that it does not know: those of a LoRA, or of one component.
+    unknown = kind == "v1" and not any(tensor.startswith("model.diffusion_model.") for tensor in tensors)
+    if unknown or kind not in DIFFUSERS_DEFAULT_PIPELINE_PATHS:
+        raise ModelError(
+            f"model={source.name!r}: is no checkpoint that diffusers knows (a LoRA, or one part of a model?). "
+            "Give a checkpoint of a whole model, or a diffusers folder."
+        )
+    return kind
+
+
+def _only_a_part(source: ModelSource, hub_id: str, parts: dict[str, Any], why: str) -> ModelError:
+    """The refusal of a file that lacks text encoders or VAE, as most files of transformers do."""
+    name = next((n for n in ("transformer", "unet") if n in parts), None)
+    way = "Give a diffusers folder."
+    if name:
+        part = f"{name}={parts[name][1]}.from_single_file({source.name!r})"
+        way = f"In Python, load the other parts from the hub: Engine.from_pretrained({hub_id!r}, {part})."
+    return ModelError(f"model={source.name!r}: {why.rstrip('.')}. {way}")
+
+
+def _refuse_empty(source: ModelSource, pipeline: Any) -> None:
+    """Raises ModelError for weights that the file did not hold: diffusers leaves them empty without a word."""
+    for name, part in pipeline.components.items():
+        if _empty(part) and hasattr(part, "tie_weights"):
+            part.tie_weights()  # embeddings of T5, which may be written once or twice
+        if empty := _empty(part):
+            raise ModelError(
+                f"model={source.name!r}: lacks {len(empty)} weights of {name}, such as {empty[0]}. "
+                "Give a checkpoint of a whole model, or a diffusers folder."
+            )
+
+
+def _empty(part: Any) -> list[str]:
+    """Names of parameters without values."""
+    return [name for name, p in part.named_parameters() if p.is_meta] if hasattr(part, "named_parameters") else []

@@ -8,6 +8,7 @@ that mix tokens outside of attention. Last, the block is run once per simulated 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -65,7 +66,7 @@ class Examined:
             seen.injected.append(out)
             return out
 
-        args, kwargs = tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in leaves], self.spec)
+        args, kwargs = tree_unflatten([owned(x) for x in leaves], self.spec)
         with torch.no_grad(), AttentionMode(attend):
             result = self.forward(*args, **kwargs)
         seen.results = [x.detach().clone() if isinstance(x, Tensor) else x for x in tree_flatten(result)[0]]
@@ -357,6 +358,18 @@ def _disturbed(x: Tensor, dim: int, index: int) -> Tensor:
         size = real.float().abs().nan_to_num(0, 0, 0).max()
         part.add_(_noise(tuple(part.shape), part, 7) * (1 + size).to(real.dtype))
     return out
+
+
+def owned(leaf: Any) -> Any:
+    """A copy of an argument that the block may write into."""
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    if leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device, nn.Module)):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # what cannot be copied is passed on, as it would be without parafuse
+        return leaf
 
 
 def _leaf_name(index: int, spec: TreeSpec, leaves: list[Any]) -> str:

@@ -95,6 +95,10 @@ def _plain(value: Any) -> Any:
         return [str(value.dtype), list(value.shape), hashlib.sha256(flat.numpy().tobytes()).hexdigest()]
     if hasattr(value, "get_state"):  # a generator
         return ["generator", _plain(value.get_state())]
-    if hasattr(value, "tobytes"):  # a picture or an array
-        return [type(value).__name__, hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, bytes):
+        return ["bytes", hashlib.sha256(value).hexdigest()]
+    if hasattr(value, "tobytes"):  # an array, or a picture with its palette
+        layout = [str(getattr(value, name, None)) for name in ("dtype", "shape", "mode", "size")]
+        palette = value.getpalette() if hasattr(value, "getpalette") else None
+        return [type(value).__name__, layout, palette, hashlib.sha256(value.tobytes()).hexdigest()]
     return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -19,7 +19,7 @@ from parafuse.config import Config
 from parafuse.engine.plan import Plan
 from parafuse.errors import ConfigError, ParafuseError
 from parafuse.launch import quiet
-from parafuse.launch.keywords import call_keywords, refuse_unknown
+from parafuse.launch.keywords import NUM_PICTURES, call_keywords, refuse_unknown
 from parafuse.launch.options import Option, build, given
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from parafuse.engine.engine import Engine
 
 FORMATS = (".png",)
+VIDEO_FORMATS = (".mp4", ".gif", ".webm", ".webp", ".mov", ".avi", ".mkv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,8 @@ class Job:
     world_size: int
     call: dict[str, Any]
     """Keywords for the pipeline's call, the same for every prompt."""
+    num_pictures: int
+    """Pictures, or videos, for each prompt."""
 
 
 def prepare(prompts: Sequence[str], picture: Picture, options: list[Option], typed: dict[str, Any]) -> Job:
@@ -106,24 +109,28 @@ def prepare(prompts: Sequence[str], picture: Picture, options: list[Option], typ
         refuse_beside_plan(plan, picture, chosen)
     else:
         config.parallel.degrees(world_size)
-    if log.rank() == 0:
-        paths = output_paths(picture.out, len(prompts) * (picture.num_images or 1))
-        for path in paths:
-            check_writable("--out", path, FORMATS)
-        if picture.save_plan:
-            check_writable("--save-plan", Path(picture.save_plan), (".json",))
-            if Path(picture.save_plan).resolve() in [p.resolve().with_suffix(".json") for p in paths]:
-                raise ConfigError(f"--save-plan {picture.save_plan!r}: the receipt of --out goes there; rename one.")
     source = locate(picture.model, allow_pickle=config.allow_pickle)
     call = call_keywords(picture, source)
     refuse_unknown(source, call)
+    checked: dict[str, Any] = {}
     for prompt in prompts:
-        check_call(source, {"prompt": prompt, **call})
+        checked = check_call(source, {"prompt": prompt, **call})
+    num_pictures = next((checked[name] for name in NUM_PICTURES if checked.get(name)), 1)
+    if log.rank() == 0:
+        check_outputs(picture, output_paths(picture.out, len(prompts) * num_pictures))
     if plan is not None:
         plan.check(model_id=source.model_id, world_size=world_size)
     else:
         resolve(config, source, world_size)
-    return Job(prompts=tuple(prompts), picture=picture, config=config, plan=plan, world_size=world_size, call=call)
+    return Job(
+        prompts=tuple(prompts),
+        picture=picture,
+        config=config,
+        plan=plan,
+        world_size=world_size,
+        call=call,
+        num_pictures=num_pictures,
+    )
 
 
 def refuse_beside_plan(plan: Plan, picture: Picture, chosen: list[tuple[Option, Any]]) -> None:
@@ -163,11 +170,23 @@ def output_paths(out: str, number: int) -> list[Path]:
     return [path] if number == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(number)]
 
 
+def check_outputs(picture: Picture, paths: list[Path]) -> None:
+    """Raises ConfigError unless every picture, and the plan, can be written."""
+    for path in paths:
+        check_writable("--out", path, FORMATS)
+    if picture.save_plan:
+        check_writable("--save-plan", Path(picture.save_plan), (".json",))
+        if Path(picture.save_plan).resolve() in [p.resolve().with_suffix(".json") for p in paths]:
+            raise ConfigError(f"--save-plan {picture.save_plan!r}: the receipt of --out goes there; rename one.")
+
+
 def check_writable(flag: str, path: Path, suffixes: tuple[str, ...]) -> None:
     """Raises ConfigError unless a file can be written at `path`. Tried: access rights say little to root."""
     shown, folder = f"{flag} {str(path)!r}", path.parent
     if path.suffix.lower() not in suffixes:
-        raise ConfigError(f"{shown}: the file name must end in {' or '.join(suffixes)}.")
+        frames = f"a video is written as one picture per frame, {path.stem}-0000.png and so on"
+        hint = f" ({frames})" if path.suffix.lower() in VIDEO_FORMATS and suffixes == FORMATS else ""
+        raise ConfigError(f"{shown}: the file name must end in {' or '.join(suffixes)}{hint}.")
     if path.is_dir():
         raise ConfigError(f"{shown}: is a folder; give a file name in it.")
     if not folder.is_dir():
@@ -217,7 +236,7 @@ def paint(job: Job) -> None:
     )
     if picture.save_plan and engine.rank == 0:
         engine.plan.save(picture.save_plan)
-    paths = output_paths(picture.out, len(job.prompts) * (picture.num_images or 1))
+    paths = output_paths(picture.out, len(job.prompts) * job.num_pictures)
     takes_type = "output_type" in inspect.signature(type(engine.pipeline).__call__).parameters
     wanted = {**job.call, "output_type": "pil"} if takes_type else job.call  # videos are arrays by default
     each = len(paths) // len(job.prompts)
@@ -226,17 +245,16 @@ def paint(job: Job) -> None:
         output = engine(prompt, seed=picture.seed, **wanted)
         seconds = time.perf_counter() - begun
         if engine.rank == 0:
-            save(engine, output, paths[index * each : (index + 1) * each])
+            shown = ", ".join(save(engine, output, paths[index * each : (index + 1) * each]))
             if not picture.quiet:
-                shown = ", ".join(str(path) for path in paths[index * each : (index + 1) * each])
                 seed = engine.receipt.get("seed", picture.seed)
                 ranks = "1 rank" if job.world_size == 1 else f"{job.world_size} ranks"
                 print(f"{shown}  ({seconds:.1f} s on {ranks}, seed {seed})", flush=True)
     engine.close()
 
 
-def save(engine: Engine, output: Any, paths: list[Path]) -> None:
-    """Writes the pictures of one request; the frames of a video as numbered pictures."""
+def save(engine: Engine, output: Any, paths: list[Path]) -> list[str]:
+    """Writes the pictures of one request; the frames of a video as numbered pictures. Returns what was written."""
     from parafuse.engine.receipt import save_image
 
     images: list[Image | list[Image]] | None = getattr(output, "images", None)
@@ -244,9 +262,15 @@ def save(engine: Engine, output: Any, paths: list[Path]) -> None:
         images = getattr(output, "frames", None)
     if images is None or len(images) != len(paths):
         raise ParafuseError(f"the pipeline's output ({type(output).__name__}) holds no pictures; use it from Python.")
+    if getattr(output, "audio", None) is not None:
+        log.note("the sound is not written; use parafuse.Engine from Python for it")
+    written: list[str] = []
     for image, path in zip(images, paths, strict=True):
-        if isinstance(image, list):
-            for number, frame in enumerate(image):
-                save_image(frame, path.with_name(f"{path.stem}-{number:04d}{path.suffix}"), engine.receipt)
-        else:
-            save_image(image, path, engine.receipt)
+        frames = image if isinstance(image, list) else [image]
+        files = [path]
+        if len(frames) > 1:
+            files = [path.with_name(f"{path.stem}-{number:04d}{path.suffix}") for number in range(len(frames))]
+        for frame, file in zip(frames, files, strict=True):
+            save_image(frame, file, engine.receipt)
+        written.append(str(path) if len(files) == 1 else f"{files[0]} to {files[-1]}")
+    return written

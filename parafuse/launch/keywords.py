@@ -21,9 +21,9 @@ KEYWORDS = {
     "width": "width",
     "height": "height",
     "negative_prompt": "negative_prompt",
-    "num_images": "num_images_per_prompt",
 }
-"""Options that are keywords of the pipelines under another name. `guidance` depends on the model."""
+"""Options that are keywords of the pipelines under another name. `guidance` and `num_images` depend on the model."""
+NUM_PICTURES = ("num_images_per_prompt", "num_videos_per_prompt")
 RESERVED = {
     "prompt": "give the prompts as arguments",
     "seed": "use --seed",
@@ -36,7 +36,12 @@ RESERVED = {
 
 def call_keywords(picture: Picture, source: ModelSource) -> dict[str, Any]:
     """The pipeline's keywords from the options and --set."""
-    names = KEYWORDS | {"guidance": "true_cfg_scale" if "true_cfg_scale" in source.defaults else "guidance_scale"}
+    pipeline = getattr(source, "pipeline_class", None)
+    accepted = (accepted_keywords(pipeline) if pipeline and picture.num_images else None) or []
+    names = KEYWORDS | {
+        "guidance": "true_cfg_scale" if "true_cfg_scale" in source.defaults else "guidance_scale",
+        "num_images": next((name for name in NUM_PICTURES if name in accepted), NUM_PICTURES[0]),
+    }
     call = {names[name]: value for name in names if (value := getattr(picture, name)) is not None}
     flags = {keyword: "--" + name.replace("_", "-") for name, keyword in names.items()}
     for text in picture.set:

@@ -29,13 +29,16 @@ def silence_libraries() -> None:
 
 
 def hide_loading_bars() -> None:
-    """After diffusers and transformers are imported: no bars for loading. Downloads keep theirs on a terminal."""
+    """After diffusers and transformers are imported: no bars for loading, and no error told twice.
+
+    Downloads keep their bars on a terminal."""
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()  # also those of the hub
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.CRITICAL)  # it logs what it raises
     if log.rank() == 0 and sys.stderr.isatty():
         enable_progress_bars()
 

@@ -93,6 +93,24 @@ def _(x: Tensor, degree: int, group: str) -> Tensor:
     return x.new_empty((degree, *x.shape))
 
 
+@torch.library.custom_op("parafuse::all_reduce", mutates_args=())
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum over the ranks of `group`, on all of them. Collective on `group`.
+
+    Counted as what a ring sends: 2 * bytes * (P - 1) / P."""
+    process_group = _resolve(group)
+    out = x.clone(memory_format=torch.contiguous_format)
+    degree = dist.get_world_size(process_group)
+    counters(group).add("all_reduce", 2 * x.nbytes * (degree - 1) // degree)
+    dist.all_reduce(out, group=process_group)
+    return out
+
+
+@all_reduce.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 class Rotation:
     """Point-to-point ring: each `post` sends a buffer to the next rank while one from the previous is received."""
 

@@ -50,6 +50,9 @@ class BlockPlan:
     sites: tuple[Site, ...] = ()
     results: dict[int, TokenDim] = field(default_factory=dict[int, TokenDim])
     """Leaf number of the result -> token dim."""
+    why_not_local: str = ""
+    """Set where the block cannot run on a rank's rows as if they were all: it then runs on Sharded tensors, which show
+    it the whole shape, as the model's code between the blocks does."""
 
     @property
     def splits(self) -> bool:
@@ -178,15 +181,21 @@ class SequenceParallel:
                 result = gather_all(original(*args, **kwargs))
             finally:
                 self._slices = None
-            if self.plans and not any(plan.sites for plan in self.plans.values()):
-                raise UnsupportedError(
-                    f"{type(self.root).__name__}: no block calls torch's scaled_dot_product_attention, so none can be "
-                    "split. Set the attention backend to native (model.set_attention_backend('native'), or the default "
-                    "attention processor)."
-                )
+            self._refuse_nothing_split()
             return result
 
         return forward
+
+    def _refuse_nothing_split(self) -> None:
+        """Raises UnsupportedError where every block ran whole: several ranks would do the work of one."""
+        if not self.plans or self.ranks.work or any(plan.sites for plan in self.plans.values()):
+            return
+        whole = [f"{name} ({count} times)" for name, count in self.ranks.causes.most_common(3)]
+        raise UnsupportedError(
+            f"{type(self.root).__name__}: none of its blocks can be split over tokens: "
+            + (f"they need whole tokens for {', '.join(whole)}" if whole else "they mix none")
+            + ". Run it on one rank (or set its attention backend to native, if it is another one)."
+        )
 
     def _block_forward(self, block: nn.Module, original: Forward) -> Forward:
         name = fingerprint(block)
@@ -199,6 +208,8 @@ class SequenceParallel:
             plan = self.plans.get(key)
             if plan is None:
                 plan = self.plans[key] = self.prober(block, original, [gather_all(leaf) for leaf in leaves], spec)
+            if plan.why_not_local:
+                return self._on_whole_shapes(plan, original, leaves, spec)
             if not plan.splits:
                 return original(*gather_all(args), **gather_all(kwargs))
             bound = Bound(plan, leaves, self.ranks, self._slices)
@@ -214,6 +225,68 @@ class SequenceParallel:
             return bound.wrap(result)
 
         return forward
+
+    def _on_whole_shapes(self, plan: BlockPlan, original: Forward, leaves: list[Any], spec: TreeSpec) -> Any:
+        """Runs a block on Sharded tensors: whatever it does is right, and what has no rule gathers."""
+        split = list(leaves)
+        for i, label in plan.arguments.items():
+            split[i] = self._sharded(leaves[i], label.dim)
+        args, kwargs = tree_unflatten(split, spec)
+        try:
+            with AttentionMode(self._attend_whole):
+                result = original(*args, **kwargs)
+        except RuntimeError as error:
+            if type(error).__module__ != "torch._dynamo.exc":
+                raise
+            part = "flex_attention" if "flex_attention" in str(error) else "a part of itself"
+            raise UnsupportedError(f"a block that compiles {part} cannot be split over tokens") from error
+        out, result_spec = tree_flatten(result)
+        for i, label in plan.results.items():
+            out[i] = self._sharded(out[i], label.dim)
+        return tree_unflatten(out, result_spec)
+
+    def _sharded(self, x: Any, dim: int) -> Any:
+        if isinstance(x, Sharded) or not isinstance(x, Tensor):
+            return x
+        layout = Layout((x.shape[dim],), self.ranks.degree)
+        return Sharded(self.ranks.take(x, dim, layout), dim, layout, self.ranks)
+
+    def _attend_whole(self, site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
+        """Attention of tensors of which some are Sharded."""
+        if not any(isinstance(x, Sharded) for x in (q, k, v)):
+            return F.scaled_dot_product_attention(**gather_all(given))
+        mask = gather_all(call.mask)
+        if isinstance(q, Sharded) and q.ndim in (3, 4):
+            tokens = q.ndim - 2
+            whole_keys = not isinstance(k, Sharded) and not isinstance(v, Sharded)
+            if q.token_dim == tokens and whole_keys:
+                rows = dict(
+                    self._own_rows(q.tokens, Call(mask, call.scale, call.is_causal), given | {"attn_mask": mask})
+                )
+                rows["query"] = q.local
+                return q.like(F.scaled_dot_product_attention(**rows), tokens)
+            if isinstance(k, Sharded) and isinstance(v, Sharded) and k.tokens == v.tokens:
+                if q.token_dim == k.token_dim == v.token_dim == tokens:
+                    check_mask(mask, q.tokens, k.tokens)
+                    self.ranks.work["attention"] += 1
+                    q4, k4, v4 = (x.local if x.ndim == 4 else x.local.unsqueeze(0) for x in (q, k, v))
+                    whole_call = Call(mask, call.scale, call.is_causal)
+                    out = self.attention(q4, k4, v4, q.tokens, k.tokens, whole_call)
+                    return q.like(out if q.ndim == 4 else out.squeeze(0), tokens)
+                if q.token_dim == k.token_dim == v.token_dim < q.ndim - 2 and q.tokens == k.tokens:
+                    self.ranks.work["attention"] += 1
+                    if mask is not None and mask.ndim >= q.ndim - q.token_dim:
+                        dim = mask.ndim - (q.ndim - q.token_dim)
+                        mask = self.ranks.take(mask, dim, q.tokens) if mask.shape[dim] != 1 else mask
+                    local_given: dict[str, Any] = {
+                        "query": q.local,
+                        "key": k.local,
+                        "value": v.local,
+                        "attn_mask": mask,
+                    }
+                    return q.like(F.scaled_dot_product_attention(**{**given, **local_given}))
+        self.ranks.causes["attention of tokens that are split in different ways"] += 1
+        return F.scaled_dot_product_attention(**gather_all(given))
 
     def _attend(self, bound: Bound) -> Any:
         def attend(site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:

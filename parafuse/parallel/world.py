@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -148,8 +147,10 @@ class World:
             raise RankError(f"{_ranks(silent)} did not report {topic} within {deadline_s:.0f} s.")
         different = [rank for rank in said if said[rank] != said[0]]
         if different:
+            was = "was" if len(different) == 1 else "were"
             raise RankMismatchError(
-                f"{_ranks(different)} were given {topic} other than rank 0's. Start every rank with the same arguments."
+                f"{_ranks(different)} {was} given {topic} other than rank 0's. "
+                "Start every rank with the same arguments."
             )
 
     def share(self, topic: str, make: Callable[[], int]) -> int:

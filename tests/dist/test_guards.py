@@ -91,7 +91,7 @@ def test_changed_wrapped_and_shared_blocks() -> None:
     for seen in run_ranks(all_cases, 2):
         assert seen["plain"] <= 1e-5
         assert seen["one block twice"] <= 1e-5
-        assert "cannot be split over tokens" in str(seen["shift in the second block"])
+        assert seen["shift in the second block"] <= 1e-5  # on whole shapes
         assert "is compiled" in str(seen["compiled"])
         assert "made 0 attention calls" in str(seen["changed"])
 

@@ -1,4 +1,4 @@
-"""A model that cannot be split is refused on every rank, and is as it was after; what is beside it works."""
+"""Blocks that cannot run on a rank's rows alone run on whole shapes, exactly; where nothing is split, that is refused."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ class Manual(Good):
         return x + (torch.softmax(q @ k.transpose(-1, -2) / 2, -1) @ v).transpose(1, 2).flatten(2)
 
 
+class Cumulative(Good):
+    """Mixes tokens by something that cannot be split."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.cumsum(x, 1)
+
+
 class Crossed(Good):
     """Self-attention, then attention to a context that every rank has, under a mask."""
 
@@ -49,28 +56,34 @@ class Crossed(Good):
         return x + seen.transpose(1, 2).flatten(2)
 
 
-def refused(kinds: list[type[Good]]) -> list[Any]:
-    """The error of a call; whether the model is as it was after `remove`; and the error of a model beside it."""
+def beside_another(kinds: list[type[Good]], layout: Layout) -> list[Any]:
+    """What two calls gave (an error against the plain model, or a refusal), the error of a model beside it, and whether
+    the model is as it was after `remove`."""
     model, beside, x = Stack(*(kind() for kind in kinds)), Stack(Good(), Good()), torch.randn(2, 35, 8)
     plain, plain_beside = model(x), beside(x)
-    with parafuse.apply(model, parallel((1, 2))), parafuse.apply(beside, parallel((1, 2))):
-        out = [attempt(model, x), error(beside(x), plain_beside), attempt(model, x)]
+    with parafuse.apply(model, parallel(layout)), parafuse.apply(beside, parallel(layout)):
+        out = [
+            attempt(lambda: error(model(x), plain)),
+            error(beside(x), plain_beside),
+            attempt(lambda: error(model(x), plain)),
+        ]
     return [*out, torch.equal(model(x), plain)]
 
 
-@pytest.mark.parametrize("kind", [Mean, Positions, LogScale])
-def test_a_block_that_cannot_be_split_is_refused_on_every_rank(kind: type[Good]) -> None:
-    for first, beside, second, restored in run_ranks(refused, 2, [Good, kind]):
-        assert first == second
-        assert first.startswith(f"UnsupportedError: {kind.__name__}: cannot be split over tokens: ")
-        assert beside <= EXACT
+@pytest.mark.parametrize("layout", [(1, 2), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("kind", [Mean, Positions, LogScale, Manual])
+def test_a_block_that_needs_whole_shapes_is_exact(kind: type[Good], layout: Layout) -> None:
+    for first, beside, second, restored in run_ranks(beside_another, layout[0] * layout[1], [Good, kind], layout):
+        assert not isinstance(first, str), first
+        assert max(first, beside, second) <= EXACT
         assert restored
 
 
-def test_attention_that_is_not_found_is_refused() -> None:
-    for first, beside, _, restored in run_ranks(refused, 2, [Manual, Manual]):
-        assert first.startswith("UnsupportedError: Stack: no block calls torch's scaled_dot_product_attention")
-        assert "set_attention_backend('native')" in first
+def test_a_model_of_which_nothing_is_split_is_refused_by_its_operator() -> None:
+    for first, beside, second, restored in run_ranks(beside_another, 2, [Cumulative, Cumulative], (1, 2)):
+        assert first == second or "cumsum" in second
+        assert first.startswith("UnsupportedError: Stack: none of its blocks can be split over tokens: they need whole")
+        assert "cumsum (2 times)" in first
         assert beside <= EXACT
         assert restored
 

@@ -117,11 +117,11 @@ def test_the_first_call_may_have_any_lengths(family: str, layout: Layout) -> Non
 def count_examinations(family: str) -> tuple[list[int], list[float]]:
     """How many blocks had been examined after each of four calls; and the errors."""
     examined: list[str] = []
-    probe = apply_module.probe
+    derive = apply_module.derive
     model = build(family)
     calls = [inputs(family, sizes) for sizes in (ODD, EVEN, EQUAL, TINY)]
     plain = [call(model, values) for values in calls]
-    apply_module.probe = lambda block, *args: examined.append(type(block).__name__) or probe(block, *args)
+    apply_module.derive = lambda block, *args: examined.append(type(block).__name__) or derive(block, *args)
     try:
         counts, errors = [], []
         with parafuse.apply(model, parallel((1, 2))):
@@ -129,7 +129,7 @@ def count_examinations(family: str) -> tuple[list[int], list[float]]:
                 errors.append(error(call(model, values), want))
                 counts.append(len(examined))
     finally:
-        apply_module.probe = probe
+        apply_module.derive = derive
     return counts, errors
 
 

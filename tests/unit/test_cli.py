@@ -65,7 +65,8 @@ class FakeEngine:
             raise self.world.fault
         self.world.calls.append((prompt, seed, call))
         self.receipt = {"seed": 11 if seed is None else seed}
-        return SimpleNamespace(images=["image"] * call.get("num_images_per_prompt", 1))
+        names = ("num_images_per_prompt", "num_videos_per_prompt")
+        return SimpleNamespace(images=["image"] * max(call.get(name, 1) for name in names))
 
     def close(self) -> None:
         self.world.closed += 1
@@ -79,7 +80,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     def locate(model: str, *, allow_pickle: bool = False) -> Any:
         if model == "nothing":
             raise ModelError("model='nothing': no such folder.")
-        classes = {"flux": "FluxPipeline", "ddpm": "DDPMPipeline"}
+        classes = {"flux": "FluxPipeline", "ddpm": "DDPMPipeline", "wan": "WanPipeline"}
         facts = {"model_id": "abc", "defaults": state.defaults, "allow_pickle": allow_pickle}
         return SimpleNamespace(name=model, pipeline_class=classes.get(model), **facts)
 
@@ -179,6 +180,23 @@ def test_several_prompts_and_pictures_are_numbered(world: World, run: Run) -> No
     assert "seed 11" in out, "a seed that was drawn is told"
 
 
+@pytest.mark.parametrize(
+    ("model", "arguments", "keyword"),
+    [
+        ("flux", "--num-images 2", "num_images_per_prompt"),
+        ("flux", "--set num_images_per_prompt=2", "num_images_per_prompt"),
+        ("wan", "--num-images 2", "num_videos_per_prompt"),
+        ("wan", "--set num_videos_per_prompt=2", "num_videos_per_prompt"),
+    ],
+)
+def test_two_pictures_are_written_however_they_are_asked_for(
+    world: World, run: Run, model: str, arguments: str, keyword: str
+) -> None:
+    assert run("generate", "a", "--model", model, "--out", "x.png", *arguments.split())[0] == 0
+    assert world.calls[0][2] == {keyword: 2}
+    assert world.saved == ["x-0.png", "x-1.png"]
+
+
 @pytest.mark.parametrize("prompt", ["", "x" * 10_000, "ein Apfel 🍎 苹果 تفاحة", "--", "a\nb"])
 def test_any_prompt(world: World, run: Run, prompt: str) -> None:
     code, _, _ = run("generate", "--", prompt)
@@ -261,6 +279,7 @@ BAD: list[tuple[str, str]] = [
     ("--timeout 0", "timeout_s=0.0: must be from 1"),
     ("--model nothing", "model='nothing': no such folder"),
     ("--config gone.json", "config='gone.json': cannot be read"),
+    ("--config deep.json", "unknown key 'ulises'; did you mean 'ulysses'?"),
     ("--config typo.json", "unknown key 'dtpye'; did you mean 'dtype'?"),
     ("--plan gone.json", "plan='gone.json': cannot be read"),
     ("--plan other.json", "made for 'emoji', not for this model"),
@@ -275,7 +294,8 @@ BAD: list[tuple[str, str]] = [
     ("--set output_type=pt", "parafuse.Engine from Python"),
     ("--model flux --set max_sequence_lenght=3", "has no 'max_sequence_lenght'; did you mean 'max_sequence_length'?"),
     ("--model ddpm", "the call of DDPMPipeline has no 'prompt'; it takes"),
-    ("--out x.gif", "--out 'x.gif': the file name must end in .png"),
+    ("--out x.gif", "must end in .png (a video is written as one picture per frame, x-0000.png and so on)."),
+    ("--out x.jpeg", "--out 'x.jpeg': the file name must end in .png."),
     ("--out x", "--out 'x': the file name must end in .png"),
     ("--out no/such/x.png", "the folder 'no/such' does not exist; create it first"),
     ("--out good.json/x.png", "the folder 'good.json' is not a folder"),
@@ -292,6 +312,7 @@ BAD: list[tuple[str, str]] = [
 def test_bad_input_is_one_line_and_exit_code_2(world: World, run: Run, arguments: str, message: str) -> None:
     Path("folder.png").mkdir()
     Path("good.json").write_text("{}")
+    Path("deep.json").write_text('{"parallel": {"ulises": 2}}')
     Path("typo.json").write_text('{"dtpye": "float32"}')
     plan_for(2).save("two.json")
     plan_for(1, "another").save("other.json")

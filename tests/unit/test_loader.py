@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -125,12 +126,42 @@ def test_a_pickle_beside_safetensors_is_not_loaded_and_not_refused(folder: Path)
     assert locate(str(folder)).kind == "folder"
 
 
+def safetensors(path: Path, shapes: dict[str, list[int]], *, cut: int = 0) -> Path:
+    """A file of zeros of one byte each; `cut` bytes of its end are missing."""
+    end = 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "U8", "shape": shape, "data_offsets": [end, end := end + math.prod(shape)]}
+    text = json.dumps(header).encode()
+    whole = len(text).to_bytes(8, "little") + text + bytes(end)
+    path.write_bytes(whole[: len(whole) - cut])
+    return path
+
+
 def test_single_files(tmp_path: Path) -> None:
-    file = write(tmp_path / "flux.safetensors", "weights")
+    file = safetensors(tmp_path / "flux.safetensors", {"a": [2, 3], "b": [4]})
     source = locate(str(file))
     assert (source.kind, source.path, source.size_multiple) == ("file", str(file), None)
     assert "must be a folder, or a .safetensors file; '.gguf' is neither" in refusal(write(tmp_path / "a.gguf", "x"))
     assert "'' is neither" in refusal(write(tmp_path / "noname", "x"))
+
+
+def test_the_fingerprint_of_a_file_is_of_its_shapes(tmp_path: Path) -> None:
+    one = locate(str(safetensors(tmp_path / "1.safetensors", {"a": [2, 3], "b": [4]}))).model_id
+    assert locate(str(safetensors(tmp_path / "2.safetensors", {"b": [4], "a": [2, 3]}))).model_id == one
+    assert locate(str(safetensors(tmp_path / "3.safetensors", {"a": [3, 2], "b": [4]}))).model_id != one
+    assert locate(str(safetensors(tmp_path / "4.safetensors", {"c": [2, 3], "b": [4]}))).model_id != one
+
+
+def test_files_that_hold_no_weights(tmp_path: Path) -> None:
+    cut = safetensors(tmp_path / "cut.safetensors", {"a": [200]}, cut=7)
+    size = cut.stat().st_size
+    assert refusal(cut).endswith(f"has {size} bytes instead of {size + 7}. Download it again.")
+    pointer = write(tmp_path / "pointer.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    for content in ("", "x", "[" * 99, "\x02\0\0\0\0\0\0\0[]", '\x07\0\0\0\0\0\0\0{"a":1}'):
+        file = write(tmp_path / "other.safetensors", content)
+        assert "cannot be read as safetensors" in refusal(file)
+    assert "cannot be read as safetensors" in refusal(pointer)
 
 
 def test_a_models_own_defaults(folder: Path) -> None:
@@ -153,6 +184,10 @@ def test_defaults_that_say_something_else(folder: Path, values: Any, found: str)
     assert found in refusal(folder)
 
 
+LTX_VAE = {
+    "block_out_channels": [128, 256, 512, 512], "spatio_temporal_scaling": [True, True, True, False], "patch_size": 4,
+    "latent_channels": 128,
+}  # fmt: skip
 SIZES: dict[str, tuple[dict[str, Any] | None, str, dict[str, Any], int | None]] = {
     "FLUX.1": (FLUX_VAE, "transformer", {"patch_size": 1, "in_channels": 64}, 16),
     "FLUX.2": (FLUX_VAE | {"latent_channels": 32}, "transformer", {"patch_size": 1, "in_channels": 128}, 16),
@@ -161,6 +196,14 @@ SIZES: dict[str, tuple[dict[str, Any] | None, str, dict[str, Any], int | None]] 
     "Wan 2.1": ({"temperal_downsample": [False, True, True]}, "transformer", {"patch_size": [1, 2, 2]}, 16),
     "Wan 2.2": ({"scale_factor_spatial": 16, "temperal_downsample": [False, True, True]}, "transformer",
                 {"patch_size": [1, 2, 2], "in_channels": 48}, 32),
+    "LTX": (LTX_VAE, "transformer", {"patch_size": 1, "in_channels": 128}, 32),
+    "LTX that says it": (LTX_VAE | {"spatial_compression_ratio": 16}, "transformer", {"patch_size": 1}, 16),
+    "LTX that does not say it": (LTX_VAE | {"spatial_compression_ratio": None}, "transformer", {"patch_size": 1}, 32),
+    "HunyuanVideo": (FLUX_VAE | {"spatial_compression_ratio": 8}, "transformer", {"patch_size": 2}, 16),
+    "Mochi": ({"encoder_block_out_channels": [64, 128, 256, 384], "spatial_expansions": [2, 2, 2]}, "transformer",
+              {"patch_size": 2}, 16),
+    "Sana": ({"encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024], "latent_channels": 32}, "transformer",
+             {"patch_size": 1, "in_channels": 32}, 32),
     "no transformer": (FLUX_VAE, "other", {}, 8),
     "unknown VAE": ({"something": 1}, "transformer", {"patch_size": 2}, None),
     "no VAE": (None, "transformer", {"patch_size": 2}, None),

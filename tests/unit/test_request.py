@@ -133,7 +133,7 @@ def test_seeds_differ_and_fit() -> None:
 
 def variations() -> dict[str, Any]:
     """Values that are all different."""
-    base = torch.arange(12.0)
+    base, red = torch.arange(12.0), Image.new("RGB", (4, 4), "red")
     return {
         "none": None,
         "text": "a",
@@ -155,10 +155,26 @@ def variations() -> dict[str, Any]:
         "empty": base[:0],
         "generator": torch.Generator().manual_seed(1),
         "another generator": torch.Generator().manual_seed(2),
-        "picture": Image.new("RGB", (4, 4), "red"),
+        "picture": red,
         "another picture": Image.new("RGB", (4, 4), "blue"),
         "array": base.numpy(),
+        "array's shape": base.numpy().reshape(3, 4),
+        "array's other shape": base.numpy().reshape(4, 3),
+        "array's dtype": base.numpy().view("int32"),
+        "picture's shape": Image.frombytes("RGB", (2, 8), red.tobytes()),
+        "picture's mode": Image.frombytes("L", (12, 4), red.tobytes()),
+        "palette": colours(0),
+        "another palette": colours(1),
+        "bytes": b"a",
+        "other bytes": b"b",
     }
+
+
+def colours(first: int) -> Image.Image:
+    """A picture whose bytes are all 0, of the colour that its palette says."""
+    image = Image.new("P", (4, 4))
+    image.putpalette([first, 0, 0])
+    return image
 
 
 def test_what_differs_has_another_digest() -> None:

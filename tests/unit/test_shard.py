@@ -38,6 +38,11 @@ class Ranks:
         self.gathers += self.here.rank == 0
         return out
 
+    def all_reduce(self, x: Tensor, group: str) -> Tensor:
+        out = self.all_gather(x, 0, group).sum(0)
+        self.gathers -= self.here.rank == 0
+        return out
+
     def play(self, degree: int, function: Callable[[SequenceGroup], Any]) -> list[Any]:
         """The results of `function(group)` by rank; the error of a rank ends the play."""
         self.slots: list[Any] = [None] * degree
@@ -61,6 +66,7 @@ class Ranks:
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     ranks = Ranks()
     monkeypatch.setattr(shard, "all_gather", ranks.all_gather)
+    monkeypatch.setattr(shard, "all_reduce", ranks.all_reduce)
     return ranks
 
 
@@ -109,6 +115,29 @@ LOCAL: dict[str, Act] = {
     "split with keywords": lambda x: torch.split(x["image"], dim=2, split_size_or_sections=4),
     "chunks of features": lambda x: x["image"].chunk(3, dim=-1),
     "chunks with keywords": lambda x: x["image"].chunk(dim=-1, chunks=2),
+    "stacked": lambda x: torch.stack([x["image"], x["other"]]),
+    "stacked features": lambda x: torch.stack([x["image"], x["other"]], dim=-1).flatten(2),
+    "heads": lambda x: x["image"].unflatten(-1, (3, 2)).transpose(1, 2),
+    "heads by view": lambda x: x["image"].view(B, S, 3, -1).permute(0, 2, 1, 3),
+    "heads and back": lambda x: x["image"].reshape(B, -1, 2, 3).transpose(1, 2).transpose(1, 2).flatten(2),
+    "unsqueezed": lambda x: x["image"].unsqueeze(1).expand(-1, 4, S, -1)[:, 2],
+    "nothing to squeeze": lambda x: x["image"].squeeze(1),
+    "unbound": lambda x: x["image"].unflatten(-1, (2, 3)).unbind(2),
+    "one feature": lambda x: x["image"][..., 0],
+    "one sample": lambda x: x["image"][1],
+    "a new dim": lambda x: x["image"][:, None, :, ::2],
+    "as complex numbers": lambda x: torch.view_as_real(torch.view_as_complex(x["image"].reshape(B, S, 3, 2)) * 2j),
+    "softmax of features": lambda x: x["image"].softmax(-1),
+    "sums of features": lambda x: x["image"].sum(-1, keepdim=True) + x["image"].mean(dim=2, keepdim=True),
+    "heads repeated": lambda x: x["image"].repeat_interleave(2, dim=-1),
+    "copies of samples": lambda x: x["image"].repeat(2, 1, 1),
+    "padded features": lambda x: F.pad(x["image"], (0, 2), value=1.0),
+    "padded tokens": lambda x: F.pad(x["image"], (0, 0, 2, 3), value=1.0),
+    "zeros of the same shape": lambda x: torch.zeros_like(x["image"]) + x["image"],
+    "written into segments": lambda x: _written(torch.cat([x["text"], x["image"]], 1)),
+    "times a matrix": lambda x: x["image"] @ LINEAR.weight.T,
+    "a matrix times": lambda x: LINEAR.weight @ x["image"].transpose(1, 2),
+    "compared": lambda x: torch.where(x["image"] > OTHER, x["image"], OTHER),
     "a chain": lambda x: LINEAR(NORM(torch.cat([x["text"], x["image"]], 1)) * (1 + SCALE))[:, T:] + 1,
 }
 GATHERED: dict[str, Act] = {
@@ -130,28 +159,44 @@ GATHERED: dict[str, Act] = {
     "streams of two layouts": lambda x: x["joint"] + torch.cat([x["text"], x["image"]], 1),
     "split along other dims": lambda x: x["rows"] + x["columns"],
     "side by side along other dims": lambda x: torch.cat([x["rows"], x["columns"]], 0),
-    "stacked": lambda x: torch.stack([x["image"], x["other"]]),
     "numpy": lambda x: torch.from_numpy(x["image"].numpy().copy()),
     "item": lambda x: torch.tensor(x["image"].sum().item()),
     "into a whole tensor": lambda x: _into_whole(x["image"]),
     "keywords only": lambda x: torch.cat(tensors=[x["image"], x["other"]], dim=1),
     "linear with keywords only": lambda x: F.linear(input=x["image"], weight=LINEAR.weight),
     "add with keywords only": lambda x: torch.add(input=x["image"], other=OTHER),
+    "in place, of two layouts": lambda x: _augmented(x["joint"], torch.cat([x["text"], x["image"]], 1)),
+    "rows times columns": lambda x: x["image"] @ x["other"].transpose(1, 2),
     "out": lambda x: torch.add(x["image"], OTHER, out=torch.empty(B, S, D)),
 }
+SUMMED: dict[str, Act] = {
+    "tokens contracted": lambda x: x["image"].transpose(1, 2) @ x["other"],
+    "two streams contracted": lambda x: _both(x).transpose(1, 2) @ (_both(x) + 1),
+}
+"""Sums over tokens of what each rank has: filler must not count."""
 REFUSED: dict[str, Act] = {
     "copy_": lambda x: x["image"].copy_(OTHER),
     "zero_": lambda x: x["image"].zero_(),
     "index_add_": lambda x: x["image"].index_add_(1, torch.tensor([0]), OTHER[:, :1]),
     "masked_fill_": lambda x: x["image"].masked_fill_(OTHER > 0, 0.0),
     "__setitem__": lambda x: x["image"].__setitem__((slice(None), 0), 0.0),
-    "add_": lambda x: _augmented(x["joint"], torch.cat([x["text"], x["image"]], 1)),
     "cat": lambda x: torch.cat([OTHER, TEXT], 1, out=x["joint"]),
 }
 
 
 def _augmented(x: Any, other: Any = None) -> Any:
     x += OTHER if other is None else other
+    return x
+
+
+def _both(x: dict[str, Any]) -> Any:
+    return torch.cat([x["text"], x["image"]], 1)
+
+
+def _written(x: Any) -> Any:
+    """As rotary embeddings of one stream of several are written back."""
+    x[:, T:] = x[:, T:] * 2 + OTHER
+    x[:, :T, :2] = 0.5
     return x
 
 
@@ -203,6 +248,12 @@ def test_done_on_the_rows_of_each_rank(ranks: Ranks, name: str, degree: int) -> 
 @pytest.mark.parametrize("name", GATHERED)
 def test_gathered_first(ranks: Ranks, name: str, degree: int) -> None:
     assert check(ranks, GATHERED[name], degree)[1] >= 1
+
+
+@pytest.mark.parametrize("degree", DEGREES)
+@pytest.mark.parametrize("name", SUMMED)
+def test_summed_over_the_ranks(ranks: Ranks, name: str, degree: int) -> None:
+    assert check(ranks, SUMMED[name], degree) == (False, 0)
 
 
 @pytest.mark.parametrize("name", REFUSED)

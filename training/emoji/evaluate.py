@@ -61,7 +61,9 @@ def plot_curve(model: Path, path: Path) -> None:
     for stage, axis in zip(stages, axes[0], strict=True):
         points = [point for point in curve if point["stage"] == stage]
         axis.plot([p["step"] for p in points], [p["loss"] for p in points])
-        axis.set(xlabel="step", ylabel="flow-matching loss", title=f"{(64, 128)[stage]} pixels")
+        axis.set(
+            xlabel="step", ylabel="flow-matching loss", title=("64 pixels", "128 pixels", "128 pixels, again")[stage]
+        )
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
@@ -87,10 +89,10 @@ def main() -> None:
     wrong = [f"{captions[a]} -> {captions[b]}" for a, b in zip(chosen, found, strict=True) if a != b]
     print(f"{sum(right)} of {NUM_PROMPTS} right; {seconds:.2f} s a picture")
     print("wrong:", "; ".join(wrong))
-    if args.curve:
-        plot_curve(args.model, args.curve)
     if args.sheet:
         sheet(painted, right).save(args.sheet)
+    if args.curve:
+        plot_curve(args.model, args.curve)
 
 
 if __name__ == "__main__":

@@ -236,6 +236,9 @@ def export(run: Run, data: TrainingSet, work: Path, folder: Path) -> None:
     for model in (pipeline.transformer, pipeline.vae):
         model.half()
     pipeline.save_pretrained(folder, safe_serialization=True)
+    for file in folder.glob("*/config.json"):  # where the parts lay on this machine says nothing to others
+        values = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+        file.write_text(json.dumps(values, indent=2) + "\n")
     (folder / "captions.json").write_text(json.dumps(data.captions, indent=0))
     curve = [{"stage": s, "step": n, "loss": round(v, 5)} for s, n, _, v in run.curve]
     (folder / "training_curve.json").write_text(json.dumps(curve, indent=0))

@@ -1,0 +1,72 @@
+"""How a block is run on split tokens: on its rows alone where the probe proves that, else on whole shapes.
+
+On whole shapes a block runs on `Sharded` tensors: any function that has no rule gathers, so which arguments are split
+decides what is saved, never what is right. They are therefore chosen by their shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+
+from parafuse.engine.probe import owned, probe
+from parafuse.errors import UnsupportedError
+from parafuse.log import note
+from parafuse.parallel.hooks import Forward
+from parafuse.parallel.sequence import BlockPlan, TokenDim
+
+Failures = (UnsupportedError, RuntimeError, ValueError, IndexError, TypeError)
+
+
+def derive(block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec) -> BlockPlan:
+    """The plan of a block for arguments of this structure. Local: no communication, the same on every rank.
+
+    An error of the block itself (wrong arguments, say) is raised as plain torch would raise it."""
+    try:
+        plan = probe(block, forward, leaves, spec)
+    except Failures as failure:
+        return _on_whole_shapes(
+            type(block).__name__, forward, leaves, spec, str(failure).partition("\n")[0] or type(failure).__name__
+        )
+    return (
+        plan
+        if plan.sites
+        else _on_whole_shapes(type(block).__name__, forward, leaves, spec, "no attention of torch's was seen")
+    )
+
+
+def _on_whole_shapes(name: str, forward: Forward, leaves: list[Any], spec: TreeSpec, why: str) -> BlockPlan:
+    """Splits every argument that comes back in its own shape: the streams of a block."""
+    args, kwargs = tree_unflatten([owned(leaf) for leaf in leaves], spec)
+    with torch.no_grad():
+        results = tree_leaves(forward(*args, **kwargs))
+    arguments: dict[int, TokenDim] = {}
+    labels: dict[int, TokenDim] = {}
+    for number, result in enumerate(results):
+        if not _is_stream(result):
+            continue
+        label = TokenDim(_token_dim(result), ())
+        same = [i for i, x in enumerate(leaves) if _is_stream(x) and x.shape == result.shape and i not in arguments]
+        if same:
+            arguments[same[0]] = labels[number] = label
+    if not arguments:
+        streams = [i for i, x in enumerate(leaves) if _is_stream(x)]
+        largest = max(streams, key=lambda i: leaves[i].numel(), default=None)
+        if largest is not None:
+            arguments[largest] = TokenDim(_token_dim(leaves[largest]), ())
+    note(f"{name}: runs on whole shapes, exchanging more ({why})")
+    return BlockPlan(arguments, (), labels, why_not_local=why)
+
+
+def _is_stream(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim >= 2 and x.numel() > 0
+
+
+def _token_dim(x: Tensor) -> int:
+    """The longest dim between the first and the last; the first where there is none, or none above 1."""
+    middle = range(1, x.ndim - 1)
+    longest = max(middle, key=lambda d: x.shape[d], default=0)
+    return longest if x.shape[longest] > 1 else 0

@@ -115,9 +115,8 @@ class Engine:
         world.agree("arguments", digest([settings["pipeline_kwargs"], settings["agree_on"]]), AGREE_S)
         if plan.why:
             note(plan.one_line())
-        pipeline = load_pipeline(
-            source, dtype=plan.dtype, allow_pickle=settings["allow_pickle"], **settings["pipeline_kwargs"]
-        )
+        keywords = {"dtype": plan.dtype} | settings["pipeline_kwargs"]  # dtypes by component may be among them
+        pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], **keywords)
         pipeline.to(world.device)
         pipeline.set_progress_bar_config(disable=True)
         degrees = {axis: plan.degree(axis) for axis in Axis}

@@ -173,7 +173,8 @@ def _size_multiple(path: Path, name: str) -> int | None:
     vae_file = path / "vae" / "config.json"
     if not vae_file.is_file():
         return None
-    factor = _vae_factor(_read_json(vae_file, name))
+    vae = _read_json(vae_file, name)
+    factor = _vae_factor(vae)
     if factor is None:
         return None
     model_file = next((p for n in ("transformer", "unet") if (p := path / n / "config.json").is_file()), None)
@@ -182,7 +183,6 @@ def _size_multiple(path: Path, name: str) -> int | None:
     model = _read_json(model_file, name)
     patch = model.get("patch_size") or 1
     patch = int(patch[-1] if isinstance(patch, list) else patch)
-    vae = _read_json(vae_file, name)
     if patch == 1 and model.get("in_channels") == 4 * vae.get("latent_channels", 0):
         patch = 2  # latents are packed two by two into channels before the transformer (FLUX and its relatives)
     return factor * patch
@@ -205,7 +205,7 @@ def _vae_factor(vae: dict[str, Any]) -> int | None:
     return None
 
 
-def load_pipeline(source: ModelSource, *, dtype: str, allow_pickle: bool, **kwargs: Any) -> Any:
+def load_pipeline(source: ModelSource, *, dtype: str | dict[str, Any], allow_pickle: bool, **kwargs: Any) -> Any:
     """The diffusers pipeline, on the CPU, in eval mode. Every rank calls it; no communication.
 
     Raises ModelError for what diffusers cannot load."""
@@ -214,7 +214,7 @@ def load_pipeline(source: ModelSource, *, dtype: str, allow_pickle: bool, **kwar
     from safetensors import SafetensorError
 
     if "torch_dtype" not in kwargs:
-        kwargs.setdefault("dtype", getattr(torch, dtype))
+        kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if not allow_pickle and source.kind != "file":
         kwargs.setdefault("use_safetensors", True)
     try:
@@ -342,8 +342,9 @@ def _refuse_empty(source: ModelSource, pipeline: Any) -> None:
         if _empty(part) and hasattr(part, "tie_weights"):
             part.tie_weights()  # embeddings of T5, which may be written once or twice
         if empty := _empty(part):
+            more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
             raise ModelError(
-                f"model={source.name!r}: lacks {len(empty)} weights of {name}, such as {empty[0]}. "
+                f"model={source.name!r}: lacks weights of {name}: {empty[0]}{more}. "
                 "Give a checkpoint of a whole model, or a diffusers folder."
             )
 

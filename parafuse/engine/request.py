@@ -101,4 +101,5 @@ def _plain(value: Any) -> Any:
         layout = [str(getattr(value, name, None)) for name in ("dtype", "shape", "mode", "size")]
         palette = value.getpalette() if hasattr(value, "getpalette") else None
         return [type(value).__name__, layout, palette, hashlib.sha256(value.tobytes()).hexdigest()]
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    return str(value) if name in ("torch.dtype", "torch.device") else name

@@ -356,7 +356,7 @@ def _matmul(func: Any, args: Any, kwargs: Any) -> Any:
             return a.like(result, result.ndim - a_right)
         if (a_right, b_right) == (1, 2) and a.tokens == b.tokens:
             a.ranks.work["sum over tokens"] += 1
-            return a.ranks.sum(a.true_rows() @ b.local)
+            return a.ranks.sum(a.true_rows() @ b.true_rows())  # filler may be no number
         if a_right == 2 and b_right < 3:
             a.ranks.work["rows times gathered tokens"] += 1
             result = a.local @ b.whole()

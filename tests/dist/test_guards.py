@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import parafuse
 from parafuse.config import Axis
+from parafuse.engine.request import digest
 from parafuse.engine.workers import read_signed, signed
 from parafuse.errors import ConfigError, RankError, UnsupportedError
 from parafuse.parallel.mesh import make_mesh
@@ -198,3 +199,10 @@ def test_an_engine_starts_after_one_that_could_not() -> None:
     assert not dist.is_initialized()
     with parafuse.Engine.from_pretrained("emoji", config) as engine:
         assert engine("x", num_inference_steps=1, width=32, height=32, seed=1).images[0].size == (32, 32)
+
+
+def test_dtypes_by_component_reach_the_loader() -> None:
+    engine = parafuse.Engine.from_pretrained("emoji", dtype={"vae": torch.bfloat16, "default": torch.float32})
+    assert engine.pipeline.vae.dtype == torch.bfloat16
+    assert engine.pipeline.transformer.dtype == torch.float32
+    assert digest({"dtype": torch.bfloat16}) != digest({"dtype": torch.float32})

@@ -171,6 +171,7 @@ GATHERED: dict[str, Act] = {
 }
 SUMMED: dict[str, Act] = {
     "tokens contracted": lambda x: x["image"].transpose(1, 2) @ x["other"],
+    "filler that is no number": lambda x: _inverse(x["image"]).transpose(1, 2) @ _inverse(x["other"]),
     "two streams contracted": lambda x: _both(x).transpose(1, 2) @ (_both(x) + 1),
 }
 """Sums over tokens of what each rank has: filler must not count."""
@@ -187,6 +188,11 @@ REFUSED: dict[str, Act] = {
 def _augmented(x: Any, other: Any = None) -> Any:
     x += OTHER if other is None else other
     return x
+
+
+def _inverse(x: Any) -> Any:
+    """Infinite where a row is zero, as filler is at first."""
+    return 0.01 / x
 
 
 def _both(x: dict[str, Any]) -> Any:

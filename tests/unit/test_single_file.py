@@ -110,7 +110,7 @@ def test_a_weight_that_is_missing(checkpoint: Path, tmp_path: Path) -> None:
     file = changed(checkpoint, tmp_path / "x.safetensors", r"text_encoders\.t5xxl\..*block\.1\..*\.q\.weight")
     found = refusal(file, cache_dir=cache_of(checkpoint))
     name = "encoder.block.1.layer.0.SelfAttention.q.weight"
-    assert f"lacks 1 weights of text_encoder_3, such as {name}. Give a checkpoint of a whole model" in found
+    assert f"lacks weights of text_encoder_3: {name}. Give a checkpoint of a whole model" in found
 
 
 def test_a_transformer_alone_is_told_how_to_get_the_rest(checkpoint: Path, tmp_path: Path) -> None:

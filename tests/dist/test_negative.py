@@ -201,7 +201,7 @@ def model_errors(layout: tuple[int, int]) -> dict[str, tuple[float, float]]:
     """What -> (error as it is, error when broken) of whole models."""
     out = {}
     for name, family, target, attribute, broken in (
-        ("the dual attention stays local", "sd3", apply_module, "probe", without_exchange),
+        ("the dual attention stays local", "sd3", apply_module, "derive", without_exchange),
         (
             "the mask is dropped",
             "weaver",

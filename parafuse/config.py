@@ -73,9 +73,10 @@ class Parallel:
             product = world_size
         if product != world_size:
             asked = " x ".join(f"{axis}={degree}" for axis, degree in fixed.items() if degree > 1) or "all axes 1"
+            there = "is 1" if world_size == 1 else f"are {world_size}"
             raise ConfigError(
-                f"parallel: {asked} makes {product} ranks, but {world_size} {'is' if world_size == 1 else 'are'} "
-                f"running. Start {product} ranks, or choose degrees whose product is {world_size}."
+                f"parallel: {asked} makes {product} ranks, but there {there}. "
+                f"Start {product}, or choose degrees whose product is {world_size}, such as ulysses={world_size}."
             )
         return {axis: fixed[axis] for axis in Axis}
 
@@ -112,15 +113,15 @@ class Config:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Config:
-        """Config from plain values (as in JSON). Unknown keys raise ConfigError with the nearest name."""
-        reject_unknown("config", values, (f.name for f in dataclasses.fields(cls)))
+    def from_dict(cls, values: dict[str, Any], *, where: str = "config") -> Config:
+        """Config from plain values (as in JSON). Unknown keys raise ConfigError with `where` and the nearest name."""
+        reject_unknown(where, values, (f.name for f in dataclasses.fields(cls)))
         values = dict(values)
         parallel = values.pop("parallel", {})
         if not isinstance(parallel, dict):
             raise ConfigError(f"parallel={parallel!r}: must be an object of axis: degree.")
         parallel = cast("dict[str, Any]", parallel)
-        reject_unknown("config.parallel", parallel, Axis)
+        reject_unknown(f"{where}: parallel", parallel, Axis)
         return cls(parallel=Parallel(**parallel), **values)
 
     @classmethod
@@ -132,4 +133,4 @@ class Config:
             raise ConfigError(f"config={str(path)!r}: cannot be read as JSON ({error}).") from error
         if not isinstance(values, dict):
             raise ConfigError(f"config={str(path)!r}: must hold one JSON object.")
-        return cls.from_dict(cast("dict[str, Any]", values))
+        return cls.from_dict(cast("dict[str, Any]", values), where=f"config={str(path)!r}")

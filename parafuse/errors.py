@@ -37,13 +37,13 @@ class RankMismatchError(RankError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for the known name nearest to `name`, or ''."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    """'; did you mean X?' for the known name nearest to `name`, or '' where none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def reject_unknown(where: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ConfigError for the first of `names` that is not in `known`, with the nearest known name."""
+    """Raises ConfigError for the first of `names` that is not in `known`, with the nearest known name, or with all."""
     allowed = sorted(str(name) for name in known)
     for name in names:
         if name not in allowed:

@@ -13,7 +13,7 @@ from torch import nn
 
 from parafuse.config import Axis, Config
 from parafuse.engine.derive import derive
-from parafuse.engine.loader import ModelSource
+from parafuse.engine.source import ModelSource
 from parafuse.engine.stack import block_stack
 from parafuse.errors import ConfigError
 from parafuse.log import note

@@ -16,12 +16,13 @@ import torch.distributed as dist
 
 from parafuse.config import Axis, Config
 from parafuse.engine.apply import Handle, apply, check_components
-from parafuse.engine.loader import ModelSource, load_pipeline, locate
+from parafuse.engine.loader import load_pipeline
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
 from parafuse.engine.progress import StepProgress
 from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import check_call, check_keywords, digest, fresh_seed
+from parafuse.engine.source import ModelSource, locate
 from parafuse.engine.workers import Workers
 from parafuse.errors import ConfigError, RankError
 from parafuse.log import note
@@ -144,7 +145,7 @@ class Engine:
             raise ConfigError("engine: a rank was lost in an earlier request; make a new engine.")
         keywords = self._keywords(args, kwargs)
         if seed is not None and "generator" in keywords:
-            raise ConfigError(f"seed={seed}: given beside generator; leave one away.")
+            raise ConfigError(f"seed={seed}: given beside generator; leave one out.")
         if seed is None and "generator" not in keywords:
             seed = self._world.share("seed", fresh_seed)
         if self._workers:
@@ -254,7 +255,7 @@ class Engine:
 def _refuse_ignored(config: Config, given_plan: bool, pipeline_kwargs: dict[str, Any]) -> None:
     """Raises ConfigError for what a plan would override without a word."""
     if given_plan and replace(config, allow_pickle=False) != Config():
-        raise ConfigError("config: given beside a plan, which decides all of it but allow_pickle; leave one away.")
+        raise ConfigError("config: given beside a plan, which decides all of it but allow_pickle; leave one out.")
     for name in ("dtype", "torch_dtype"):
         if name in pipeline_kwargs and not isinstance(pipeline_kwargs[name], dict):
             raise ConfigError(

@@ -1,208 +1,12 @@
-"""Finds a model and says what it is, before torch is imported or a weight is read; then loads its pipeline."""
+"""Loads the pipeline of a model that was found: from a diffusers folder, the hub, or a single file."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import re
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from parafuse.errors import ConfigError, ModelError, nearest
-
-EMBEDDED = Path(__file__).parents[1] / "models"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-SAFE = (".safetensors",)
-DEFAULTS_FILE = "parafuse.json"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_VARYING = ("_diffusers_version", "_name_or_path", "transformers_version")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """A model that was found."""
-
-    name: str
-    """As the user gave it."""
-    path: str
-    """Folder or file to load from, or the hub id."""
-    kind: str
-    """folder, file or hub."""
-    model_id: str
-    """Fingerprint of the configuration files: equal architectures are equal here, whatever their weights."""
-    components: tuple[str, ...] | None = None
-    """Component names from model_index.json; None where they are known only after loading."""
-    pipeline_class: str | None = None
-    """Class name from model_index.json; None where it is known only after loading."""
-    defaults: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Keywords of the call that the model's parafuse.json sets when they are not given."""
-    size_multiple: int | None = None
-    """Width and height must be multiples of it; None: unknown, left to the pipeline."""
-
-
-def embedded_models() -> list[str]:
-    return sorted(p.parent.name for p in EMBEDDED.glob("*/model_index.json"))
-
-
-def locate(model: str, *, allow_pickle: bool = False) -> ModelSource:
-    """The model named `model`: embedded, a diffusers folder, a single file, or a hub id. Torch-free, reads no weights.
-
-    Raises ModelError when it does not exist, is not a diffusers model, or holds pickles that were not allowed."""
-    if model in embedded_models():
-        return _folder(model, EMBEDDED / model, allow_pickle)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _folder(model, path, allow_pickle)
-    if path.is_file():
-        return _file(model, path, allow_pickle)
-    known = embedded_models()
-    if _HUB_ID.fullmatch(model) and not path.parent.is_dir() and path.suffix != ".safetensors":
-        return ModelSource(name=model, path=model, kind="hub", model_id=_digest([model]))
-    raise ModelError(
-        f"model={model!r}: does not exist{nearest(model, known) or '.'} Give a diffusers folder, a .safetensors file, "
-        f"a hub id (owner/name), or a built-in model ({', '.join(known) or 'none is installed'})."
-    )
-
-
-def _folder(name: str, path: Path, allow_pickle: bool) -> ModelSource:
-    index_file = path / "model_index.json"
-    if not index_file.is_file():
-        raise ModelError(f"model={name!r}: is not a diffusers folder, it has no model_index.json.")
-    index = _read_json(index_file, name)
-    if not allow_pickle:
-        _refuse_pickles(name, path, index)
-    configs = sorted(p for p in path.glob("*/*.json") if p.name in ("config.json", "scheduler_config.json"))
-    texts = [_canonical(index)]
-    texts += [f"{p.relative_to(path)}{_canonical(_read_json(p, name))}" for p in configs]
-    return ModelSource(
-        name=name,
-        path=str(path),
-        kind="folder",
-        model_id=_digest(texts),
-        components=tuple(key for key in index if not key.startswith("_")),
-        pipeline_class=index.get("_class_name"),
-        defaults=_defaults(path, name),
-        size_multiple=_size_multiple(path, name),
-    )
-
-
-def _file(name: str, path: Path, allow_pickle: bool) -> ModelSource:
-    if path.suffix in PICKLES and not allow_pickle:
-        raise ModelError(
-            f"model={name!r}: {path.suffix} is a pickle, which can run code when it is loaded. Give a .safetensors "
-            "file, or allow_pickle=True (--allow-pickle) if you trust its source."
-        )
-    if path.suffix not in (*PICKLES, *SAFE):
-        raise ModelError(f"model={name!r}: must be a folder, or a {' '.join(SAFE)} file; {path.suffix!r} is neither.")
-    if path.suffix in SAFE:
-        facts = [f"{tensor} {shape}" for tensor, shape in sorted(_tensor_shapes(path, name).items())]
-    else:
-        facts = [path.name, str(path.stat().st_size)]
-    return ModelSource(name=name, path=str(path), kind="file", model_id=_digest(facts))
-
-
-def _tensor_shapes(path: Path, name: str) -> dict[str, list[int]]:
-    """Shape of every tensor of a safetensors file, from its header: 8 bytes of length, then one JSON object.
-
-    Raises ModelError for a file that is none, or that was not copied to its end."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise ValueError(f"it has {size} bytes and no header")
-            header = json.loads(file.read(length))
-        tensors = {tensor: facts for tensor, facts in header.items() if tensor != "__metadata__"}
-        end = 8 + length + max((facts["data_offsets"][1] for facts in tensors.values()), default=0)
-        shapes = {tensor: list(facts["shape"]) for tensor, facts in tensors.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ModelError(f"model={name!r}: cannot be read as safetensors ({error}). Download it again.") from error
-    if end != size:
-        raise ModelError(f"model={name!r}: has {size} bytes instead of {end}. Download it again.")
-    return shapes
-
-
-def _refuse_pickles(name: str, path: Path, index: dict[str, Any]) -> None:
-    """Raises ModelError for a component whose weights exist only as pickles."""
-    for component in index:
-        files = [p.name for p in (path / component).glob("*") if p.is_file()]
-        pickles = sorted(f for f in files if f.endswith(PICKLES))
-        if pickles and not any(f.endswith(SAFE) for f in files):
-            raise ModelError(
-                f"model={name!r}: {component}/{pickles[0]} is a pickle, which can run code when it is loaded. Convert "
-                "it to safetensors, or allow_pickle=True (--allow-pickle) if you trust its source."
-            )
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model={name!r}: {path.name} cannot be read as JSON ({error}).") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"model={name!r}: {path.name} must hold one JSON object.")
-    return cast("dict[str, Any]", values)
-
-
-def _canonical(values: dict[str, Any]) -> str:
-    return json.dumps({k: v for k, v in values.items() if k not in _VARYING}, sort_keys=True)
-
-
-def _digest(texts: list[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
-
-
-def _defaults(path: Path, name: str) -> dict[str, Any]:
-    """The `call` object of the folder's parafuse.json."""
-    file = path / DEFAULTS_FILE
-    if not file.is_file():
-        return {}
-    values = _read_json(file, name)
-    unknown = [key for key in values if key != "call"]
-    if unknown or not isinstance(values.get("call", {}), dict):
-        raise ModelError(
-            f"model={name!r}: {DEFAULTS_FILE} must hold one object 'call'; found {unknown or 'no object'}."
-        )
-    return values.get("call", {})
-
-
-def _size_multiple(path: Path, name: str) -> int | None:
-    """VAE factor times the transformer's patch, from their configs; None where the configs do not say."""
-    vae_file = path / "vae" / "config.json"
-    if not vae_file.is_file():
-        return None
-    vae = _read_json(vae_file, name)
-    factor = _vae_factor(vae)
-    if factor is None:
-        return None
-    model_file = next((p for n in ("transformer", "unet") if (p := path / n / "config.json").is_file()), None)
-    if model_file is None:
-        return factor
-    model = _read_json(model_file, name)
-    patch = model.get("patch_size") or 1
-    patch = int(patch[-1] if isinstance(patch, list) else patch)
-    if patch == 1 and model.get("in_channels") == 4 * vae.get("latent_channels", 0):
-        patch = 2  # latents are packed two by two into channels before the transformer (FLUX and its relatives)
-    return factor * patch
-
-
-def _vae_factor(vae: dict[str, Any]) -> int | None:
-    """Pixels per latent along one side, by the rules of diffusers' autoencoders; None for a config that fits none."""
-    for key in ("scale_factor_spatial", "spatial_compression_ratio"):
-        if vae.get(key) is not None:
-            return int(vae[key])
-    if "spatio_temporal_scaling" in vae:  # LTX
-        return int(vae.get("patch_size", 1)) * 2 ** sum(map(bool, vae["spatio_temporal_scaling"]))
-    if "spatial_expansions" in vae:  # Mochi
-        return math.prod(vae["spatial_expansions"])
-    if "temperal_downsample" in vae:
-        return 2 ** len(vae["temperal_downsample"])
-    for key in ("encoder_block_out_channels", "block_out_channels"):
-        if key in vae:
-            return 2 ** (len(vae[key]) - 1)
-    return None
+from parafuse.engine.source import SAFE, ModelSource, read_json, tensor_shapes
+from parafuse.errors import ConfigError, ModelError
 
 
 def load_pipeline(source: ModelSource, *, dtype: str | dict[str, Any], allow_pickle: bool, **kwargs: Any) -> Any:
@@ -282,7 +86,7 @@ def _single_file(source: ModelSource, kwargs: dict[str, Any]) -> Any:
             f"{_not_fetched(error) or _first_line(error)}, or convert the file to a diffusers folder."
         ) from error
     index = Path(folder) / "model_index.json"
-    parts = _read_json(index, source.name) if index.is_file() else {}
+    parts = read_json(index, source.name) if index.is_file() else {}
     found: Any = getattr(diffusers, str(parts.get("_class_name")), None)
     if not hasattr(found, "from_single_file"):
         raise _only_a_part(source, hub_id, parts, f"a single file of type {kind!r} holds no whole pipeline")
@@ -308,7 +112,7 @@ def _single_file_type(source: ModelSource) -> str:
 
     path = Path(source.path)
     if path.suffix in SAFE:
-        shapes = _tensor_shapes(path, source.name)
+        shapes = tensor_shapes(path, source.name)
         tensors = {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items()}
     else:
         tensors = load_single_file_checkpoint(source.path)

@@ -109,10 +109,10 @@ class Plan:
         if self.model_id != model_id:
             raise ConfigError(
                 f"plan.model_id={self.model_id!r}: made for {self.model!r}, not for this model ({model_id!r}). "
-                "Leave the plan away, or give the model it was made for."
+                "Leave the plan out, or give the model it was made for."
             )
         if self.world_size != world_size:
+            there = "is 1 rank" if world_size == 1 else f"are {world_size} ranks"
             raise ConfigError(
-                f"plan.world_size={self.world_size}: {world_size} ranks are running. Start {self.world_size}, "
-                "or leave the plan away."
+                f"plan.world_size={self.world_size}: there {there}. Start {self.world_size}, or leave the plan out."
             )

@@ -11,7 +11,7 @@ from parafuse.errors import ConfigError
 from parafuse.hardware import num_cuda_devices
 
 if TYPE_CHECKING:
-    from parafuse.engine.loader import ModelSource
+    from parafuse.engine.source import ModelSource
 
 
 def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:

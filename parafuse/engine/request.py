@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Any, cast
 
-from parafuse.engine.loader import ModelSource
+from parafuse.engine.source import ModelSource
 from parafuse.errors import ConfigError, reject_unknown
 
 AT_LEAST_ONE = ("num_inference_steps", "num_images_per_prompt", "num_videos_per_prompt", "num_frames")

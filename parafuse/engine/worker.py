@@ -23,7 +23,7 @@ def _serve() -> None:
     import torch.distributed as dist
 
     from parafuse.engine.engine import Engine
-    from parafuse.engine.loader import locate
+    from parafuse.engine.source import locate
     from parafuse.engine.workers import KEY_ENV, next_request, read_signed
     from parafuse.parallel.world import join_world
 

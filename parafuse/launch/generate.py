@@ -19,7 +19,7 @@ from parafuse.config import Config
 from parafuse.engine.plan import Plan
 from parafuse.errors import ConfigError, ParafuseError
 from parafuse.launch import quiet
-from parafuse.launch.keywords import NUM_PICTURES, call_keywords, refuse_unknown
+from parafuse.launch.keywords import NUM_PICTURES, as_typed, call_keywords, refuse_unknown
 from parafuse.launch.options import Option, build, given
 
 if TYPE_CHECKING:
@@ -97,9 +97,9 @@ def prepare(prompts: Sequence[str], picture: Picture, options: list[Option], typ
     """Checks the request, torch-free and without loading weights. Raises ConfigError at the first fault.
 
     options, typed: those of Config, and what the user typed for them."""
-    from parafuse.engine.loader import locate
     from parafuse.engine.planner import resolve
     from parafuse.engine.request import check_call
+    from parafuse.engine.source import locate
 
     chosen = given(options, typed)
     config = build(Config.from_file(picture.config) if picture.config else Config(), chosen)
@@ -110,11 +110,14 @@ def prepare(prompts: Sequence[str], picture: Picture, options: list[Option], typ
     else:
         config.parallel.degrees(world_size)
     source = locate(picture.model, allow_pickle=config.allow_pickle)
-    call = call_keywords(picture, source)
+    call, typed_as = call_keywords(picture, source)
     refuse_unknown(source, call)
     checked: dict[str, Any] = {}
     for prompt in prompts:
-        checked = check_call(source, {"prompt": prompt, **call})
+        try:
+            checked = check_call(source, {"prompt": prompt, **call})
+        except ConfigError as error:
+            raise as_typed(error, typed_as) from error
     num_pictures = next((checked[name] for name in NUM_PICTURES if checked.get(name)), 1)
     if log.rank() == 0:
         check_outputs(picture, output_paths(picture.out, len(prompts) * num_pictures))
@@ -138,9 +141,9 @@ def refuse_beside_plan(plan: Plan, picture: Picture, chosen: list[tuple[Option, 
     decided = {*plan.degrees, *plan.to_dict()}
     for option, _ in chosen:
         if option.path[-1] in decided:
-            raise ConfigError(f"{option.flag} and --plan {picture.plan!r}: the plan decides it; leave one away.")
+            raise ConfigError(f"{option.flag} and --plan {picture.plan!r}: the plan decides it; leave one out.")
     if picture.config:
-        raise ConfigError(f"--config and --plan {picture.plan!r}: the plan decides it; leave one away.")
+        raise ConfigError(f"--config and --plan {picture.plan!r}: the plan decides it; leave one out.")
 
 
 def number_of_ranks(picture: Picture, plan: Plan | None) -> int:
@@ -158,7 +161,7 @@ def number_of_ranks(picture: Picture, plan: Plan | None) -> int:
             raise ConfigError(f"RANK={rank}: must be from 0 to WORLD_SIZE - 1 = {running - 1}.")
         if picture.ranks not in (None, running):
             raise ConfigError(
-                f"--ranks {picture.ranks}: the launcher started {running}. Leave --ranks away, or start that many."
+                f"--ranks {picture.ranks}: the launcher started {running}. Leave --ranks out, or start that many."
             )
         return running
     return picture.ranks or (plan.world_size if plan is not None else 1)

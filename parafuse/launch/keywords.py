@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from parafuse.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from parafuse.engine.loader import ModelSource
+    from parafuse.engine.source import ModelSource
     from parafuse.launch.generate import Picture
 
 KEYWORDS = {
@@ -34,8 +34,8 @@ RESERVED = {
 """Keywords of the pipelines that --set does not take, and what to do."""
 
 
-def call_keywords(picture: Picture, source: ModelSource) -> dict[str, Any]:
-    """The pipeline's keywords from the options and --set."""
+def call_keywords(picture: Picture, source: ModelSource) -> tuple[dict[str, Any], dict[str, str]]:
+    """The pipeline's keywords from the options and --set, and what the user typed for each of them."""
     pipeline = getattr(source, "pipeline_class", None)
     accepted = (accepted_keywords(pipeline) if pipeline and picture.num_images else None) or []
     names = KEYWORDS | {
@@ -44,6 +44,7 @@ def call_keywords(picture: Picture, source: ModelSource) -> dict[str, Any]:
     }
     call = {names[name]: value for name in names if (value := getattr(picture, name)) is not None}
     flags = {keyword: "--" + name.replace("_", "-") for name, keyword in names.items()}
+    typed = {keyword: flags[keyword] for keyword in call}
     for text in picture.set:
         key, sign, value = text.partition("=")
         key = key.strip().replace("-", "_")
@@ -53,9 +54,17 @@ def call_keywords(picture: Picture, source: ModelSource) -> dict[str, Any]:
             raise ConfigError(f"--set {text!r}: {key} cannot be set here; {RESERVED[key]}.")
         if key in call:
             beside = f"{flags[key]} sets it too" if key in flags else "it is set twice"
-            raise ConfigError(f"--set {text!r}: {beside}; leave one away.")
-        call[key] = json_value(value)
-    return call
+            raise ConfigError(f"--set {text!r}: {beside}; leave one out.")
+        call[key], typed[key] = json_value(value), f"--set {key}"
+    return call, typed
+
+
+def as_typed(error: ConfigError, typed: dict[str, str]) -> ConfigError:
+    """The error under the name that the user typed: `num_inference_steps=0: ...` becomes `--steps 0: ...`."""
+    keyword, sign, rest = str(error).partition("=")
+    if not sign or keyword not in typed:
+        return error
+    return ConfigError(f"{typed[keyword]}{'=' if ' ' in typed[keyword] else ' '}{rest}")
 
 
 def refuse_unknown(source: ModelSource, call: dict[str, Any]) -> None:

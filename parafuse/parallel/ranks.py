@@ -160,13 +160,13 @@ class RankProcesses:
         A rank that fails ends the others within `stop`'s grace; so does a signal to the parent (128 + its number)."""
         try:
             while True:
+                if not self.running and self.poll() is None:
+                    return 0  # even if a signal came meanwhile: all is done
                 if self._signals.received:
                     return 128 + self._signals.received[0]
                 failure = self.poll()
                 if failure is not None:
                     return failure.parent_code
-                if not self.running and self.poll() is None:
-                    return 0
                 time.sleep(POLL_S)
         finally:
             self.stop()

@@ -136,7 +136,7 @@ class Sharded(Tensor):
             if result is not NotImplemented:
                 return result
         if isinstance(target, Sharded):
-            raise UnsupportedError(f"between blocks, the model changes token rows in place by {name!r}")
+            raise UnsupportedError(f"the model changes token rows in place by {name!r}")
         _note(name, (args, kwargs))
         args, kwargs = gather_all((args, kwargs))
         return func(*args, **kwargs)

@@ -55,7 +55,7 @@ def test_a_wrong_call_changes_nothing(engine: parafuse.Engine) -> None:
         engine("a red apple", hieght=64)
     with pytest.raises(ConfigError, match="num_inference_steps=0"):
         engine("a red apple", num_inference_steps=0)
-    with pytest.raises(ConfigError, match="leave one away"):
+    with pytest.raises(ConfigError, match="leave one out"):
         engine("a red apple", seed=1, generator=torch.Generator())
     assert np.array_equal(picture(engine), before)
 

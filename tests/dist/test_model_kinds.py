@@ -226,7 +226,7 @@ def write(path: Path, values: Any) -> None:
 
 
 BAD = [
-    ("--ranks 3 --ring 2 --ulysses 2", "ulysses=2", "4 ranks, but 3"),
+    ("--ranks 3 --ring 2 --ulysses 2", "ulysses=2", "4 ranks, but there are 3"),
     ("--ranks 4 --ring 3", "ring=3", "4"),
     ("--model gone", "model='gone': does not exist"),
     ("--model emojy", "did you mean 'emoji'?"),
@@ -237,15 +237,15 @@ BAD = [
     ("--witdh 64", "unknown option '--witdh'; did you mean '--width'?"),
     ("--config typo.json", "unknown key 'timeout'; did you mean 'timeout_s'?"),
     ("--set max_sequence_lenght=3", "did you mean 'max_sequence_length'?"),
-    ("--width 63", "width=63: must be a multiple of 8 for this model's VAE; use 56 or 64."),
-    ("--height 0", "height=0: must be a whole number of pixels, at least 1."),
-    ("--model ltx --width 72", "width=72: must be a multiple of 32 for this model's VAE; use 64 or 96."),
-    ("--steps 0", "num_inference_steps=0: must be a whole number of at least 1."),
+    ("--width 63", "--width 63: must be a multiple of 8 for this model's VAE; use 56 or 64."),
+    ("--height 0", "--height 0: must be a whole number of pixels, at least 1."),
+    ("--model ltx --width 72", "--width 72: must be a multiple of 32 for this model's VAE; use 64 or 96."),
+    ("--steps 0", "--steps 0: must be a whole number of at least 1."),
     ("--set num_images_per_prompt=0", "num_images_per_prompt=0: must be a whole number of at least 1."),
     ("--out /proc/x.png", "--out '/proc/x.png': cannot be written"),
     ("--out gone/x.png", "the folder 'gone' does not exist; create it first"),
     ("--plan plan.json --model ltx", "plan.model_id=", "made for 'emoji', not for this model"),
-    ("--plan plan.json --ranks 3", "plan.world_size=1: 3 ranks are running"),
+    ("--plan plan.json --ranks 3", "plan.world_size=1: there are 3 ranks."),
     ("--plan broken.json", "plan.degrees={", "'auto'", "must give a degree for each of"),
 ]
 
@@ -255,7 +255,7 @@ def test_bad_input_ends_before_anything_is_loaded_or_started(
     tmp_path: Path, run: Run, arguments: str, messages: tuple[str, ...]
 ) -> None:
     from parafuse.config import Config
-    from parafuse.engine.loader import locate
+    from parafuse.engine.source import locate
     from parafuse.engine.planner import resolve
 
     (tmp_path / "no-pipeline").mkdir()

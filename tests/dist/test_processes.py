@@ -33,7 +33,8 @@ def fail(error):
 (folder / f"pid{rank}").write_text(str(os.getpid()))
 """
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and start() leaves that so
 from parafuse.parallel.ranks import start
 processes = start([sys.executable, sys.argv[1]], ranks=range(2), world_size=2, master_port=1)
 sys.exit(processes.wait())

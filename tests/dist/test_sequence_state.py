@@ -218,7 +218,7 @@ def refusals() -> dict[str, Any]:
 
 def test_what_cannot_be_applied_is_refused_and_nothing_is_changed() -> None:
     for found in run_ranks(refusals, 2):
-        assert found["degrees"].startswith("ConfigError: parallel: ring=3 makes 3 ranks, but 2 are running.")
+        assert found["degrees"].startswith("ConfigError: parallel: ring=3 makes 3 ranks, but there are 2.")
         assert found["no blocks"].startswith("UnsupportedError: Linear: no block stack found")
         assert found["no module"].startswith("ConfigError: target=str: must be a torch module")
         assert found["covered"].startswith("RuntimeError: FluxTransformer2DModel.forward was replaced after parafuse")

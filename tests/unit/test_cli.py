@@ -104,7 +104,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         return Context(processes)
 
     fakes = {
-        "loader": {"locate": locate},
+        "source": {"locate": locate},
         "request": {"check_call": check_call},
         "planner": {"resolve": lambda config, _source, world_size, **_: config.parallel.degrees(world_size)},
         "engine": {"Engine": SimpleNamespace(from_pretrained=from_pretrained)},
@@ -266,14 +266,18 @@ def test_under_torchrun_its_ranks_are_used(world: World, run: Run, monkeypatch: 
 
 
 BAD: list[tuple[str, str]] = [
-    ("--steps 0", "num_inference_steps=0"),
+    ("--steps 0", "--steps 0: must be at least 1."),
+    ("--set num_inference_steps=0", "--set num_inference_steps=0: must be at least 1."),
     ("--steps 1.5", "--steps '1.5': must be a whole number"),
     ("--guidance high", "--guidance 'high': must be a number"),
     ("--stepz 3", "unknown option '--stepz'; did you mean '--steps'?"),
     ("--ranks 0", "--ranks 0: must be at least 1"),
     ("--num-images 0", "--num-images 0: must be at least 1"),
     ("--seed -1", "--seed -1: must be from 0"),
-    ("--ranks 3 --ulysses 2", "ulysses=2 makes 2 ranks, but 3 are running"),
+    (
+        "--ranks 3 --ulysses 2",
+        "makes 2 ranks, but there are 3. Start 2, or choose degrees whose product is 3, such as ulysses=3.",
+    ),
     ("--ulysses many", "--ulysses 'many': must be a whole number or 'auto'"),
     ("--dtype int4", "dtype='int4': must be one of"),
     ("--timeout 0", "timeout_s=0.0: must be from 1"),
@@ -283,7 +287,7 @@ BAD: list[tuple[str, str]] = [
     ("--config typo.json", "unknown key 'dtpye'; did you mean 'dtype'?"),
     ("--plan gone.json", "plan='gone.json': cannot be read"),
     ("--plan other.json", "made for 'emoji', not for this model"),
-    ("--plan two.json --ranks 3", "plan.world_size=2: 3 ranks are running"),
+    ("--plan two.json --ranks 3", "plan.world_size=2: there are 3 ranks."),
     ("--plan two.json --ring 2", "--ring and --plan 'two.json'"),
     ("--plan two.json --timeout 5", "--timeout and --plan 'two.json'"),
     ("--plan two.json --config good.json", "--config and --plan 'two.json'"),

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from parafuse import Config, Parallel, Plan
 from parafuse.config import Axis
 from parafuse.engine import planner
-from parafuse.engine.loader import ModelSource
 from parafuse.engine.planner import resolve
+from parafuse.engine.source import ModelSource
 from parafuse.errors import ConfigError
 
 SOURCE = ModelSource(name="emoji", path="/nowhere", kind="folder", model_id="0123456789abcdef")
@@ -76,11 +76,11 @@ def test_auto_takes_the_ranks_that_are_left(parallel: Parallel, world_size: int,
 @pytest.mark.parametrize(
     ("parallel", "world_size", "start"),
     [
-        (Parallel(ulysses=2), 3, "parallel: ulysses=2 makes 2 ranks, but 3 are running. Start 2 ranks,"),
-        (Parallel(ulysses=2), 1, "parallel: ulysses=2 makes 2 ranks, but 1 is running."),
-        (Parallel(ring=2, ulysses=2), 2, "parallel: ring=2 x ulysses=2 makes 4 ranks, but 2 are running."),
-        (Parallel(ring=2), 3, "parallel: ring=2 makes 2 ranks, but 3 are running."),
-        (Parallel(ulysses=1), 2, "parallel: all axes 1 makes 1 ranks, but 2 are running."),
+        (Parallel(ulysses=2), 3, "parallel: ulysses=2 makes 2 ranks, but there are 3. Start 2,"),
+        (Parallel(ulysses=2), 1, "parallel: ulysses=2 makes 2 ranks, but there is 1."),
+        (Parallel(ring=2, ulysses=2), 2, "parallel: ring=2 x ulysses=2 makes 4 ranks, but there are 2."),
+        (Parallel(ring=2), 3, "parallel: ring=2 makes 2 ranks, but there are 3."),
+        (Parallel(ulysses=1), 2, "parallel: all axes 1 makes 1 ranks, but there are 2."),
     ],
 )
 def test_degrees_that_do_not_make_the_ranks(parallel: Parallel, world_size: int, start: str) -> None:
@@ -139,10 +139,10 @@ def test_config_survives_a_file(tmp_path: Path) -> None:
     ("values", "found"),
     [
         ({"dtyp": "float32"}, "config: unknown key 'dtyp'; did you mean 'dtype'?"),
-        ({"parallel": {"ulyses": 2}}, "config.parallel: unknown key 'ulyses'; did you mean 'ulysses'?"),
+        ({"parallel": {"ulyses": 2}}, "config: parallel: unknown key 'ulyses'; did you mean 'ulysses'?"),
         (
             {"parallel": {"xyz": 2}},
-            "config.parallel: unknown key 'xyz'; allowed: cfg, data, pipe, ring, tensor, ulysses.",
+            "config: parallel: unknown key 'xyz'; allowed: cfg, data, pipe, ring, tensor, ulysses.",
         ),
         ({"parallel": 2}, "parallel=2: must be an object of axis: degree."),
         ({"parallel": {"ring": "two"}}, "parallel.ring='two': must be a whole number of at least 1."),
@@ -192,7 +192,7 @@ ONES = {str(axis): 1 for axis in Axis}
 @pytest.mark.parametrize(
     ("change", "start"),
     [
-        ({"degrees": ONES | {"ulysses": 4}}, "parallel: ulysses=4 makes 4 ranks, but 6 are running."),
+        ({"degrees": ONES | {"ulysses": 4}}, "parallel: ulysses=4 makes 4 ranks, but there are 6."),
         (
             {"degrees": {"ring": 2, "ulysses": 3}},
             "plan.degrees={'ring': 2, 'ulysses': 3}: must give a degree for each of",
@@ -227,7 +227,7 @@ def test_replay_is_refused_for_another_model_or_world_size() -> None:
     plan = make_plan()
     plan.check(model_id="0123", world_size=6)
     assert message(plan.check, model_id="9999", world_size=6).startswith("plan.model_id='0123': made for 'emoji'")
-    assert message(plan.check, model_id="0123", world_size=4).startswith("plan.world_size=6: 4 ranks are running.")
+    assert message(plan.check, model_id="0123", world_size=4).startswith("plan.world_size=6: there are 4 ranks.")
 
 
 def test_resolving_makes_everything_explicit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from parafuse.engine.loader import EMBEDDED, embedded_models, locate
+from parafuse.engine.source import EMBEDDED, embedded_models, locate
 from parafuse.errors import ModelError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +88,7 @@ def test_what_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
-    assert refusal(tmp_path).endswith("is not a diffusers folder, it has no model_index.json.")
+    assert "is not a diffusers folder, it has no model_index.json. Give the folder that holds" in refusal(tmp_path)
     write(tmp_path / "model_index.json", "{")
     assert "model_index.json cannot be read as JSON" in refusal(tmp_path)
     write(tmp_path / "model_index.json", "[]")
@@ -227,8 +227,8 @@ def test_nothing_of_this_imports_torch(folder: Path, tmp_path: Path) -> None:
     for name in ("torch", "diffusers", "transformers"):
         write(trap / f"{name}.py", f"raise SystemExit('{name} was imported')")
     code = (
-        "import parafuse.engine.loader, parafuse.engine.planner, parafuse.engine.request\n"
-        "from parafuse.engine.loader import locate\n"
+        "import parafuse.engine.source, parafuse.engine.planner, parafuse.engine.request\n"
+        "from parafuse.engine.source import locate\n"
         "from parafuse.engine.planner import resolve\n"
         "from parafuse.engine.request import check_call\n"
         f"source = locate({str(folder)!r})\n"

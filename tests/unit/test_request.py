@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from parafuse.engine.loader import ModelSource
 from parafuse.engine.request import check_call, check_keywords, digest, fresh_seed
+from parafuse.engine.source import ModelSource
 from parafuse.errors import ConfigError
 
 DEFAULTS = {"width": 64, "num_inference_steps": 20, "negative_prompt": "blurry"}

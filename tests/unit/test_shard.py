@@ -264,7 +264,7 @@ def test_summed_over_the_ranks(ranks: Ranks, name: str, degree: int) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_changes_in_place_that_cannot_be_done_are_refused(ranks: Ranks, name: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"between blocks, the model changes token rows in place by '{name}'"):
+    with pytest.raises(UnsupportedError, match=f"the model changes token rows in place by '{name}'"):
         ranks.play(2, lambda group: REFUSED[name](split(group)))
     assert ranks.gathers == 0
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.flux import legible
+from tests.zoo.inputs import legible, video
 
 
 def inputs(sizes: Sizes) -> Inputs:
@@ -28,7 +28,7 @@ def inputs(sizes: Sizes) -> Inputs:
     )
     places = torch.cartesian_prod(*(torch.arange(n) for n in sizes.grid)).T[:, None].contiguous()
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, frames, 2 * rows, 2 * columns),
+        hidden_states=video(sizes, 4, 2),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 20),
         encoder_attention_mask=legible(sizes).long(),
         timestep=torch.randint(0, 1000, (sizes.batch,)),

@@ -6,7 +6,7 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.flux import legible, positions
+from tests.zoo.inputs import legible, picture, positions
 
 
 def bria_inputs(sizes: Sizes) -> Inputs:
@@ -38,9 +38,8 @@ def fibo_inputs(sizes: Sizes) -> Inputs:
 def fibo2_inputs(sizes: Sizes) -> Inputs:
     """Text states for the Perceiver and for the one injection block. Samples differ in how many tokens are legible, and
     with that in their number of gist tokens."""
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, 2 * frames * rows, 2 * columns),
+        hidden_states=picture(sizes, 4, 2),
         timestep=torch.rand(sizes.batch),
         encoder_hidden_states=torch.randn(sizes.batch, 2, sizes.text, 24),
         encoder_attention_mask=legible(sizes),

@@ -33,3 +33,15 @@ class Case:
         import diffusers
 
         return getattr(diffusers, self.name.split(":")[0])(**self.config).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Case):
+    """A model that its pipeline changes before the first call."""
+
+    prepare: Callable[[Any], None]
+
+    def build(self) -> nn.Module:
+        model = super().build()
+        self.prepare(model)
+        return model.eval().requires_grad_(False)

@@ -6,7 +6,7 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.flux import legible, positions
+from tests.zoo.inputs import legible, positions
 
 
 def inputs(sizes: Sizes) -> Inputs:

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
+from tests.zoo.inputs import video
 
 PADDED_TEXT = 512
 """Where there are image embeddings, the class takes all but the last 512 tokens for the image."""
 
 
 def inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, frames, 2 * rows, 2 * columns),
+        hidden_states=video(sizes, 4, 2),
         timestep=torch.randint(0, 1000, (sizes.batch,)),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
     )

@@ -6,14 +6,14 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.flux import legible
+from tests.zoo.inputs import legible, picture
 
 
 def inputs(sizes: Sizes) -> Inputs:
     frames, rows, columns = sizes.grid
     size = torch.tensor([16 * frames * rows, 16 * columns]).expand(sizes.batch, -1)
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, 2 * frames * rows, 2 * columns),
+        hidden_states=picture(sizes, 4, 2),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
         timestep=torch.randint(0, 1000, (sizes.batch,)),
         original_size=size,

@@ -16,7 +16,7 @@ from tests import zoo
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
 
-NO_CASES = ("case", "collect")
+NO_CASES = ("case", "collect", "inputs")
 
 
 @cache

@@ -6,13 +6,12 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.flux import legible
+from tests.zoo.inputs import legible, video
 
 
 def inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, frames, 2 * rows, 2 * columns),
+        hidden_states=video(sizes, 4, 2),
         timestep=torch.randint(0, 1000, (sizes.batch,)),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
         attention_mask=legible(sizes),

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 
 from tests.models import Inputs, Sizes
-from tests.zoo.case import Case
-from tests.zoo.flux import Prepared, legible
+from tests.zoo.case import Case, Prepared
+from tests.zoo.inputs import legible, picture
 
 
 def inputs(sizes: Sizes) -> Inputs:
     """Features, not latents: every pixel is a token."""
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 48, frames * rows, columns),
+        hidden_states=picture(sizes, 48, 1),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 32),
         encoder_attention_mask=legible(sizes),
     )

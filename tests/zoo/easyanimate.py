@@ -6,12 +6,12 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
+from tests.zoo.inputs import video
 
 
 def inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, frames, 2 * rows, 2 * columns),
+        hidden_states=video(sizes, 4, 2),
         timestep=torch.randint(0, 1000, (sizes.batch,)),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
     )
@@ -19,10 +19,9 @@ def inputs(sizes: Sizes) -> Inputs:
 
 def inpaint_inputs(sizes: Sizes) -> Inputs:
     """The second encoder's 5 tokens of text come after the first's."""
-    frames, rows, columns = sizes.grid
     return inputs(sizes) | dict(
         encoder_hidden_states_t5=torch.randn(sizes.batch, 5, 16),
-        inpaint_latents=torch.randn(sizes.batch, 5, frames, 2 * rows, 2 * columns),
+        inpaint_latents=video(sizes, 5, 2),
     )
 
 

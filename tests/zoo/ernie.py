@@ -6,15 +6,15 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
+from tests.zoo.inputs import picture
 
 
 def inputs(sizes: Sizes) -> Inputs:
     """The last sample's text lacks its last third; the class knows lengths only, and so no holes elsewhere."""
-    frames, rows, columns = sizes.grid
     lengths = torch.full((sizes.batch,), sizes.text)
     lengths[-1] -= sizes.text // 3
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, 2 * frames * rows, 2 * columns),
+        hidden_states=picture(sizes, 4, 2),
         timestep=torch.rand(sizes.batch) * 1000,
         text_bth=torch.randn(sizes.batch, sizes.text, 32),
         text_lens=lengths,

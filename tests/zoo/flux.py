@@ -1,44 +1,16 @@
-"""FLUX.1, FLUX.2 and FLUX.3; `Prepared`, `positions` and `legible` serve the families that descend from them too."""
+"""FLUX.1, FLUX.2 and FLUX.3."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.models import Inputs, Sizes
-from tests.zoo.case import Case
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared(Case):
-    """A model that its pipeline changes before the first call."""
-
-    prepare: Callable[[Any], None]
-
-    def build(self) -> nn.Module:
-        model = super().build()
-        self.prepare(model)
-        return model.eval().requires_grad_(False)
-
-
-def positions(grid: tuple[int, int, int], width: int) -> Tensor:
-    """(S, width) of (0, ..., row, column)."""
-    rows = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))
-    return F.pad(rows[:, 1:], (1, width - 3))
-
-
-def legible(sizes: Sizes) -> Tensor:
-    """(batch, text) bool: of the last sample, the first token and the last third are masked."""
-    mask = torch.ones(sizes.batch, sizes.text, dtype=torch.bool)
-    if sizes.text > 2:
-        mask[-1, 0] = False
-        mask[-1, sizes.text - sizes.text // 3 :] = False
-    return mask
+from tests.zoo.case import Case, Prepared
+from tests.zoo.inputs import positions
 
 
 def flux_inputs(sizes: Sizes) -> Inputs:

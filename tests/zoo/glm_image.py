@@ -6,7 +6,7 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.hunyuan import legible
+from tests.zoo.inputs import legible, picture
 
 LAYERS, HEADS, HEAD_SIZE = 2, 3, 8
 
@@ -15,7 +15,7 @@ def glm_inputs(sizes: Sizes) -> Inputs:
     """A prior token for every image token; the pipeline drops all of them in the unconditional call."""
     frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, 2 * frames * rows, 2 * columns),
+        hidden_states=picture(sizes, 4, 2),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 32),
         prior_token_id=torch.randint(0, 64, (sizes.batch, sizes.image)),
         prior_token_drop=torch.zeros(sizes.batch, sizes.image, dtype=torch.bool),
@@ -27,7 +27,7 @@ def glm_inputs(sizes: Sizes) -> Inputs:
 
 def glm_mask_inputs(sizes: Sizes) -> Inputs:
     """The mask that the class takes and the pipeline does not give; the model makes floats of it."""
-    return glm_inputs(sizes) | dict(attention_mask=legible(sizes))
+    return glm_inputs(sizes) | dict(attention_mask=legible(sizes).float())
 
 
 def glm_edit_inputs(sizes: Sizes) -> Inputs:

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
+from tests.zoo.inputs import video
 
 
 def plain_inputs(sizes: Sizes) -> Inputs:
     """No history."""
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, frames, 2 * rows, 2 * columns),
+        hidden_states=video(sizes, 4, 2),
         timestep=torch.randint(0, 999, (sizes.batch,)),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
     )

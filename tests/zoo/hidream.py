@@ -6,13 +6,13 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
+from tests.zoo.inputs import picture
 
 
 def hidream_inputs(sizes: Sizes) -> Inputs:
     """Llama's embeddings have the layers in front: (L, B, T, C)."""
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, 2 * frames * rows, 2 * columns),
+        hidden_states=picture(sizes, 4, 2),
         timesteps=torch.rand(sizes.batch) * 1000,
         encoder_hidden_states_t5=torch.randn(sizes.batch, sizes.text, 8),
         encoder_hidden_states_llama3=torch.randn(3, sizes.batch, sizes.text, 4),

@@ -7,22 +7,7 @@ from torch import Tensor
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-
-
-def legible(sizes: Sizes, *, text: int | None = None) -> Tensor:
-    """(B, T) mask of the text (of `text` tokens instead): the last sample has no last third and no first token."""
-    tokens = text or sizes.text
-    mask = torch.ones(sizes.batch, tokens)
-    if tokens > 2:
-        mask[-1, tokens - tokens // 3 :] = 0
-        mask[-1, 0] = 0
-    return mask
-
-
-def video(sizes: Sizes, channels: int, patch: int) -> Tensor:
-    """(B, C, F, H, W) whose rows and columns are `patch` times those of the grid."""
-    frames, rows, columns = sizes.grid
-    return torch.randn(sizes.batch, channels, frames, patch * rows, patch * columns)
+from tests.zoo.inputs import legible, picture, video
 
 
 def video_inputs(sizes: Sizes, *, channels: int = 4) -> Inputs:
@@ -30,7 +15,7 @@ def video_inputs(sizes: Sizes, *, channels: int = 4) -> Inputs:
         hidden_states=video(sizes, channels, 2),
         timestep=torch.rand(sizes.batch) * 1000,
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
-        encoder_attention_mask=legible(sizes),
+        encoder_attention_mask=legible(sizes).float(),
         pooled_projections=torch.randn(sizes.batch, 8),
         guidance=torch.full((sizes.batch,), 6000.0),
     )
@@ -67,9 +52,9 @@ def video15_inputs(sizes: Sizes) -> Inputs:
         hidden_states=video(sizes, 9, 1),
         timestep=torch.rand(sizes.batch) * 1000,
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
-        encoder_attention_mask=legible(sizes),
+        encoder_attention_mask=legible(sizes).float(),
         encoder_hidden_states_2=torch.randn(sizes.batch, 4, 8),
-        encoder_attention_mask_2=legible(sizes, text=4),
+        encoder_attention_mask_2=legible(sizes, text=4).float(),
         image_embeds=torch.zeros(sizes.batch, 3, 12),
     )
 
@@ -80,9 +65,8 @@ def video15_picture_inputs(sizes: Sizes) -> Inputs:
 
 def image_inputs(sizes: Sizes) -> Inputs:
     """No second text, as for a prompt without quoted words."""
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, frames * rows, columns),
+        hidden_states=picture(sizes, 4, 1),
         timestep=torch.rand(sizes.batch) * 1000,
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
         encoder_attention_mask=legible(sizes).long(),

@@ -6,7 +6,7 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.hunyuan import legible, video
+from tests.zoo.inputs import legible, video
 
 
 def edit_inputs(sizes: Sizes, *, items: int = 2) -> Inputs:

@@ -6,7 +6,7 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.hunyuan import legible
+from tests.zoo.inputs import legible
 
 
 def kandinsky5_inputs(sizes: Sizes, *, channels: int = 4) -> Inputs:
@@ -36,7 +36,7 @@ def kandinsky6_inputs(sizes: Sizes) -> Inputs:
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 8),
         pooled_projections=torch.randn(sizes.batch, 8),
         timestep=torch.rand(sizes.batch) * 1000,
-        encoder_attention_mask=legible(sizes).bool(),
+        encoder_attention_mask=legible(sizes),
     )
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.hunyuan import legible
+from tests.zoo.inputs import legible
 
 
 def krea2_inputs(sizes: Sizes) -> Inputs:
@@ -18,7 +18,7 @@ def krea2_inputs(sizes: Sizes) -> Inputs:
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 3, 24),
         timestep=torch.rand(sizes.batch),
         position_ids=F.pad(rows[:, 1:], (1, 0, sizes.text, 0)),
-        encoder_attention_mask=legible(sizes).bool(),
+        encoder_attention_mask=legible(sizes),
     )
 
 

@@ -8,15 +8,16 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
+from tests.zoo.inputs import video
 
 
 def latte_inputs(sizes: Sizes, *, length: int) -> Inputs:
     """The class takes one frame or as many as it was built for: any other number of frames becomes rows of one."""
-    frames, rows, columns = sizes.grid
+    frames, rows, _ = sizes.grid
     if frames != length:
         frames, rows = 1, frames * rows
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, frames, 2 * rows, 2 * columns),
+        hidden_states=video(sizes, 4, 2),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 8),
         timestep=torch.randint(0, 1000, (sizes.batch,)),
         enable_temporal_attentions=True,

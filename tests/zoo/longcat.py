@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.hunyuan import legible
+from tests.zoo.inputs import legible
 
 
 def positions(sizes: Sizes) -> Tensor:
@@ -36,7 +36,7 @@ def audio_inputs(sizes: Sizes) -> Inputs:
     return dict(
         hidden_states=torch.randn(sizes.batch, sizes.image, 8),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 32),
-        encoder_attention_mask=legible(sizes).bool(),
+        encoder_attention_mask=legible(sizes),
         timestep=torch.rand(sizes.batch),
         attention_mask=lasts,
         latent_cond=torch.zeros(sizes.batch, sizes.image, 8),

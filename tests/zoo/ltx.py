@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.hunyuan import legible
+from tests.zoo.inputs import legible
 
 AUDIO = 9
 """Frames of sound."""
@@ -19,7 +19,7 @@ def ltx_inputs(sizes: Sizes) -> Inputs:
         hidden_states=torch.randn(sizes.batch, sizes.image, 4),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
         timestep=torch.rand(sizes.batch) * 1000,
-        encoder_attention_mask=legible(sizes).bool(),
+        encoder_attention_mask=legible(sizes),
         num_frames=frames,
         height=rows,
         width=columns,

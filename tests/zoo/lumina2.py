@@ -6,13 +6,12 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.hunyuan import legible
+from tests.zoo.inputs import legible, picture
 
 
 def lumina2_inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, 2 * frames * rows, 2 * columns),
+        hidden_states=picture(sizes, 4, 2),
         timestep=torch.rand(sizes.batch),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 32),
         encoder_attention_mask=legible(sizes).long(),

@@ -6,7 +6,7 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.hunyuan import legible, video
+from tests.zoo.inputs import legible, video
 
 
 def mochi_inputs(sizes: Sizes) -> Inputs:
@@ -14,7 +14,7 @@ def mochi_inputs(sizes: Sizes) -> Inputs:
         hidden_states=video(sizes, 4, 2),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
         timestep=torch.rand(sizes.batch) * 1000,
-        encoder_attention_mask=legible(sizes).bool(),
+        encoder_attention_mask=legible(sizes),
     )
 
 

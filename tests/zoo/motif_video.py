@@ -6,7 +6,7 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.hunyuan import legible, video
+from tests.zoo.inputs import legible, video
 
 
 def motif_inputs(sizes: Sizes) -> Inputs:
@@ -15,7 +15,7 @@ def motif_inputs(sizes: Sizes) -> Inputs:
         hidden_states=video(sizes, 9, 2),
         timestep=torch.rand(sizes.batch) * 1000,
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 32),
-        encoder_attention_mask=legible(sizes).bool(),
+        encoder_attention_mask=legible(sizes),
     )
 
 

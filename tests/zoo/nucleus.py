@@ -6,14 +6,14 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.qwen_image import holes
+from tests.zoo.inputs import legible
 
 
 def nucleus_inputs(sizes: Sizes) -> Inputs:
     return dict(
         hidden_states=torch.randn(sizes.batch, sizes.image, 16),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 20),
-        encoder_hidden_states_mask=holes(sizes),
+        encoder_hidden_states_mask=legible(sizes).long(),
         timestep=torch.rand(sizes.batch),
         img_shapes=[sizes.grid] * sizes.batch,
     )

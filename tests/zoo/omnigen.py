@@ -6,6 +6,7 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
+from tests.zoo.inputs import picture
 
 
 def omnigen_inputs(sizes: Sizes, images: int = 0) -> Inputs:
@@ -27,7 +28,7 @@ def omnigen_inputs(sizes: Sizes, images: int = 0) -> Inputs:
         spans[sample] = [[start, start + sizes.image]]
         mask[sample, start : start + sizes.image, start : start + sizes.image] = 1
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, 2 * frames * rows, 2 * columns),
+        hidden_states=picture(sizes, 4, 2),
         timestep=torch.rand(sizes.batch),
         input_ids=torch.randint(3, 50, (sizes.batch, text)),
         input_img_latents=[torch.randn(1, 4, 2 * frames * rows, 2 * columns) for _ in spans],

@@ -6,7 +6,7 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.flux import positions
+from tests.zoo.inputs import positions
 
 
 def ovis_inputs(sizes: Sizes) -> Inputs:

@@ -6,7 +6,7 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.qwen_image import holes
+from tests.zoo.inputs import legible
 
 TEXT = 13
 TOKENS = 35
@@ -20,7 +20,7 @@ def prior_inputs(sizes: Sizes) -> Inputs:
         timestep=torch.tensor(7),
         proj_embedding=torch.randn(sizes.batch, 12),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 12),
-        attention_mask=holes(sizes, first=False).bool(),
+        attention_mask=legible(sizes, first=False),
     )
 
 

@@ -6,16 +6,15 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.qwen_image import holes
+from tests.zoo.inputs import legible, picture
 
 
 def prx_inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, 2 * frames * rows, 2 * columns),
+        hidden_states=picture(sizes, 4, 2),
         timestep=torch.rand(sizes.batch),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 20),
-        attention_mask=holes(sizes).bool(),
+        attention_mask=legible(sizes),
     )
 
 

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-
-
-def holes(sizes: Sizes, *, first: bool = True) -> Tensor:
-    """(batch, text) of 1, in the last sample 0 in the last third and (if `first`) in the first place."""
-    mask = torch.ones(sizes.batch, sizes.text, dtype=torch.long)
-    mask[-1, sizes.text - sizes.text // 3 :] = 0
-    if first and sizes.text > 1:
-        mask[-1, 0] = 0
-    return mask
+from tests.zoo.inputs import legible
 
 
 def qwen_inputs(sizes: Sizes) -> Inputs:
     return dict(
         hidden_states=torch.randn(sizes.batch, sizes.image, 16),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 20),
-        encoder_hidden_states_mask=holes(sizes),
+        encoder_hidden_states_mask=legible(sizes).long(),
         timestep=torch.rand(sizes.batch),
         img_shapes=[[sizes.grid]] * sizes.batch,
     )
@@ -56,7 +47,7 @@ def qwen21_inputs(sizes: Sizes) -> Inputs:
     return dict(
         hidden_states=torch.randn(sizes.batch, rows * columns, 4),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 8),
-        encoder_hidden_states_mask=holes(sizes, first=False),
+        encoder_hidden_states_mask=legible(sizes, first=False).long(),
         timestep=torch.rand(sizes.batch),
         img_shapes=[[even(sizes)]] * sizes.batch,
         img_mask=slots,
@@ -67,7 +58,7 @@ def qwen21_edit_inputs(sizes: Sizes) -> Inputs:
     """A condition image of 2 x 4 tokens in 2 places of the text, which has 3 words more."""
     _, rows, columns = even(sizes)
     text = torch.randn(sizes.batch, sizes.text + 5, 8)
-    mask = torch.cat([torch.ones(sizes.batch, 5, dtype=torch.long), holes(sizes, first=False)], 1)
+    mask = torch.cat([torch.ones(sizes.batch, 5, dtype=torch.long), legible(sizes, first=False).long()], 1)
     slots = torch.zeros(sizes.batch, sizes.text + 5 + rows * columns // 4, dtype=torch.bool)
     slots[:, [1, 2]] = True
     slots[:, sizes.text + 5 :] = True

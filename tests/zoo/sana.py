@@ -6,15 +6,14 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.qwen_image import holes
+from tests.zoo.inputs import legible, picture, video
 
 
 def sana_inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, frames * rows, columns),
+        hidden_states=picture(sizes, 4, 1),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 20),
-        encoder_attention_mask=holes(sizes),
+        encoder_attention_mask=legible(sizes).long(),
         timestep=torch.randint(0, 1000, (sizes.batch,)),
     )
 
@@ -30,8 +29,7 @@ def control_inputs(sizes: Sizes) -> Inputs:
 
 
 def video_inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
-    return sana_inputs(sizes) | dict(hidden_states=torch.randn(sizes.batch, 4, frames, 2 * rows, 2 * columns))
+    return sana_inputs(sizes) | dict(hidden_states=video(sizes, 4, 2))
 
 
 def image_to_video_inputs(sizes: Sizes) -> Inputs:

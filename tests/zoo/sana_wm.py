@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.qwen_image import holes
+from tests.zoo.inputs import legible
 
 
 def cameras(sizes: Sizes) -> Tensor:
@@ -30,7 +30,7 @@ def sana_wm_inputs(sizes: Sizes) -> Inputs:
         hidden_states=torch.randn(sizes.batch, 4, *sizes.grid),
         timestep=timestep,
         encoder_hidden_states=torch.randn(sizes.batch, 1, sizes.text, 20),
-        mask=holes(sizes),
+        mask=legible(sizes).long(),
         camera_conditions=cameras(sizes),
         chunk_plucker=torch.randn(sizes.batch, 8, *sizes.grid),
     )
@@ -56,7 +56,7 @@ def refiner_inputs(sizes: Sizes, rope_type: str = "interleaved", first: int = 0)
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 20),
         timestep=torch.rand(sizes.batch, sizes.image) * 1000,
         video_rotary_emb=rotary(sizes, rope_type, first=first, frames=sizes.grid[0]),
-        encoder_attention_mask=holes(sizes),
+        encoder_attention_mask=legible(sizes).long(),
     )
 
 

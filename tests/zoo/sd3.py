@@ -6,12 +6,12 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
+from tests.zoo.inputs import picture
 
 
 def sd3_inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, 2 * frames * rows, 2 * columns),
+        hidden_states=picture(sizes, 4, 2),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 32),
         pooled_projections=torch.randn(sizes.batch, 40),
         timestep=torch.rand(sizes.batch) * 1000,

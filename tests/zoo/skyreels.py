@@ -6,12 +6,12 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
+from tests.zoo.inputs import video
 
 
 def skyreels_inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, frames, 2 * rows, 2 * columns),
+        hidden_states=video(sizes, 4, 2),
         timestep=torch.randint(0, 1000, (sizes.batch,)),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
     )
@@ -19,9 +19,8 @@ def skyreels_inputs(sizes: Sizes) -> Inputs:
 
 def image_to_video_inputs(sizes: Sizes) -> Inputs:
     """Image tokens before the text in the cross-attention, which takes the last 512 of both as text."""
-    frames, rows, columns = sizes.grid
     return skyreels_inputs(sizes) | dict(
-        hidden_states=torch.randn(sizes.batch, 12, frames, 2 * rows, 2 * columns),
+        hidden_states=video(sizes, 12, 2),
         encoder_hidden_states=torch.randn(sizes.batch, 512, 16),
         encoder_hidden_states_image=torch.randn(sizes.batch, 5, 20),
     )
@@ -29,10 +28,10 @@ def image_to_video_inputs(sizes: Sizes) -> Inputs:
 
 def diffusion_forcing_inputs(sizes: Sizes) -> Inputs:
     """A timestep for every frame; a frame sees its own pair of frames and those before, so frames are even."""
-    frames, rows, columns = sizes.grid
+    frames, _, _ = sizes.grid
     frames += frames % 2
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, frames, 2 * rows, 2 * columns),
+        hidden_states=video(sizes, 4, 2),
         timestep=torch.randint(0, 1000, (sizes.batch, frames)),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
         enable_diffusion_forcing=True,

@@ -6,15 +6,14 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
-from tests.zoo.qwen_image import holes
+from tests.zoo.inputs import legible, picture
 
 
 def continuous_inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 12, frames * rows, columns),
+        hidden_states=picture(sizes, 12, 1),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 20),
-        encoder_attention_mask=holes(sizes),
+        encoder_attention_mask=legible(sizes).long(),
     )
 
 
@@ -28,9 +27,8 @@ def discrete_inputs(sizes: Sizes) -> Inputs:
 
 
 def patched_inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
     return continuous_inputs(sizes) | dict(
-        hidden_states=torch.randn(sizes.batch, 4, 2 * frames * rows, 2 * columns),
+        hidden_states=picture(sizes, 4, 2),
         timestep=torch.randint(0, 1000, (sizes.batch,)),
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},
     )

@@ -6,12 +6,12 @@ import torch
 
 from tests.models import Inputs, Sizes
 from tests.zoo.case import Case
+from tests.zoo.inputs import video
 
 
 def wan_inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
     return dict(
-        hidden_states=torch.randn(sizes.batch, 4, frames, 2 * rows, 2 * columns),
+        hidden_states=video(sizes, 4, 2),
         timestep=torch.randint(0, 1000, (sizes.batch,)),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
     )
@@ -26,18 +26,16 @@ def per_token_inputs(sizes: Sizes) -> Inputs:
 
 def image_to_video_inputs(sizes: Sizes) -> Inputs:
     """Image tokens before the text in the cross-attention, which takes the last 512 of both as text."""
-    frames, rows, columns = sizes.grid
     return wan_inputs(sizes) | dict(
-        hidden_states=torch.randn(sizes.batch, 12, frames, 2 * rows, 2 * columns),
+        hidden_states=video(sizes, 12, 2),
         encoder_hidden_states=torch.randn(sizes.batch, 512, 16),
         encoder_hidden_states_image=torch.randn(sizes.batch, 5, 20),
     )
 
 
 def vace_inputs(sizes: Sizes) -> Inputs:
-    frames, rows, columns = sizes.grid
     return wan_inputs(sizes) | dict(
-        control_hidden_states=torch.randn(sizes.batch, 12, frames, 2 * rows, 2 * columns),
+        control_hidden_states=video(sizes, 12, 2),
         control_hidden_states_scale=torch.tensor([1.0, 0.5]),
     )
 
@@ -47,7 +45,7 @@ def animate_inputs(sizes: Sizes) -> Inputs:
     frames, rows, columns = sizes.grid
     frames = max(frames, 2)
     return dict(
-        hidden_states=torch.randn(sizes.batch, 12, frames, 2 * rows, 2 * columns),
+        hidden_states=video(sizes, 12, 2),
         timestep=torch.randint(0, 1000, (sizes.batch,)),
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 16),
         encoder_hidden_states_image=torch.randn(sizes.batch, 5, 20),

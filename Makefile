@@ -8,7 +8,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test format bench-scaling clean
+.PHONY: help setup demo check test support support-ci format bench-scaling clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ check: setup ## Lint, format, types, import floors, docs
 
 test: setup ## Run all tests; fewer than tests/collected_floor.txt is a failure
 	$(BIN)/python -m pytest --collected-floor tests/collected_floor.txt
+
+support: setup ## Measure every transformer class in every layout: docs/support.md (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support
+
+support-ci: setup ## Measure a part of it; a cell that is worse than docs/support.json is a failure
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support --fixed-part
 
 format: setup ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix .

@@ -26,6 +26,10 @@ class UnsupportedError(ParafuseError):
     """A block cannot be split as asked; the message says which operator is in the way."""
 
 
+class MismatchError(ParafuseError):
+    """Several ranks gave something else than one."""
+
+
 class RankError(ParafuseError):
     """Another rank failed or stalled."""
 

@@ -40,7 +40,9 @@ class Engine:
         self.plan, self.handle = plan, handle
         self.receipt: dict[str, Any] = {}
         """The record of the last request that ended well, ready for JSON."""
-        self._source, self._world, self._progress = source, world, progress
+        self.world = world
+        """What this engine's ranks say to each other."""
+        self._source, self._progress = source, progress
         self._workers: Workers | None = None
         self._load_s, self._closed = 0.0, False
 
@@ -131,7 +133,7 @@ class Engine:
     @property
     def rank(self) -> int:
         """This process's global rank; the pictures are the same on all of them."""
-        return self._world.rank
+        return self.world.rank
 
     def __call__(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
         """The pipeline's own call, on all ranks: same arguments, same output, the same on every rank.
@@ -141,33 +143,33 @@ class Engine:
         launcher every rank calls it with the same arguments. Raises ConfigError before anything runs."""
         if self._closed:
             raise ConfigError("engine: it is closed; make a new one.")
-        if self._world.broken:
+        if self.world.broken:
             raise ConfigError("engine: a rank was lost in an earlier request; make a new engine.")
         keywords = self._keywords(args, kwargs)
         if seed is not None and "generator" in keywords:
             raise ConfigError(f"seed={seed}: given beside generator; leave one out.")
         if seed is None and "generator" not in keywords:
-            seed = self._world.share("seed", fresh_seed)
+            seed = self.world.share("seed", fresh_seed)
         if self._workers:
             self._workers.send({"keywords": keywords, "seed": seed})
         try:
             return self.run(keywords, seed)
         except BaseException as error:
             if self._workers and (
-                self._world.broken or isinstance(error, RankError) or not isinstance(error, Exception)
+                self.world.broken or isinstance(error, RankError) or not isinstance(error, Exception)
             ):
-                self._world.broken = True
+                self.world.broken = True
                 self._workers.explain(error)
             raise
 
     def run(self, keywords: dict[str, Any], seed: int | None) -> Any:
         """One checked request on this rank. Every rank runs it; an error on one rank is an error on all."""
-        self._world.agree("a request", digest({"keywords": keywords, "seed": seed}))
+        self.world.agree("a request", digest({"keywords": keywords, "seed": seed}))
         call = dict(keywords)
         if seed is not None:
             call["generator"] = torch.Generator("cpu").manual_seed(seed)
         begun, before = time.perf_counter(), self.handle.exchanged()
-        with self._progress_of(call) as progress, self._threads(), self._world.request():
+        with self._progress_of(call) as progress, self._threads(), self.world.request():
             output = self._paint(call)
         self.receipt = {
             "plan": self.plan.to_dict(),
@@ -243,7 +245,7 @@ class Engine:
         finally:
             if self._workers:
                 self._workers.stop()
-            self._world.leave()
+            self.world.leave()
 
     def __enter__(self) -> Engine:
         return self

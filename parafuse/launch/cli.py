@@ -19,8 +19,11 @@ import parafuse
 from parafuse import log
 from parafuse.config import Config
 from parafuse.errors import ParafuseError, nearest
+from parafuse.launch import export as exporting
 from parafuse.launch import generate as generating
 from parafuse.launch import quiet
+from parafuse.launch import verify as verifying
+from parafuse.launch.asked import Asked, start_ranks
 from parafuse.launch.options import build, given, options_of, with_options
 from parafuse.parallel import rank_entry
 
@@ -32,6 +35,10 @@ app = typer.Typer(
 )
 PICTURE_OPTIONS = options_of(generating.Picture)
 CONFIG_OPTIONS = options_of(Config, panel="Configuration")
+TRIAL_OPTIONS = options_of(verifying.Trial)
+EXPORT_OPTIONS = options_of(exporting.Export)
+LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1]
+"""Those of the configuration without the degrees, where all of them are tried."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +73,52 @@ def generate(
 ) -> int:
     """Paint prompts, on as many ranks as asked for. The picture does not depend on their number."""
     picture = build(generating.Picture(), given(PICTURE_OPTIONS, options))
-    if not picture.verbose:
-        quiet.silence_libraries()
-    if picture.quiet:
-        quiet.silence_notes()
+    _hush(picture)
     job = generating.prepare(prompts, picture, CONFIG_OPTIONS, options)
     if job.world_size > 1 and "RANK" not in os.environ:
-        return generating.start_ranks(job, ctx.obj.argv)
+        return start_ranks(job.world_size, ctx.obj.argv)
     generating.paint(job)
     return 0
+
+
+@app.command()
+@with_options(*TRIAL_OPTIONS, *LOADING_OPTIONS)
+def verify(
+    ctx: typer.Context,
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="For a model that takes one.")] = None,
+    **options: Any,
+) -> int:
+    """Hold a model on several ranks against itself alone, in every layout of these ranks. Exit code 1: they differ.
+
+    The calls of its denoiser in one run (of one step, if --steps does not say otherwise) are compared, not pictures."""
+    trial = build(verifying.Trial(), given(TRIAL_OPTIONS, options))
+    _hush(trial)
+    job = verifying.prepare(prompt, trial, LOADING_OPTIONS, options)
+    if "RANK" not in os.environ:
+        return start_ranks(job.world_size, ctx.obj.argv)
+    verifying.run(job)
+    return 0
+
+
+@app.command("export-plan")
+@with_options(*EXPORT_OPTIONS, *LOADING_OPTIONS)
+def export_plan(
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="For a model that takes one.")] = None,
+    **options: Any,
+) -> None:
+    """Write how a model's tokens are split as a _cp_plan, for diffusers' own context parallel (enable_parallelism).
+
+    Derived from one denoising step on one rank; refused where diffusers' form cannot say it."""
+    export = build(exporting.Export(), given(EXPORT_OPTIONS, options))
+    _hush(export)
+    exporting.run(exporting.prepare(prompt, export, LOADING_OPTIONS, options))
+
+
+def _hush(asked: Asked) -> None:
+    if not asked.verbose:
+        quiet.silence_libraries()
+    if asked.quiet:
+        quiet.silence_notes()
 
 
 @app.command()
@@ -123,10 +167,10 @@ def run(launch: Launch) -> int:
 
 def _usage(error: TyperException) -> str:
     """A usage error in one line; for an unknown option, the nearest known one."""
-    option = getattr(error, "option_name", None)
-    if type(error).__name__ == "NoSuchOption" and option:
-        known = [o.flag for o in [*PICTURE_OPTIONS, *CONFIG_OPTIONS]] + ["--help", "--version", "--json"]
-        return f"unknown option {option!r}{nearest(option, known)} (parafuse generate --help lists all)."
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if type(error).__name__ == "NoSuchOption" and option and context is not None:
+        known = ["--help", *(flag for parameter in context.command.params for flag in parameter.opts)]
+        return f"unknown option {option!r}{nearest(option, known)} ({context.command_path} --help lists all)."
     return " ".join(error.format_message().split())
 
 

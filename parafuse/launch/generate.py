@@ -5,8 +5,6 @@ Nothing in here imports torch before the checks are through."""
 from __future__ import annotations
 
 import inspect
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from parafuse.config import Config
 from parafuse.engine.plan import Plan
 from parafuse.errors import ConfigError, ParafuseError
 from parafuse.launch import quiet
+from parafuse.launch.asked import Asked, number_of_ranks
 from parafuse.launch.keywords import NUM_PICTURES, as_typed, call_keywords, refuse_unknown
 from parafuse.launch.options import Option, build, given
 
@@ -32,50 +31,22 @@ VIDEO_FORMATS = (".mp4", ".gif", ".webm", ".webp", ".mov", ".avi", ".mkv")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class Picture(Asked):
     """What to paint and where to: the options of `generate` beside the configuration."""
 
     out: str = "out.png"
     """PNG file to write, with a receipt (JSON) beside it. Several pictures are numbered: out-0.png, out-1.png, ..."""
-    model: str = "emoji"
-    """The built-in emoji, a diffusers folder, a single-file checkpoint, or a hub id."""
-    ranks: int | None = None
-    """Processes to start on this machine, one for each GPU. Not given: 1, the plan's, or torchrun's."""
-    seed: int | None = None
-    """The same seed gives the same picture on any number of ranks. Not given: a new one, told with the picture."""
-    steps: int | None = None
-    """Denoising steps."""
-    width: int | None = None
-    """Pixels."""
-    height: int | None = None
-    """Pixels."""
-    guidance: float | None = None
-    """Guidance scale: how closely the picture follows the prompt."""
-    negative_prompt: str | None = None
-    """What the picture should not show."""
     num_images: int | None = None
     """Pictures for each prompt."""
-    set: tuple[str, ...] = ()
-    """Any other keyword of the pipeline's call, its value as JSON: --set max_sequence_length=128. May be repeated."""
-    config: str | None = None
-    """JSON file with a configuration; options given beside it win."""
     plan: str | None = None
     """JSON file with a plan (from --save-plan, or a receipt): run exactly this layout again."""
     save_plan: str | None = None
     """JSON file to write the plan to."""
-    quiet: bool = False
-    """No progress bar and no notes; errors only."""
-    verbose: bool = False
-    """Show the warnings and logs of the libraries underneath."""
 
     def __post_init__(self) -> None:
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ConfigError(f"--seed {self.seed}: must be from 0 to 2^63 - 1.")
-        for flag, value in (("--ranks", self.ranks), ("--num-images", self.num_images)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{flag} {value}: must be at least 1.")
-        if self.quiet and self.verbose:
-            raise ConfigError("--quiet and --verbose exclude each other; give one of them.")
+        super().__post_init__()
+        if self.num_images is not None and self.num_images < 1:
+            raise ConfigError(f"--num-images {self.num_images}: must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +82,7 @@ def prepare(prompts: Sequence[str], picture: Picture, options: list[Option], typ
         config.parallel.degrees(world_size)
     source = locate(picture.model, allow_pickle=config.allow_pickle)
     call, typed_as = call_keywords(picture, source)
-    refuse_unknown(source, call)
+    refuse_unknown(source, {"prompt": "", **call})
     checked: dict[str, Any] = {}
     for prompt in prompts:
         try:
@@ -144,27 +115,6 @@ def refuse_beside_plan(plan: Plan, picture: Picture, chosen: list[tuple[Option, 
             raise ConfigError(f"{option.flag} and --plan {picture.plan!r}: the plan decides it; leave one out.")
     if picture.config:
         raise ConfigError(f"--config and --plan {picture.plan!r}: the plan decides it; leave one out.")
-
-
-def number_of_ranks(picture: Picture, plan: Plan | None) -> int:
-    """Ranks of the launcher that started this process, else those asked for. Raises ConfigError when they differ."""
-    if "RANK" in os.environ:
-        try:
-            running = int(os.environ["WORLD_SIZE"])
-            rank = int(os.environ["RANK"])
-        except (KeyError, ValueError) as error:
-            raise ConfigError(
-                "WORLD_SIZE: must be in the environment, a whole number, where RANK is; "
-                "start with torchrun, or unset RANK."
-            ) from error
-        if not 0 <= rank < running:
-            raise ConfigError(f"RANK={rank}: must be from 0 to WORLD_SIZE - 1 = {running - 1}.")
-        if picture.ranks not in (None, running):
-            raise ConfigError(
-                f"--ranks {picture.ranks}: the launcher started {running}. Leave --ranks out, or start that many."
-            )
-        return running
-    return picture.ranks or (plan.world_size if plan is not None else 1)
 
 
 def output_paths(out: str, number: int) -> list[Path]:
@@ -203,24 +153,6 @@ def check_writable(flag: str, path: Path, suffixes: tuple[str, ...]) -> None:
                 pass
     except OSError as error:
         raise ConfigError(f"{shown}: cannot be written ({error.strerror}); choose another folder.") from error
-
-
-def start_ranks(job: Job, argv: Sequence[str]) -> int:
-    """Runs this same command line on `job.world_size` ranks of this machine; returns the exit code."""
-    from parafuse.parallel import ranks
-
-    command = [sys.executable, "-m", "parafuse", *argv]
-    numbers = range(job.world_size)
-    with ranks.start(command, ranks=numbers, world_size=job.world_size, master_port=ranks.free_port()) as processes:
-        code = processes.wait()
-        failure = processes.failure
-    if code and sys.stderr.isatty():
-        sys.stderr.write("\x1b[?25h")  # a progress bar that was killed leaves the cursor hidden
-    if failure is not None:
-        print(failure.render(), file=sys.stderr, flush=True)
-    elif code:
-        print("parafuse: stopped; no rank is left running.", file=sys.stderr, flush=True)
-    return code
 
 
 def paint(job: Job) -> None:

@@ -14,7 +14,7 @@ from parafuse.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from parafuse.engine.source import ModelSource
-    from parafuse.launch.generate import Picture
+    from parafuse.launch.asked import Asked
 
 KEYWORDS = {
     "steps": "num_inference_steps",
@@ -23,6 +23,7 @@ KEYWORDS = {
     "negative_prompt": "negative_prompt",
 }
 """Options that are keywords of the pipelines under another name. `guidance` and `num_images` depend on the model."""
+ANY_PROMPT = "a red apple"
 NUM_PICTURES = ("num_images_per_prompt", "num_videos_per_prompt")
 RESERVED = {
     "prompt": "give the prompts as arguments",
@@ -34,18 +35,18 @@ RESERVED = {
 """Keywords of the pipelines that --set does not take, and what to do."""
 
 
-def call_keywords(picture: Picture, source: ModelSource) -> tuple[dict[str, Any], dict[str, str]]:
+def call_keywords(asked: Asked, source: ModelSource) -> tuple[dict[str, Any], dict[str, str]]:
     """The pipeline's keywords from the options and --set, and what the user typed for each of them."""
     pipeline = getattr(source, "pipeline_class", None)
-    accepted = (accepted_keywords(pipeline) if pipeline and picture.num_images else None) or []
+    accepted = (accepted_keywords(pipeline) if pipeline and getattr(asked, "num_images", None) else None) or []
     names = KEYWORDS | {
         "guidance": "true_cfg_scale" if "true_cfg_scale" in source.defaults else "guidance_scale",
         "num_images": next((name for name in NUM_PICTURES if name in accepted), NUM_PICTURES[0]),
     }
-    call = {names[name]: value for name in names if (value := getattr(picture, name)) is not None}
+    call = {names[name]: value for name in names if (value := getattr(asked, name, None)) is not None}
     flags = {keyword: "--" + name.replace("_", "-") for name, keyword in names.items()}
     typed = {keyword: flags[keyword] for keyword in call}
-    for text in picture.set:
+    for text in asked.set:
         key, sign, value = text.partition("=")
         key = key.strip().replace("-", "_")
         if not sign or not key.isidentifier():
@@ -57,6 +58,27 @@ def call_keywords(picture: Picture, source: ModelSource) -> tuple[dict[str, Any]
             raise ConfigError(f"--set {text!r}: {beside}; leave one out.")
         call[key], typed[key] = json_value(value), f"--set {key}"
     return call, typed
+
+
+def one_step_call(asked: Asked, source: ModelSource, prompt: str | None) -> dict[str, Any]:
+    """Checked keywords for a call whose pictures do not count: one step where none are asked for, latents.
+
+    `prompt` None: a prompt for a model that takes one. Raises ConfigError as `check_call` does."""
+    from parafuse.engine.request import check_call
+
+    call, typed = call_keywords(asked, source)
+    accepted = accepted_keywords(source.pipeline_class) if source.pipeline_class else None
+    if prompt is not None or accepted is None or "prompt" in accepted:
+        call["prompt"] = ANY_PROMPT if prompt is None else prompt
+    refuse_unknown(source, call)
+    if accepted is None or "num_inference_steps" in accepted:
+        call.setdefault("num_inference_steps", 1)
+    if accepted is not None and "output_type" in accepted:
+        call["output_type"] = "latent"
+    try:
+        return check_call(source, call)
+    except ConfigError as error:
+        raise as_typed(error, typed) from error
 
 
 def as_typed(error: ConfigError, typed: dict[str, str]) -> ConfigError:
@@ -73,7 +95,7 @@ def refuse_unknown(source: ModelSource, call: dict[str, Any]) -> None:
     accepted = accepted_keywords(name) if name else None
     if accepted is None:
         return
-    for key in ("prompt", *call):
+    for key in call:
         if key not in accepted:
             others = ", ".join(k for k in accepted if k not in RESERVED)
             hint = nearest(key, accepted) or f"; it takes {others}."

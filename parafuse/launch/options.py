@@ -114,10 +114,11 @@ def _is_union(kind: Any) -> bool:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, '' where there is none."""
+    """The docstring under each field of a dataclass, inherited ones too, '' where there is none."""
+    inherited = [base for base in cls.__mro__[:0:-1] if dataclasses.is_dataclass(base)]
+    docs = {name: text for base in inherited for name, text in field_docs(base).items()}
     definition = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0])
     body = definition.body
-    docs: dict[str, str] = {}
     for node, below in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             docs[node.target.id] = ""

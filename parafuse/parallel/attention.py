@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from parafuse.parallel.comm import all_to_all
 from parafuse.parallel.layout import Layout, head_range, key_head_range
 from parafuse.parallel.mesh import Mesh
 from parafuse.parallel.pack import join_rows, split_rows
-from parafuse.parallel.ring import ring_attention
+from parafuse.parallel.ring import expand_keys, ring_attention
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class SequenceAttention:
         if heads[0] == heads[1]:
             out = qkv[0].new_empty((*qkv[0].shape[:3], v.shape[-1]))
         else:
-            k_local, v_local = _expand_keys(qkv[1], qkv[2], heads, q.shape[1] // k.shape[1])
-            out = self._attend(qkv[0], k_local, v_local, queries, keys, call)
+            key_of_head = _key_of_head(heads, q.shape[1] // k.shape[1])
+            out = self._attend(qkv[0], qkv[1], qkv[2], queries, keys, call, key_of_head)
         return self._gather_heads(out, q.shape[1], queries)
 
     def _chunk(self, layout: Layout, ring_rank: int, true_rows: bool) -> tuple[list[int], tuple[int, ...]]:
@@ -121,9 +120,12 @@ class SequenceAttention:
         group = self.mesh.groups[Axis.ULYSSES]
         return all_to_all(send_N, send_sizes, receive_sizes, group.group_name)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call, key_of_head: list[int]
+    ) -> Tensor:
         """Attention of this rank's heads and query rows over all keys."""
         if self.ring == 1:
+            k, v = expand_keys(k, key_of_head), expand_keys(v, key_of_head)
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=call.scale
             )
@@ -138,6 +140,7 @@ class SequenceAttention:
             self.mesh.groups[Axis.RING].group_name,
             call.scale,
             call.is_causal,
+            key_of_head,
         )
 
 
@@ -158,13 +161,11 @@ def _fill(blocks: list[Tensor]) -> Tensor:
     return flat
 
 
-def _expand_keys(k: Tensor, v: Tensor, heads: tuple[int, int], group_size: int) -> tuple[Tensor, Tensor]:
-    """Key heads (B, g, N, D) repeated so that each local query head has its own (B, h, N, D)."""
+def _key_of_head(heads: tuple[int, int], group_size: int) -> list[int]:
+    """The local key head of each local query head; empty where each query head has its own."""
     if group_size == 1:
-        return k, v
-    first_key = heads[0] // group_size
-    index = torch.tensor([head // group_size - first_key for head in range(*heads)], device=k.device)
-    return k.index_select(1, index), v.index_select(1, index)
+        return []
+    return [head // group_size - heads[0] // group_size for head in range(*heads)]
 
 
 def _slice_heads(mask: Tensor | None, heads: tuple[int, int], num_heads: int) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -38,6 +39,14 @@ def block_mask(mask: Tensor | None, rows: Tensor, columns: Tensor, is_causal: bo
     return rows[:, None] >= columns[None, :] if is_causal else None
 
 
+def expand_keys(x_BGND: Tensor, key_of_head: Sequence[int]) -> Tensor:
+    """Key heads repeated, so that each query head has its own: (B, g, N, D) -> (B, h, N, D)."""
+    if not key_of_head:
+        return x_BGND
+    runs = [(key, len(list(heads))) for key, heads in groupby(key_of_head)]
+    return torch.cat([x_BGND[:, key : key + 1].expand(-1, count, -1, -1) for key, count in runs], dim=1)
+
+
 @torch.library.custom_op("parafuse::ring_attention", mutates_args=())
 def ring_attention(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
     q: Tensor,
@@ -50,11 +59,13 @@ def ring_attention(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
     group: str,
     scale: float | None,
     is_causal: bool,
+    key_of_head: Sequence[int],
 ) -> Tensor:
-    """q (B, h, n, D) true rows, k and v (B, h, m, D) with filler -> (B, h, n, Dv). Collective on the ring.
+    """q (B, h, n, D) true rows, k and v (B, g, m, D) with filler -> (B, h, n, Dv). Collective on the ring.
 
     Keys and values go round in one packed buffer; the next send is posted before the attention over the block at hand.
-    `mask` is over the whole sequence in the model's order. Liu et al. 2023, arXiv:2310.01889."""
+    `key_of_head`: the key head of each query head, or empty where each has its own. `mask` is over
+    the whole sequence in the model's order. Liu et al. 2023, arXiv:2310.01889."""
     rotation = Rotation(_resolve(group))
     degree = rotation.degree
     keys = Layout(tuple(key_lengths), degree * ulysses)
@@ -71,6 +82,7 @@ def ring_attention(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
             rotation.attending(step)
             k_block = drop_filler(packed[: k.numel()].view(k.shape), keys, source * ulysses, ulysses)
             v_block = drop_filler(packed[k.numel() :].view(v.shape), keys, source * ulysses, ulysses)
+            k_block, v_block = expand_keys(k_block, key_of_head), expand_keys(v_block, key_of_head)
             part = attention_lse(q, k_block, v_block, block_mask(mask, rows, columns, is_causal), scale=scale)
             out, lse = merge(out, lse, *part)
         for work in pending:

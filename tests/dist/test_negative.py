@@ -111,12 +111,13 @@ def heads_come_back_in_another_order() -> list[Patch]:
 
 def another_key_head() -> list[Patch]:
     """Grouped heads: each query head takes the next group's keys."""
-    original = attention._expand_keys
+    original = attention._key_of_head
 
-    def shifted(k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        return original(k.roll(1, 1), v.roll(1, 1), *args)
+    def shifted(*args: Any) -> list[int]:
+        found = original(*args)
+        return [(key + 1) % (max(found) + 1) for key in found]
 
-    return [(attention, "_expand_keys", shifted)]
+    return [(attention, "_key_of_head", shifted)]
 
 
 def the_wait_is_dropped() -> list[Patch]:

@@ -1,0 +1,182 @@
+"""Holds a model's denoiser on several ranks against the same denoiser alone, layout by layout, on its own calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from parafuse.config import SEQUENCE_AXES, Axis
+from parafuse.engine.apply import apply, denoisers
+from parafuse.engine.probe import owned
+from parafuse.errors import ConfigError, ParafuseError, RankError
+from parafuse.parallel.comm import all_gather
+from parafuse.parallel.mesh import Mesh, make_mesh
+
+if TYPE_CHECKING:
+    from parafuse.engine.engine import Engine
+
+EXACT = 1e-5
+"""Largest difference over largest value that fp32 may have: another order of keys changes attention by 4e-7."""
+LOW_PRECISION_RATIO = 2.0
+"""How many times plain bf16's (or fp16's) distance from fp32 the parallel one may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What one layout gave."""
+
+    layout: dict[str, int]
+    """Axis -> degree, of the axes above 1."""
+    error: float | None
+    """Largest difference from the plain model (in 16 bits: from the same model in fp32) over the largest value, of the
+    worst call and rank; None where the layout was refused."""
+    limit: float
+    """What `error` may be."""
+    refused: str = ""
+    """Why this layout does not run."""
+
+    @property
+    def name(self) -> str:
+        return " x ".join(f"{axis} {degree}" for axis, degree in self.layout.items())
+
+    @property
+    def exact(self) -> bool:
+        return self.error is not None and self.error <= self.limit
+
+
+@dataclass
+class RecordedCall:
+    """One call of a denoiser: its arguments, and the tensors that it returned alone."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    plain: list[Tensor]
+    truth: list[Tensor]
+    """The same in fp32; `plain` itself where the model is fp32."""
+
+    def again(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The tensors of this call, made anew; with floating point arguments in `dtype`, if one is given."""
+        args, kwargs = tree_map(owned, (self.args, self.kwargs))
+        if dtype is not None:
+            args, kwargs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs))
+        with torch.no_grad():
+            return _tensors(self.module(*args, **kwargs))
+
+
+def layouts(world_size: int) -> list[dict[Axis, int]]:
+    """Every way to share a sequence among all ranks, Ulysses first."""
+    found = [(ring, world_size // ring) for ring in range(1, world_size + 1) if world_size % ring == 0]
+    return [dict.fromkeys(Axis, 1) | dict(zip(SEQUENCE_AXES, degrees, strict=True)) for degrees in found]
+
+
+def verify(engine: Engine, *, seed: int = 0, **call: Any) -> list[Verdict]:
+    """One verdict for each layout of the engine's ranks. Collective: every rank calls it with the same arguments.
+
+    Runs the pipeline once with `call`, alone on each rank, and records what its denoisers were given; then, layout by
+    layout, gives them the same again on all ranks. Takes what the engine had applied off, for good. Raises ConfigError
+    for a call that the pipeline refuses, RankError when ranks fail differently."""
+    if engine.plan.world_size == 1:
+        raise ConfigError("ranks: 1 rank has nothing to be compared with; start 2 or more.")
+    engine.handle.remove()
+    recorded = record(engine, seed, call)
+    return [_verdict(engine, degrees, recorded) for degrees in layouts(engine.plan.world_size)]
+
+
+def record(engine: Engine, seed: int, call: dict[str, Any]) -> list[RecordedCall]:
+    """The denoisers' calls in one plain run of the pipeline, on this rank."""
+    recorded: list[RecordedCall] = []
+    with ExitStack() as hooks:
+        for _, module in denoisers(engine.pipeline):
+            hooks.enter_context(_recording(module, recorded))
+        engine(seed=seed, **call)
+    if not recorded:
+        raise ConfigError("call: the pipeline did not call its denoiser; give it at least one step.")
+    for module in {id(r.module): r.module for r in recorded}.values():
+        mine = [r for r in recorded if r.module is module]
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()):
+            with _in_float32(module):
+                for r in mine:
+                    r.truth = r.again(torch.float32)
+    return recorded
+
+
+@contextmanager
+def _recording(module: nn.Module, into: list[RecordedCall]) -> Iterator[None]:
+    """Notes every call of `module`: arguments as they were before it."""
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        args, kwargs = tree_map(owned, (args, kwargs))
+        into.append(RecordedCall(module, args, kwargs, [], []))
+
+    def after(_module: nn.Module, _args: Any, result: Any) -> None:
+        into[-1].plain = into[-1].truth = [x.detach().clone() for x in _tensors(result)]
+
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _in_float32(module: nn.Module) -> Iterator[None]:
+    """Weights and buffers in fp32 for a while; 16 bits survive the way there and back. Doubles the module's memory."""
+    held = [(t, t.data) for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()]
+    try:
+        for tensor, data in held:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in held:
+            tensor.data = data
+
+
+def _verdict(engine: Engine, degrees: dict[Axis, int], recorded: list[RecordedCall]) -> Verdict:
+    plan = engine.plan
+    mesh = make_mesh(degrees, plan.device, plan.timeout_s)
+    shown = {str(axis): degree for axis, degree in degrees.items() if degree > 1}
+    own = [error(r.plain, r.truth) for r in recorded if r.truth is not r.plain]
+    limit = max(EXACT, LOW_PRECISION_RATIO * max(own, default=0.0))
+    try:
+        with engine.world.request(), apply(engine.pipeline, mesh=mesh):
+            mine = max(error(r.again(), r.truth) for r in recorded)
+    except RankError:
+        raise
+    except ParafuseError as refusal:
+        return Verdict(layout=shown, error=None, limit=limit, refused=str(refusal))
+    return Verdict(layout=shown, error=_worst(mine, mesh, engine.world.device), limit=limit)
+
+
+def _worst(mine: float, mesh: Mesh, device: torch.device) -> float:
+    """The largest of the ranks' errors. Collective on the sequence group."""
+    if mesh.sequence is None:
+        return mine
+    value = torch.tensor([mine], dtype=torch.float64, device=device)
+    return float(all_gather(value, mesh.sequence_degree, mesh.sequence.group_name).max())
+
+
+def error(got: list[Tensor], want: list[Tensor]) -> float:
+    """Largest difference over largest value, of the worst tensor; inf where shapes differ or a value is no number."""
+    worst = 0.0
+    if [x.shape for x in got] != [x.shape for x in want]:
+        return math.inf
+    for mine, other in zip(got, want, strict=True):
+        if not bool(mine.isfinite().all()):
+            return math.inf
+        if other.numel():
+            largest = float(other.float().abs().max())
+            worst = max(worst, float((mine.float() - other.float()).abs().max()) / (largest or 1.0))
+    return worst
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

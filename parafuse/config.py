@@ -127,6 +127,8 @@ class Config:
     @classmethod
     def from_file(cls, path: str | Path) -> Config:
         """Config from a JSON file. Raises ConfigError when it cannot be read."""
+        if not Path(path).is_file():
+            raise ConfigError(f"config={str(path)!r}: does not exist, or is no file.")
         try:
             values = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:

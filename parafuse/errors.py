@@ -26,6 +26,10 @@ class UnsupportedError(ParafuseError):
     """A block cannot be split as asked; the message says which operator is in the way."""
 
 
+class MemoryLimitError(ParafuseError):
+    """The request does not fit into memory."""
+
+
 class MismatchError(ParafuseError):
     """Several ranks gave something else than one."""
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 Record = dict[str, "dict[str, Cell]"]
 """Case -> layout -> cell."""
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
+EXACT = 1e-5
 MARK = "<!-- support -->"
 INTRODUCTION = """# Which transformers run on several ranks, and how exactly
 
@@ -27,8 +28,10 @@ at Ulysses 3 also batch 1, text as long as the image, other lengths after the fi
 def write_table(record: Record) -> None:
     PAGE.write_text(table(record))
     readme = PAGE.parents[1] / "README.md"
-    before, _, rest = readme.read_text().partition(MARK)
-    _, _, after = rest.partition(MARK)
+    before, first, rest = readme.read_text().partition(MARK)
+    _, second, after = rest.partition(MARK)
+    if not (first and second):
+        raise ValueError(f"README.md: needs {MARK} twice, around the counts")
     readme.write_text(f"{before}{MARK}{counts(record)}{MARK}{after}")
 
 
@@ -65,7 +68,7 @@ def table(record: Record) -> str:
     for name, rows in by_class(record).items():
         cells = [_shown(rows, column, notes) for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {_gathers(rows)} |")
-    lines += ["", "## What is refused, and why", ""]
+    lines += ["", "## Notes: what is refused, and why; what rounds inside", ""]
     lines += [f"{number}. {text}" for text, number in notes.items()] or ["Nothing."]
     return "\n".join(lines) + "\n"
 
@@ -76,11 +79,14 @@ def _shown(rows: dict[str, dict[str, Cell]], column: str, notes: dict[str, int])
     faults = [fault for cell in cells.values() for fault in cell.faults]
     marks: list[str] = []
     for name, cell in cells.items():
-        for what, why in cell.refused.items():
-            text = f"{name}, {what}: {why}"
-            number = notes.setdefault(text, len(notes) + 1)
+        for what, why in list(cell.refused.items())[:1]:
+            known = next((number for text, number in notes.items() if text.startswith(f"{name}, {what}: ")), None)
+            number = known or notes.setdefault(f"{name}, {what}: {why}", len(notes) + 1)
             if f"[{number}]" not in marks:
                 marks.append(f"[{number}]")
+        if cell.rounding and cell.worst > EXACT:
+            number = notes.setdefault(f"{name}: {cell.rounding}", len(notes) + 1)
+            marks.append(f"[{number}]")
     if faults:
         return f"**wrong** ({faults[0]})"
     if not next(iter(cells.values())).is_exact:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
-from parafuse.engine.probe import owned, probe
+from parafuse.engine.probe import owned, probe, prove
 from parafuse.errors import UnsupportedError
 from parafuse.log import note
 from parafuse.parallel.hooks import Forward
@@ -21,11 +21,19 @@ from parafuse.parallel.sequence import BlockPlan, TokenDim
 Failures = (UnsupportedError, RuntimeError, ValueError, IndexError, TypeError)
 
 
-def derive(block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec) -> BlockPlan:
+def derive(
+    block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec, plan: BlockPlan | None = None
+) -> BlockPlan:
     """The plan of a block for arguments of this structure. Local: no communication, the same on every rank.
+
+    `plan`: one from other sizes. It is held against the serial run again, since small sizes can hide what a block does
+    with its length (a number that says how many tokens are special, say), and kept if it holds.
 
     An error of the block itself (wrong arguments, say) is raised as plain torch would raise it."""
     try:
+        if plan is not None:
+            prove(plan, block, forward, leaves, spec)
+            return plan
         plan = probe(block, forward, leaves, spec)
     except Failures as failure:
         return _on_whole_shapes(

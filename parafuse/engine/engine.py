@@ -21,10 +21,10 @@ from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
 from parafuse.engine.progress import StepProgress
 from parafuse.engine.receipt import plain, versions
-from parafuse.engine.request import check_call, check_keywords, digest, fresh_seed
+from parafuse.engine.request import check_call, check_keywords, facts, fresh_seed
 from parafuse.engine.source import ModelSource, locate
 from parafuse.engine.workers import Workers
-from parafuse.errors import ConfigError, RankError
+from parafuse.errors import ConfigError, MemoryLimitError, RankError
 from parafuse.log import note
 from parafuse.parallel.comm import Count
 from parafuse.parallel.mesh import make_mesh
@@ -64,7 +64,7 @@ class Engine:
         `from_pretrained`; `agree_on` is anything else that all ranks must have been given alike. Raises ConfigError
         before any weight is loaded, RankError when ranks disagree or fail."""
         config = config or Config()
-        source = locate(model, allow_pickle=config.allow_pickle)
+        source = locate(model, allow_pickle=config.allow_pickle, given=pipeline_kwargs)
         ours = not launched()
         given_plan = plan is not None
         size = (plan.world_size if plan else _asked_size(config)) if ours else _launched_size()
@@ -114,8 +114,8 @@ class Engine:
         """What every rank does once it has joined: agree, load, apply."""
         plan: Plan = settings["plan"]
         begun = time.perf_counter()
-        world.agree("a plan", plan.digest(), AGREE_S)
-        world.agree("arguments", digest([settings["pipeline_kwargs"], settings["agree_on"]]), AGREE_S)
+        world.agree("a plan", facts(plan.to_dict()), AGREE_S)
+        world.agree("arguments", facts(settings["pipeline_kwargs"] | {"": settings["agree_on"]}), AGREE_S)
         if plan.why:
             note(plan.one_line())
         keywords = {"dtype": plan.dtype} | settings["pipeline_kwargs"]  # dtypes by component may be among them
@@ -164,7 +164,7 @@ class Engine:
 
     def run(self, keywords: dict[str, Any], seed: int | None) -> Any:
         """One checked request on this rank. Every rank runs it; an error on one rank is an error on all."""
-        self.world.agree("a request", digest({"keywords": keywords, "seed": seed}))
+        self.world.agree("a request", facts(keywords | {"seed": seed}))
         call = dict(keywords)
         if seed is not None:
             call["generator"] = torch.Generator("cpu").manual_seed(seed)
@@ -194,6 +194,11 @@ class Engine:
             frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
             if "check_inputs" in frames:
                 raise ConfigError(f"call of {type(self.pipeline).__name__}: {error}") from error
+            raise
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has none of its own
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                reason = str(error).partition("\n")[0]
+                raise MemoryLimitError(f"out of memory: ask for a smaller size, or more ranks ({reason})") from error
             raise
 
     def _keywords(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from parafuse.engine.source import SAFE, ModelSource, read_json, tensor_shapes
+from parafuse.engine.folder import SAFE, tensor_shapes
+from parafuse.engine.source import ModelSource, read_json
 from parafuse.errors import ConfigError, ModelError
 
 

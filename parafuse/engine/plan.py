@@ -95,6 +95,8 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """A plan from its JSON file, or from a receipt that holds one. Raises ConfigError when unreadable."""
+        if not Path(path).is_file():
+            raise ConfigError(f"plan={str(path)!r}: does not exist, or is no file.")
         try:
             values = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:

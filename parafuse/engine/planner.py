@@ -23,8 +23,9 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
     devices = num_cuda_devices()
     device = config.device if config.device != "auto" else ("cuda" if devices >= local else "cpu")
     if device == "cuda" and devices < local:
+        ranks = "rank" if local == 1 else "ranks"
         raise ConfigError(
-            f"device='cuda': {local} ranks on this machine, but {devices} CUDA devices are visible. "
+            f"device='cuda': {local} {ranks} on this machine, but {devices} CUDA devices are visible. "
             + (f"Start at most {devices} ranks here, or use device='cpu'." if devices else "Use device='cpu'.")
         )
     dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")

@@ -115,6 +115,15 @@ def probe(block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec)
     return plan
 
 
+def prove(plan: BlockPlan, block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec) -> None:
+    """Raises UnsupportedError unless `plan` gives these arguments' serial result on simulated ranks. Local; 6 runs."""
+    examined = Examined(block, forward, leaves, spec)
+    if len(examined.base.sites) != len(plan.sites):
+        raise examined.refusal(f"it makes {len(examined.base.sites)} attention calls, {len(plan.sites)} at other sizes")
+    for degree in SIMULATED_DEGREES:
+        _simulate(examined, plan, degree)
+
+
 @dataclass(frozen=True)
 class Ends:
     """Runs in which the first and the last of the rows [offset, offset + length) of `node` were changed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
 from collections.abc import Iterable
 from typing import Any, cast
@@ -12,6 +13,7 @@ from parafuse.engine.source import ModelSource
 from parafuse.errors import ConfigError, reject_unknown
 
 AT_LEAST_ONE = ("num_inference_steps", "num_images_per_prompt", "num_videos_per_prompt", "num_frames")
+LONGEST_FACT = 60
 SIZES = ("width", "height")
 
 
@@ -31,8 +33,8 @@ def check_call(source: ModelSource, keywords: dict[str, Any]) -> dict[str, Any]:
     for name in SIZES:
         _check_size(name, out.get(name), source.size_multiple)
     for name in ("guidance_scale", "true_cfg_scale"):
-        if out.get(name) is not None and (isinstance(out[name], bool) or not isinstance(out[name], (int, float))):
-            raise ConfigError(f"{name}={out[name]!r}: must be a number.")
+        if out.get(name) is not None and not _is_number(out[name]):
+            raise ConfigError(f"{name}={out[name]!r}: must be a finite number.")
     prompt, negative = out.get("prompt"), out.get("negative_prompt")
     if "negative_prompt" not in keywords and isinstance(negative, str) and isinstance(prompt, list):
         out["negative_prompt"] = [negative] * len(cast("list[str]", prompt))
@@ -41,6 +43,10 @@ def check_call(source: ModelSource, keywords: dict[str, Any]) -> dict[str, Any]:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_prompt(keywords: dict[str, Any]) -> None:
@@ -63,7 +69,9 @@ def _check_size(name: str, value: Any, multiple: int | None) -> None:
     if multiple and value % multiple:
         below, above = value // multiple * multiple, -(-value // multiple) * multiple
         near = f"{below} or {above}" if below else f"{above}"
-        raise ConfigError(f"{name}={value}: must be a multiple of {multiple} for this model's VAE; use {near}.")
+        raise ConfigError(
+            f"{name}={value}: must be a multiple of {multiple} for this model's VAE and patches; use {near}."
+        )
 
 
 def check_keywords(names: Iterable[str], accepted: Iterable[str], pipeline: str) -> None:
@@ -76,8 +84,24 @@ def fresh_seed() -> int:
     return secrets.randbits(31)
 
 
+def facts(values: Any) -> dict[str, str]:
+    """Name -> value as text, equal on ranks that were given the same; nested names with dots. Long values by hash."""
+    found: dict[str, str] = {}
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in cast("dict[Any, Any]", value).items():
+                walk(f"{name}.{key}" if name and key else name or str(key), inner)
+            return
+        text = json.dumps(_plain(value), sort_keys=True, ensure_ascii=False)
+        found[name] = text if len(text) <= LONGEST_FACT else f"{text[:LONGEST_FACT]}... ({digest(value)})"
+
+    walk("", values)
+    return found
+
+
 def digest(value: Any) -> str:
-    """Short hash of a request, equal on ranks that were given the same one. Tensors and pictures by content."""
+    """Short hash of a value, equal on ranks that were given the same one. Tensors and pictures by content."""
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -6,15 +6,16 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from parafuse.engine.folder import SAFE, check_folder, tensor_shapes
 from parafuse.errors import ModelError, nearest
 
 EMBEDDED = Path(__file__).parents[1] / "models"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-SAFE = (".safetensors",)
 DEFAULTS_FILE = "parafuse.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _VARYING = ("_diffusers_version", "_name_or_path", "transformers_version")
@@ -46,15 +47,16 @@ def embedded_models() -> list[str]:
     return sorted(p.parent.name for p in EMBEDDED.glob("*/model_index.json"))
 
 
-def locate(model: str, *, allow_pickle: bool = False) -> ModelSource:
+def locate(model: str, *, allow_pickle: bool = False, given: Collection[str] = ()) -> ModelSource:
     """The model named `model`: embedded, a diffusers folder, a single file, or a hub id. Torch-free, reads no weights.
 
-    Raises ModelError when it does not exist, is not a diffusers model, or holds pickles that were not allowed."""
+    `given`: components that need not be there. Raises ModelError when the model does not exist, is not whole, is not a
+    diffusers model, or holds pickles that were not allowed."""
     if model in embedded_models():
-        return _folder(model, EMBEDDED / model, allow_pickle)
+        return _folder(model, EMBEDDED / model, allow_pickle, given)
     path = Path(model).expanduser()
     if path.is_dir():
-        return _folder(model, path, allow_pickle)
+        return _folder(model, path, allow_pickle, given)
     if path.is_file():
         return _file(model, path, allow_pickle)
     known = embedded_models()
@@ -66,7 +68,7 @@ def locate(model: str, *, allow_pickle: bool = False) -> ModelSource:
     )
 
 
-def _folder(name: str, path: Path, allow_pickle: bool) -> ModelSource:
+def _folder(name: str, path: Path, allow_pickle: bool, given: Collection[str]) -> ModelSource:
     index_file = path / "model_index.json"
     if not index_file.is_file():
         raise ModelError(
@@ -76,6 +78,7 @@ def _folder(name: str, path: Path, allow_pickle: bool) -> ModelSource:
     index = read_json(index_file, name)
     if not allow_pickle:
         _refuse_pickles(name, path, index)
+    check_folder(name, path, index, given)
     configs = sorted(p for p in path.glob("*/*.json") if p.name in ("config.json", "scheduler_config.json"))
     texts = [_canonical(index)]
     texts += [f"{p.relative_to(path)}{_canonical(read_json(p, name))}" for p in configs]
@@ -98,33 +101,15 @@ def _file(name: str, path: Path, allow_pickle: bool) -> ModelSource:
             "file, or allow_pickle=True (--allow-pickle) if you trust its source."
         )
     if path.suffix not in (*PICKLES, *SAFE):
-        raise ModelError(f"model={name!r}: must be a folder, or a {' '.join(SAFE)} file; {path.suffix!r} is neither.")
+        raise ModelError(
+            f"model={name!r}: must be a folder, or a {' '.join(SAFE)} file; {path.suffix!r} is neither. Give one of "
+            "these, a hub id (owner/name), or a built-in model."
+        )
     if path.suffix in SAFE:
         facts = [f"{tensor} {shape}" for tensor, shape in sorted(tensor_shapes(path, name).items())]
     else:
         facts = [path.name, str(path.stat().st_size)]
     return ModelSource(name=name, path=str(path), kind="file", model_id=_digest(facts))
-
-
-def tensor_shapes(path: Path, name: str) -> dict[str, list[int]]:
-    """Shape of every tensor of a safetensors file, from its header: 8 bytes of length, then one JSON object.
-
-    Raises ModelError for a file that is none, or that was not copied to its end."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise ValueError(f"it has {size} bytes and no header")
-            header = json.loads(file.read(length))
-        tensors = {tensor: facts for tensor, facts in header.items() if tensor != "__metadata__"}
-        end = 8 + length + max((facts["data_offsets"][1] for facts in tensors.values()), default=0)
-        shapes = {tensor: list(facts["shape"]) for tensor, facts in tensors.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ModelError(f"model={name!r}: cannot be read as safetensors ({error}). Download it again.") from error
-    if end != size:
-        raise ModelError(f"model={name!r}: has {size} bytes instead of {end}. Download it again.")
-    return shapes
 
 
 def _refuse_pickles(name: str, path: Path, index: dict[str, Any]) -> None:

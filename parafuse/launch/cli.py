@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,10 +34,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+FIRST_RANK_TELLS_S = 2.0
+"""How long a rank waits with its line under another launcher, in case rank 0 has the same one to tell."""
 PICTURE_OPTIONS = options_of(generating.Picture)
 CONFIG_OPTIONS = options_of(Config, panel="Configuration")
 TRIAL_OPTIONS = options_of(verifying.Trial)
-EXPORT_OPTIONS = options_of(exporting.Export)
+EXPORT_OPTIONS = [option for option in options_of(exporting.Export) if option.name != "ranks"]
 LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1]
 """Those of the configuration without the degrees, where all of them are tried."""
 
@@ -186,8 +189,12 @@ def report(error: BaseException, *, one_line: bool, code: int, supervised: bool)
     """Tells why this process ends: to its launcher if it has one, else on stderr, a rank's lines led by its rank."""
     recorded = rank_entry.record(error, one_line=one_line, exit_code=code)
     told_elsewhere = (one_line and log.rank() != 0) or (not one_line and rank_entry.is_secondary(error))
-    if recorded and (supervised or told_elsewhere):
-        return  # the launcher shows it; what is wrong on all ranks is told once, by the rank that it began on
+    if recorded and supervised:
+        return  # the launcher shows it
+    if recorded and told_elsewhere:
+        if not one_line:
+            return  # it follows from another rank's end, which tells
+        time.sleep(FIRST_RANK_TELLS_S)  # by then the launcher has ended this rank, if rank 0 has told the same
     if one_line:
         where = f"rank {log.rank()}: " if log.rank() != 0 else ""
         print(f"parafuse: error: {where}{error}", file=sys.stderr, flush=True)

@@ -40,8 +40,8 @@ def prepare(prompt: str | None, export: Export, options: list[Option], typed: di
     from parafuse.engine.source import locate
 
     config = build(Config.from_file(export.config) if export.config else Config(), given(options, typed))
-    if export.ranks not in (None, 1) or "RANK" in os.environ or config.parallel != Parallel():
-        raise ConfigError("export-plan: runs on one rank, whatever the plan is for; leave ranks and degrees out.")
+    if "RANK" in os.environ or config.parallel != Parallel():
+        raise ConfigError("export-plan: runs on one rank, whatever the plan is for; leave launcher and degrees out.")
     source = locate(export.model, allow_pickle=config.allow_pickle)
     call = one_step_call(export, source, prompt)
     if export.out is not None:

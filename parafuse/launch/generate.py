@@ -143,7 +143,7 @@ def check_writable(flag: str, path: Path, suffixes: tuple[str, ...]) -> None:
     if path.is_dir():
         raise ConfigError(f"{shown}: is a folder; give a file name in it.")
     if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist; create it first"
+        what = "is a file; choose another" if folder.exists() else "does not exist; create it first"
         raise ConfigError(f"{shown}: the folder {str(folder)!r} {what}.")
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -167,7 +167,7 @@ def paint(job: Job) -> None:
         job.config,
         plan=job.plan,
         progress=not picture.quiet,
-        agree_on=[list(job.prompts), picture.seed, job.call],
+        agree_on={"prompts": list(job.prompts), "seed": picture.seed, **job.call},
     )
     if picture.save_plan and engine.rank == 0:
         engine.plan.save(picture.save_plan)

@@ -68,7 +68,7 @@ def run(job: TrialJob) -> None:
     if not job.trial.verbose:
         quiet.hide_loading_bars()
     seed = job.trial.seed or 0
-    with Engine.from_pretrained(job.trial.model, job.config, agree_on=[seed, job.call]) as engine:
+    with Engine.from_pretrained(job.trial.model, job.config, agree_on={"seed": seed, **job.call}) as engine:
         verdicts = verify(engine, seed=seed, **job.call)
         rank = engine.rank
     if rank == 0:

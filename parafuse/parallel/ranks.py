@@ -54,7 +54,7 @@ class RankFailure:
 
     def render(self) -> str:
         """Details, each line led by the rank, then the summary."""
-        lines = [f"[rank {self.rank}] {line}" for line in self.details.splitlines()]
+        lines = [f"[rank {self.rank}] {line}" for line in self.details.rstrip().splitlines()]
         return "\n".join([*lines, f"parafuse: error: {self.summary}"])
 
 

@@ -6,9 +6,10 @@ An *atom* is the smallest run of tokens that belongs together (a stream, or a pa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,7 +60,14 @@ class BlockPlan:
         return any(site.keys is not None for site in self.sites)
 
 
-Prober = Callable[[nn.Module, Forward, list[Any], TreeSpec], BlockPlan]
+class Prober(Protocol):
+    """Finds the plan of a block for real arguments; with `plan`, only sees whether that one holds for them too."""
+
+    def __call__(
+        self, block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec, plan: BlockPlan | None = None
+    ) -> BlockPlan: ...
+
+
 Lengths = dict[int, tuple[int, ...]]
 
 
@@ -159,6 +167,10 @@ class SequenceParallel:
         self.ranks = SequenceGroup(mesh.sequence_degree, mesh.sequence_rank, mesh.sequence)
         self.plans: dict[Any, BlockPlan] = {}
         self._slices: dict[Any, Any] | None = None
+        self._proven: set[Any] = set()
+        """Calls, by structure and sizes, for which a plan has been held against the serial run."""
+        self._shortest = sys.maxsize
+        """Tokens of the shortest stream that ran on whole shapes."""
         self._undo: list[Callable[[], None]] = []
 
     def install(self) -> None:
@@ -190,6 +202,8 @@ class SequenceParallel:
         """Raises UnsupportedError where every block ran whole: several ranks would do the work of one."""
         if not self.plans or self.ranks.work or any(plan.sites for plan in self.plans.values()):
             return
+        if self._shortest <= self.ranks.degree:
+            return  # a stream of a token for each rank, at most, says nothing of longer calls
         whole = [f"{name} ({count} times)" for name, count in self.ranks.causes.most_common(3)]
         raise UnsupportedError(
             f"{type(self.root).__name__}: none of its blocks can be split over tokens: "
@@ -206,8 +220,12 @@ class SequenceParallel:
             leaves, spec = tree_flatten((args, kwargs))
             key = (name, str(spec), tuple(map(signature, leaves)))
             plan = self.plans.get(key)
+            sizes = (key, tuple(map(size_of, leaves)))
             if plan is None:
-                plan = self.plans[key] = self.prober(block, original, [gather_all(leaf) for leaf in leaves], spec)
+                plan = self.plans[key] = self.prober(block, original, gather_all(leaves), spec)
+            elif plan.splits and sizes not in self._proven:
+                plan = self.plans[key] = self.prober(block, original, gather_all(leaves), spec, plan)
+            self._proven.add(sizes)
             if plan.why_not_local:
                 return self._on_whole_shapes(plan, original, leaves, spec)
             if not plan.splits:
@@ -249,6 +267,7 @@ class SequenceParallel:
         if isinstance(x, Sharded) or not isinstance(x, Tensor):
             return x
         layout = Layout((x.shape[dim],), self.ranks.degree)
+        self._shortest = min(self._shortest, x.shape[dim])
         return Sharded(self.ranks.take(x, dim, layout), dim, layout, self.ranks)
 
     def _attend_whole(self, site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
@@ -265,7 +284,8 @@ class SequenceParallel:
                 )
                 rows["query"] = q.local
                 return q.like(F.scaled_dot_product_attention(**rows), tokens)
-            if isinstance(k, Sharded) and isinstance(v, Sharded) and k.tokens == v.tokens:
+            if isinstance(k, Sharded) and isinstance(v, Sharded) and k.token_dim == v.token_dim:
+                v = v.split_as(k.tokens)
                 if q.token_dim == k.token_dim == v.token_dim == tokens:
                     check_mask(mask, q.tokens, k.tokens)
                     self.ranks.work["attention"] += 1
@@ -320,6 +340,11 @@ def check_mask(mask: Tensor | None, queries: Layout, keys: Layout) -> None:
             f"attention mask of shape {tuple(mask.shape)} for {queries.total} queries and {keys.total} keys: "
             "the block makes its mask from the tokens it is given, so it cannot be split"
         )
+
+
+def size_of(leaf: Any) -> Any:
+    """What of an argument may change from call to call and could mislead a plan: sizes, and whole numbers."""
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf if isinstance(leaf, int) else None
 
 
 def signature(leaf: Any) -> Any:

@@ -99,8 +99,13 @@ class Sharded(Tensor):
             end += length
             ends.add(end)
         ordered = sorted(ends)
-        layout = Layout(tuple(b - a for a, b in pairwise(ordered)), self.tokens.degree)
-        self.ranks.causes["a slice inside of a stream"] += 1
+        return self.split_as(Layout(tuple(b - a for a, b in pairwise(ordered)), self.tokens.degree))
+
+    def split_as(self, layout: Layout) -> Sharded:
+        """The same tensor with other segments of the same tokens. Collective, unless they are its own."""
+        if layout == self.tokens:
+            return self
+        self.ranks.causes["tokens that are split in another way"] += 1
         return Sharded(self.ranks.take(self.whole(), self.token_dim, layout), self.token_dim, layout, self.ranks)
 
     def true_rows(self) -> Tensor:
@@ -135,9 +140,9 @@ class Sharded(Tensor):
                 result = rule(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        if isinstance(target, Sharded):
-            raise UnsupportedError(f"the model changes token rows in place by {name!r}")
         _note(name, (args, kwargs))
+        if isinstance(target, Sharded):
+            return _in_place(target, func, args, kwargs)
         args, kwargs = gather_all((args, kwargs))
         return func(*args, **kwargs)
 
@@ -145,6 +150,17 @@ class Sharded(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = gather_all((args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _in_place(target: Sharded, func: Any, args: Any, kwargs: Any) -> Any:
+    """Changes the whole tensor, and writes this rank's rows of it back into `target`. Collective."""
+    whole = target.whole()
+    changed = tree_map_only(Sharded, lambda x: whole if x is target else x.whole(), (args, kwargs))
+    result = func(*changed[0], **changed[1])
+    if whole.shape != target.shape:
+        raise UnsupportedError(f"the model changes the shape of a split tensor in place by {func.__name__!r}")
+    target.local.copy_(target.ranks.take(whole, target.token_dim, target.tokens))
+    return target if result is whole else result
 
 
 def gather_all(tree: Any) -> Any:

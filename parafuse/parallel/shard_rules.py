@@ -58,6 +58,16 @@ def _new(func: Any, args: Any, kwargs: Any) -> Any:
     return func(args[0].local, *args[1:], **kwargs) if isinstance(args[0], Sharded) else NotImplemented
 
 
+def _cast(func: Any, args: Any, kwargs: Any) -> Any:
+    """to and type_as: of a tensor that is given second, only dtype and device count."""
+    x, *others = args
+    others = [other.local if isinstance(other, Sharded) else other for other in others]
+    if not isinstance(x, Sharded):
+        return func(x, *others, **kwargs)
+    result = func(x.local, *others, **kwargs)
+    return x if result is x.local else x.like(result)
+
+
 def _last_dims(func: Any, args: Any, kwargs: Any) -> Any:
     """linear and norms over the last dims: row by row as long as the token dim is before them."""
     x = args[0]
@@ -133,14 +143,15 @@ def _matmul(func: Any, args: Any, kwargs: Any) -> Any:
 
 _POINTWISE = (
     "add sub mul div true_divide neg abs exp log pow square sqrt rsqrt reciprocal sigmoid tanh silu relu gelu "
-    "leaky_relu clip clamp where lerp addcmul nan_to_num dropout float half bfloat16 double bool long int to type "
-    "type_as contiguous clone detach sin cos erf softplus hardtanh relu6 maximum minimum masked_fill rsub "
+    "leaky_relu clip clamp where lerp addcmul nan_to_num dropout float half bfloat16 double bool long int type "
+    "contiguous clone detach sin cos erf softplus hardtanh relu6 maximum minimum masked_fill rsub "
     "logical_and logical_or logical_not eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ "
     "__invert__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__ __neg__ __pow__ "
     "__rpow__ __iadd__ __imul__ __isub__ __itruediv__ add_ mul_ sub_ div_ silu_ relu_ clamp_ real imag"
 ).split()
 RULES: dict[str, Any] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
+    **dict.fromkeys(("to", "type_as"), _cast),
     **dict.fromkeys(("zeros_like", "ones_like", "empty_like", "full_like"), _like),
     **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"), _new),
     **dict.fromkeys(("linear", "layer_norm", "rms_norm"), _last_dims),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -30,7 +31,10 @@ def ensure_world(device: str, timeout_s: float, store: dist.Store | None = None)
     ranks are those of the launcher's environment, met at `store` where one is given."""
     if dist.is_initialized():
         return False
-    if store is None and ("RANK" not in os.environ or "MASTER_ADDR" not in os.environ):
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if store is None and "RANK" in os.environ and missing:
+        raise ConfigError(f"{', '.join(missing)}: not in the environment beside RANK; torchrun sets them.")
+    if store is None and missing:
         raise ConfigError(
             "no launcher: start the ranks with torchrun (or `parafuse generate --ranks N`, or parafuse.Engine), "
             "or call torch.distributed.init_process_group first."
@@ -54,6 +58,11 @@ def _meet(deadline_s: float) -> tuple[dist.Store, int, int]:
         return next(dist.rendezvous("env://", timeout=timedelta(seconds=deadline_s)))
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        if os.environ["RANK"] == "0":
+            raise RankError(
+                f"rank 0: not all of {os.environ.get('WORLD_SIZE')} ranks came to {where} within {deadline_s:.0f} s. "
+                "Start the others with the same address and port."
+            ) from error
         raise RankError(
             f"rank {os.environ['RANK']}: rank 0 was not at {where} within {deadline_s:.0f} s. Its own terminal says "
             "why, if it ended; otherwise check the address and the port that the launcher was given."
@@ -133,14 +142,14 @@ class World:
                 said[other] = self.store.get(f"{key}/{other}").decode()
         return said
 
-    def agree(self, topic: str, value: str, deadline_s: float | None = None) -> None:
-        """Raises RankError on every rank unless all say the same; names those that differ or stay silent.
+    def agree(self, topic: str, value: Mapping[str, str], deadline_s: float | None = None) -> None:
+        """Raises RankError on every rank unless all say the same; names those that differ, and in what, or stay silent.
 
         Waits `deadline_s` (not given: the job's timeout) for the others."""
         if self.size == 1:
             return
         deadline_s = min(deadline_s or self.timeout_s, self.timeout_s)
-        said = self._collect(self._key(topic), value, deadline_s)
+        said = self._collect(self._key(topic), json.dumps(dict(value), sort_keys=True), deadline_s)
         silent = [rank for rank in range(self.size) if rank not in said]
         if silent:
             self.broken = True
@@ -149,7 +158,8 @@ class World:
         if different:
             was = "was" if len(different) == 1 else "were"
             raise RankMismatchError(
-                f"{_ranks(different)} {was} given {topic} other than rank 0's. "
+                f"{_ranks(different)} {was} given {topic} other than rank 0's"
+                f"{_first_difference(json.loads(said[0]), json.loads(said[different[0]]), different[0])}. "
                 "Start every rank with the same arguments."
             )
 
@@ -204,6 +214,15 @@ class World:
         last = self.store.add(f"{_USERS}/{self.rank}", -1) == 0
         if last and self.store.check([f"{_MADE_HERE}/{self.rank}"]):
             dist.destroy_process_group()
+
+
+def _first_difference(first: dict[str, str], other: dict[str, str], rank: int) -> str:
+    """`: seed is 0 on rank 0, 1 on rank 1`; '' for what has no name."""
+    for name in sorted(first.keys() | other.keys()):
+        mine, theirs = first.get(name, "not given"), other.get(name, "not given")
+        if mine != theirs and name:
+            return f": {name} is {mine} on rank 0, {theirs} on rank {rank}"
+    return ""
 
 
 def _next_engine(world: World) -> int:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import parafuse
-from parafuse.errors import ConfigError, RankError
+from parafuse.errors import ConfigError, MemoryLimitError, RankError
 
 TWO = parafuse.Config(parallel=parafuse.Parallel(ulysses=2))
 STEPS = {"num_inference_steps": 3, "width": 64, "height": 64}
@@ -77,6 +77,13 @@ def test_a_seed_is_drawn_and_told(engine: parafuse.Engine) -> None:
     seed = engine.receipt["seed"]
     again = np.asarray(engine("a rocket", seed=seed, **STEPS).images[0]).astype(int)
     assert np.array_equal(first, again)
+
+
+def test_a_size_that_does_not_fit_is_said_in_a_line() -> None:
+    """The CPU's allocator raises a plain RuntimeError."""
+    alone = parafuse.Engine.from_pretrained("emoji")
+    with pytest.raises(MemoryLimitError, match="out of memory: ask for a smaller size, or more ranks"):
+        alone("a red apple", seed=7, num_inference_steps=1, width=8_000_000, height=8_000_000)
 
 
 def test_two_engines_in_one_process(engine: parafuse.Engine) -> None:

@@ -42,7 +42,7 @@ def timed(function: Any, *args: Any) -> tuple[Any, float]:
 
 def agreeing(port: int, values: list[str], times: int) -> list[Any]:
     with worlds(port) as world:
-        return [attempt(world.agree, "a plan", values[world.rank]) for _ in range(times)]
+        return [attempt(world.agree, "a plan", {"": values[world.rank]}) for _ in range(times)]
 
 
 def test_ranks_that_say_the_same_agree_again_and_again() -> None:
@@ -64,7 +64,7 @@ def agreeing_slowly(port: int, times: int) -> list[Any]:
     with worlds(port, LATER_S / 4) as world:
         store: Any = SlowStore(world.store) if world.rank == 2 else world.store
         with patch.object(World, "store", new_callable=PropertyMock, return_value=store):
-            return [attempt(world.agree, "a plan", str(number)) for number in range(times)]
+            return [attempt(world.agree, "a plan", {"": str(number)}) for number in range(times)]
 
 
 def test_a_rank_that_reads_late_still_finds_what_the_others_said() -> None:
@@ -89,9 +89,20 @@ def test_ranks_that_differ_are_named_on_every_rank(values: list[str], named: str
         assert "same arguments" in message
 
 
+def agreeing_on_names(port: int) -> Any:
+    with worlds(port) as world:
+        mine = {"steps": "4", "seed": str(world.rank), "prompt": '"x"'} | ({"width": "64"} if world.rank else {})
+        return attempt(world.agree, "arguments", mine)
+
+
+def test_what_differs_is_named() -> None:
+    for text in run_ranks(agreeing_on_names, 2, free_port()):
+        assert "rank 1 was given arguments other than rank 0's: seed is 0 on rank 0, 1 on rank 1. Start" in text
+
+
 def silent(port: int, quiet: list[int]) -> tuple[Any, float]:
     with worlds(port) as world:
-        return (None, 0.0) if world.rank in quiet else timed(world.agree, "a request", "x", SOON_S)
+        return (None, 0.0) if world.rank in quiet else timed(world.agree, "a request", {"": "x"}, SOON_S)
 
 
 @pytest.mark.parametrize(("quiet", "named"), [([2], "rank 2 did"), ([0], "rank 0 did"), ([1, 2], "ranks 1, 2 did")])
@@ -111,8 +122,8 @@ def two_engines(port: int) -> list[Any]:
             world.store.set(f"{world._prefix}/met/{world.rank}", "yes")
         return [
             first._prefix != second._prefix,
-            attempt(first.agree, "a plan", "1"),
-            attempt(second.agree, "a plan", "2"),
+            attempt(first.agree, "a plan", {"": "1"}),
+            attempt(second.agree, "a plan", {"": "2"}),
         ]
 
 
@@ -125,7 +136,7 @@ def sharing(port: int) -> list[int]:
         out = []
         for number in range(4):
             out.append(world.share("seed", lambda number=number: 100 * world.rank + number))
-            world.agree("a seed", str(out[-1]))
+            world.agree("a seed", {"": str(out[-1])})
         return out
 
 
@@ -212,7 +223,7 @@ def test_a_rank_that_hangs_holds_nobody_beyond_the_deadline() -> None:
 
 def test_one_rank_needs_no_store() -> None:
     world = World(torch.device("cpu"), 1.0, joined_here=False, alone=True)
-    world.agree("a plan", "x")
+    world.agree("a plan", {"": "x"})
     assert world.share("seed", lambda: 7) == 7
     with pytest.raises(Fault), world.request():
         raise Fault

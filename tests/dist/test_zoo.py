@@ -13,9 +13,7 @@ from tests.dist.test_sequence import EXACT, Layout, parallel
 from tests.zoo.collect import cases, error, inputs_of, outputs, randomized
 
 REFUSED = {
-    "HeliosTransformer3DModel: amplified history": "rows along dim 0",
     "Kandinsky6SRTransformer3DModel": "flex_attention",
-    "SanaWMLTX2RefinerTransformer3DModel: cached frames": "addcmul_",
     "SanaWMTransformer3DModel": "none of its blocks can be split",
 }
 """Case -> a part of the refusal."""

@@ -282,10 +282,10 @@ BAD: list[tuple[str, str]] = [
     ("--dtype int4", "dtype='int4': must be one of"),
     ("--timeout 0", "timeout_s=0.0: must be from 1"),
     ("--model nothing", "model='nothing': no such folder"),
-    ("--config gone.json", "config='gone.json': cannot be read"),
+    ("--config gone.json", "config='gone.json': does not exist"),
     ("--config deep.json", "unknown key 'ulises'; did you mean 'ulysses'?"),
     ("--config typo.json", "unknown key 'dtpye'; did you mean 'dtype'?"),
-    ("--plan gone.json", "plan='gone.json': cannot be read"),
+    ("--plan gone.json", "plan='gone.json': does not exist"),
     ("--plan other.json", "made for 'emoji', not for this model"),
     ("--plan two.json --ranks 3", "plan.world_size=2: there are 3 ranks."),
     ("--plan two.json --ring 2", "--ring and --plan 'two.json'"),
@@ -302,7 +302,7 @@ BAD: list[tuple[str, str]] = [
     ("--out x.jpeg", "--out 'x.jpeg': the file name must end in .png."),
     ("--out x", "--out 'x': the file name must end in .png"),
     ("--out no/such/x.png", "the folder 'no/such' does not exist; create it first"),
-    ("--out good.json/x.png", "the folder 'good.json' is not a folder"),
+    ("--out good.json/x.png", "the folder 'good.json' is a file; choose another"),
     ("--out folder.png", "--out 'folder.png': is a folder"),
     ("--out /proc/x.png", "--out '/proc/x.png': cannot be written"),
     ("--save-plan x.txt", "--save-plan 'x.txt': the file name must end in .json"),
@@ -379,9 +379,11 @@ def test_errors_in_a_rank_reach_its_launcher(
     for key, value in {"RANK": rank, "WORLD_SIZE": "2", "TORCHELASTIC_ERROR_FILE": str(error_file)}.items():
         monkeypatch.setenv(key, value)
     world.fault = ConfigError("prompt: no.")
+    monkeypatch.setattr("parafuse.launch.cli.FIRST_RANK_TELLS_S", 0.0)
     code, _, err = run("generate", "a", supervised=supervised)
     assert code == 2
-    assert err == ("parafuse: error: prompt: no.\n" if rank == "0" and not supervised else "")
+    line = {"0": "parafuse: error: prompt: no.\n", "1": "parafuse: error: rank 1: prompt: no.\n"}[rank]
+    assert err == ("" if supervised else line)
     recorded = json.loads(error_file.read_text())["message"]
     assert (recorded["message"], recorded["errorCode"]) == ("prompt: no.", 2)
     world.fault = KeyError("surprise")

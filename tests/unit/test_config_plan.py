@@ -158,7 +158,7 @@ def test_files_that_hold_something_else(tmp_path: Path, text: str, found: str, k
     file = tmp_path / "file.json"
     file.write_text(text)
     assert message(load, file).startswith(f"{kind}={str(file)!r}: {found}")
-    assert "cannot be read" in message(load, tmp_path / "missing.json")
+    assert "does not exist, or is no file" in message(load, tmp_path / "missing.json")
 
 
 def test_plan_survives_a_file_and_a_receipt(tmp_path: Path) -> None:
@@ -239,9 +239,7 @@ def test_resolving_makes_everything_explicit(monkeypatch: pytest.MonkeyPatch) ->
     assert "auto" not in json.dumps(plan.to_dict())
     assert resolve(Config(parallel=Parallel(ulysses=4)), SOURCE, 4).why == ""
     assert resolve(Config(), SOURCE, 1).why == ""
-    assert message(resolve, Config(device="cuda"), SOURCE, 1).startswith(
-        "device='cuda': 1 ranks on this machine, but 0"
-    )
+    assert message(resolve, Config(device="cuda"), SOURCE, 1).startswith("device='cuda': 1 rank on this machine, but 0")
     assert message(resolve, Config(parallel=Parallel(ring=3)), SOURCE, 4).startswith("parallel: ring=3")
 
 

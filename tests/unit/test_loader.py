@@ -19,6 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FLUX_VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16}
 
 
+NO_TENSORS = "\2" + 7 * "\0" + "{}"
+OTHER_HEADER = "\x13" + 7 * "\0" + '{"__metadata__":{} }'
+"""Safetensors files of a header alone: its length in 8 bytes, then JSON."""
+
+
 def write(path: Path, values: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(values if isinstance(values, str) else json.dumps(values))
@@ -36,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     write(model / "transformer" / "config.json", {"patch_size": 1, "in_channels": 64, "_diffusers_version": "0.42.0"})
     write(model / "scheduler" / "scheduler_config.json", {"shift": 3.0})
     for part in ("vae", "transformer"):
-        write(model / part / "diffusion_pytorch_model.safetensors", "not read")
+        write(model / part / "diffusion_pytorch_model.safetensors", NO_TENSORS)
     return model
 
 
@@ -58,7 +63,7 @@ def test_a_folder(folder: Path) -> None:
 def test_the_fingerprint_is_of_the_architecture(folder: Path, tmp_path: Path) -> None:
     before = locate(str(folder)).model_id
     moved = folder.rename(tmp_path / "moved")
-    write(moved / "vae" / "diffusion_pytorch_model.safetensors", "other weights")
+    write(moved / "vae" / "diffusion_pytorch_model.safetensors", OTHER_HEADER)
     write(moved / "transformer" / "config.json", {"in_channels": 64, "patch_size": 1, "_diffusers_version": "9.0"})
     write(moved / "parafuse.json", {"call": {"width": 64}})
     assert locate(str(moved)).model_id == before
@@ -214,7 +219,7 @@ SIZES: dict[str, tuple[dict[str, Any] | None, str, dict[str, Any], int | None]] 
 def test_the_multiple_that_sizes_must_be(
     tmp_path: Path, vae: dict[str, Any] | None, part: str, config: dict[str, Any], multiple: int | None
 ) -> None:
-    write(tmp_path / "model_index.json", {"_class_name": "Pipeline"})
+    write(tmp_path / "model_index.json", {"_class_name": "FluxPipeline"})
     if vae is not None:
         write(tmp_path / "vae" / "config.json", vae)
     write(tmp_path / part / "config.json", config)
@@ -225,7 +230,7 @@ def test_nothing_of_this_imports_torch(folder: Path, tmp_path: Path) -> None:
     """A torch that ends the process lies in the way; the control imports it."""
     trap = tmp_path / "trap"
     for name in ("torch", "diffusers", "transformers"):
-        write(trap / f"{name}.py", f"raise SystemExit('{name} was imported')")
+        write(trap / f"{name}.py", f"raise SystemExit('{name} was imported')  # \"FluxPipeline\"")
     code = (
         "import parafuse.engine.source, parafuse.engine.planner, parafuse.engine.request\n"
         "from parafuse.engine.source import locate\n"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from parafuse.engine.request import check_call, check_keywords, digest, fresh_seed
+from parafuse.engine.request import check_call, check_keywords, digest, facts, fresh_seed
 from parafuse.engine.source import ModelSource
 from parafuse.errors import ConfigError
 
@@ -87,8 +87,8 @@ def test_counts_are_at_least_one(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "found"),
     [
-        (100, "100: must be a multiple of 16 for this model's VAE; use 96 or 112."),
-        (7, "7: must be a multiple of 16 for this model's VAE; use 16."),
+        (100, "100: must be a multiple of 16 for this model's VAE and patches; use 96 or 112."),
+        (7, "7: must be a multiple of 16 for this model's VAE and patches; use 16."),
         (0, "0: must be a whole number of pixels, at least 1."),
         (-16, "-16: must be a whole number of pixels, at least 1."),
         (64.0, "64.0: must be a whole number of pixels, at least 1."),
@@ -114,14 +114,29 @@ def test_sizes_pass_exactly_when_they_divide(size: int, multiple: int) -> None:
 @pytest.mark.parametrize("name", ["guidance_scale", "true_cfg_scale"])
 def test_scales_are_numbers(name: str) -> None:
     assert check_call(SOURCE, {name: 0})[name] == 0
-    assert refusal(**{name: "3"}) == f"{name}='3': must be a number."
-    assert refusal(**{name: True}) == f"{name}=True: must be a number."
+    assert refusal(**{name: "3"}) == f"{name}='3': must be a finite number."
+    assert refusal(**{name: True}) == f"{name}=True: must be a finite number."
 
 
 def test_unknown_keywords_name_the_nearest() -> None:
     check_keywords(["prompt"], ["prompt", "height"], "FluxPipeline")
     with pytest.raises(ConfigError, match=r"call of FluxPipeline: unknown key 'hieght'; did you mean 'height'\?"):
         check_keywords(["prompt", "hieght"], ["prompt", "height"], "FluxPipeline")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_guidance_is_finite(value: float) -> None:
+    assert "must be a finite number" in refusal(guidance_scale=value)
+
+
+def test_facts_have_names_and_long_ones_a_hash() -> None:
+    found = facts({"seed": 1, "nested": {"a": [1, 2]}, "": {"prompts": ["x" * 100]}, "t": torch.zeros(2)})
+    assert found["seed"] == "1"
+    assert found["nested.a"] == "[1, 2]"
+    assert found["prompts"].startswith('["xxx')
+    assert len(found["prompts"]) < 100
+    assert found["t"] != facts({"t": torch.ones(2)})["t"]
+    assert found["prompts"] != facts({"prompts": ["x" * 99 + "y"]})["prompts"]
 
 
 def test_seeds_differ_and_fit() -> None:

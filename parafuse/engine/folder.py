@@ -1,0 +1,80 @@
+"""What a diffusers folder lacks, seen from file names and headers: no torch, no weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from parafuse.errors import ModelError
+
+SAFE = (".safetensors",)
+WAY_OUT = "Download the model again, or give a whole folder."
+
+
+def check_folder(name: str, path: Path, index: dict[str, Any], given: Collection[str]) -> None:
+    """Raises ModelError for a component of model_index.json that is not there, or weights that cannot be read.
+
+    `given`: components that the caller brings himself."""
+    pipeline = index.get("_class_name")
+    own = (path / "pipeline.py").is_file()
+    if isinstance(pipeline, str) and not own and not _diffusers_has(pipeline):
+        raise ModelError(
+            f"model={name!r}: model_index.json names the pipeline {pipeline!r}, which this version of diffusers has "
+            "not. Install a version that has it, or check the name."
+        )
+    for component, entry in index.items():
+        if component.startswith("_") or component in given or not isinstance(entry, list) or None in entry:
+            continue
+        folder = path / component
+        if not folder.is_dir():
+            raise ModelError(f"model={name!r}: has no folder {component!r}, which model_index.json names. {WAY_OUT}")
+        for file in _weights(name, component, folder):
+            if not file.is_file():
+                raise ModelError(f"model={name!r}: {component}/{file.name} is missing. {WAY_OUT}")
+            tensor_shapes(file, f"{name}/{component}/{file.name}")
+
+
+def _weights(name: str, component: str, folder: Path) -> Iterator[Path]:
+    """The safetensors files of a component, those that an index file names included."""
+    for index_file in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            yield from (
+                folder / file for file in sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
+            )
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(
+                f"model={name!r}: {component}/{index_file.name} cannot be read ({error}). {WAY_OUT}"
+            ) from error
+    yield from sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+
+
+def _diffusers_has(pipeline: str) -> bool:
+    """Whether diffusers' own list of names has it; True where diffusers is not found, which others say."""
+    spec = importlib.util.find_spec("diffusers")
+    if spec is None or spec.origin is None:
+        return True
+    return f'"{pipeline}"' in Path(spec.origin).read_text(encoding="utf-8")
+
+
+def tensor_shapes(path: Path, name: str) -> dict[str, list[int]]:
+    """Shape of every tensor of a safetensors file, from its header: 8 bytes of length, then one JSON object.
+
+    Raises ModelError for a file that is none, or that was not copied to its end."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"it has {size} bytes and no header")
+            header = json.loads(file.read(length))
+        tensors = {tensor: facts for tensor, facts in header.items() if tensor != "__metadata__"}
+        end = 8 + length + max((facts["data_offsets"][1] for facts in tensors.values()), default=0)
+        shapes = {tensor: list(facts["shape"]) for tensor, facts in tensors.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ModelError(f"model={name!r}: cannot be read as safetensors ({error}). Download it again.") from error
+    if end != size:
+        raise ModelError(f"model={name!r}: has {size} bytes instead of {end}. Download it again.")
+    return shapes

@@ -44,6 +44,11 @@ class RankMismatchError(RankError):
     exit_code = 2
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: a device's, or the host's, whose allocator has no error of its own."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the known name nearest to `name`, or '' where none is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)

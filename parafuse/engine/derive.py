@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from parafuse.engine.probe import owned, probe, prove
-from parafuse.errors import UnsupportedError
+from parafuse.errors import UnsupportedError, is_out_of_memory
 from parafuse.log import note
 from parafuse.parallel.hooks import Forward
 from parafuse.parallel.sequence import BlockPlan, TokenDim
@@ -36,6 +36,8 @@ def derive(
             return plan
         plan = probe(block, forward, leaves, spec)
     except Failures as failure:
+        if is_out_of_memory(failure):  # of this rank alone: the others would take another way
+            raise
         return _on_whole_shapes(
             type(block).__name__, forward, leaves, spec, str(failure).partition("\n")[0] or type(failure).__name__
         )

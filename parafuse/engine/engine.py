@@ -24,7 +24,7 @@ from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import check_call, check_keywords, facts, fresh_seed
 from parafuse.engine.source import ModelSource, locate
 from parafuse.engine.workers import Workers
-from parafuse.errors import ConfigError, MemoryLimitError, RankError
+from parafuse.errors import ConfigError, MemoryLimitError, RankError, is_out_of_memory
 from parafuse.log import note
 from parafuse.parallel.comm import Count
 from parafuse.parallel.mesh import make_mesh
@@ -115,7 +115,7 @@ class Engine:
         plan: Plan = settings["plan"]
         begun = time.perf_counter()
         world.agree("a plan", facts(plan.to_dict()), AGREE_S)
-        world.agree("arguments", facts(settings["pipeline_kwargs"] | {"": settings["agree_on"]}), AGREE_S)
+        world.agree("arguments", facts({"": settings["pipeline_kwargs"], "call": settings["agree_on"]}), AGREE_S)
         if plan.why:
             note(plan.one_line())
         keywords = {"dtype": plan.dtype} | settings["pipeline_kwargs"]  # dtypes by component may be among them
@@ -195,8 +195,8 @@ class Engine:
             if "check_inputs" in frames:
                 raise ConfigError(f"call of {type(self.pipeline).__name__}: {error}") from error
             raise
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has none of its own
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        except RuntimeError as error:
+            if is_out_of_memory(error):
                 reason = str(error).partition("\n")[0]
                 raise MemoryLimitError(f"out of memory: ask for a smaller size, or more ranks ({reason})") from error
             raise

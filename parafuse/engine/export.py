@@ -138,10 +138,16 @@ def _last_module(model: nn.Module, plan: BlockPlan, leaves: list[Any], spec: Tre
     finally:
         for handle in handles:
             handle.remove()
-    names = [name for name, out in made if len(results) == 1 and out.data_ptr() == results[0].data_ptr()]
+    names = [name for name, out in made if len(results) == 1 and _same_tensor(out, results[0])]
     if not names or list(plan.results) != [0]:
         raise UnsupportedError("its result is not the output of one of its modules")
     return min(names, key=lambda name: name.count(".")), [Join(plan.results[0].dim, results[0].ndim)]
+
+
+def _same_tensor(one: Tensor, other: Tensor) -> bool:
+    """Whether they are the same values in the same places, not views of each other."""
+    places = [(x.data_ptr(), x.shape, x.stride()) for x in (one, other)]
+    return places[0] == places[1]
 
 
 # --- block by block -----------------------------------------------------------------------------------------------

@@ -17,21 +17,24 @@ WAY_OUT = "Download the model again, or give a whole folder."
 def check_folder(name: str, path: Path, index: dict[str, Any], given: Collection[str]) -> None:
     """Raises ModelError for a component of model_index.json that is not there, or weights that cannot be read.
 
-    `given`: components that the caller brings himself."""
+    `given`: keywords of diffusers' loader that the caller gives, such as components that he brings himself."""
     pipeline = index.get("_class_name")
-    own = (path / "pipeline.py").is_file()
+    own = (path / "pipeline.py").is_file() or "custom_pipeline" in given
     if isinstance(pipeline, str) and not own and not _diffusers_has(pipeline):
         raise ModelError(
             f"model={name!r}: model_index.json names the pipeline {pipeline!r}, which this version of diffusers has "
             "not. Install a version that has it, or check the name."
         )
     for component, entry in index.items():
-        if component.startswith("_") or component in given or not isinstance(entry, list) or None in entry:
-            continue
+        is_component = isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
+        if component.startswith("_") or component in given or not is_component:
+            continue  # settings stand there too, and parts that the pipeline does without
         folder = path / component
         if not folder.is_dir():
             raise ModelError(f"model={name!r}: has no folder {component!r}, which model_index.json names. {WAY_OUT}")
         for file in _weights(name, component, folder):
+            if not file.is_file() and "variant" in given:
+                continue  # the files of another variant may be left out
             if not file.is_file():
                 raise ModelError(f"model={name!r}: {component}/{file.name} is missing. {WAY_OUT}")
             tensor_shapes(file, f"{name}/{component}/{file.name}")

@@ -89,12 +89,12 @@ def facts(values: Any) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def walk(name: str, value: Any) -> None:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             for key, inner in cast("dict[Any, Any]", value).items():
                 walk(f"{name}.{key}" if name and key else name or str(key), inner)
             return
         text = json.dumps(_plain(value), sort_keys=True, ensure_ascii=False)
-        found[name] = text if len(text) <= LONGEST_FACT else f"{text[:LONGEST_FACT]}... ({digest(value)})"
+        found[name] = text if len(text) <= LONGEST_FACT else f"{text[:LONGEST_FACT]}... ({_hash(text)})"
 
     walk("", values)
     return found
@@ -102,7 +102,11 @@ def facts(values: Any) -> dict[str, str]:
 
 def digest(value: Any) -> str:
     """Short hash of a value, equal on ranks that were given the same one. Tensors and pictures by content."""
-    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
+    return _hash(json.dumps(_plain(value), sort_keys=True))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

@@ -85,8 +85,15 @@ def verify(engine: Engine, *, seed: int = 0, **call: Any) -> list[Verdict]:
     for a call that the pipeline refuses, RankError when ranks fail differently."""
     if engine.plan.world_size == 1:
         raise ConfigError("ranks: 1 rank has nothing to be compared with; start 2 or more.")
+    if engine._workers:
+        raise ConfigError("engine: it has started its ranks itself; start all of them with torchrun to verify.")
     engine.handle.remove()
     recorded = record(engine, seed, call)
+    _add_truth(recorded)
+    if not all(bool(x.isfinite().all()) for r in recorded for x in (*r.plain, *r.truth)):
+        raise ConfigError(
+            f"dtype={engine.plan.dtype!r}: the model gives values that are no numbers, on one rank too; use another."
+        )
     return [_verdict(engine, degrees, recorded) for degrees in layouts(engine.plan.world_size)]
 
 
@@ -99,13 +106,17 @@ def record(engine: Engine, seed: int, call: dict[str, Any]) -> list[RecordedCall
         engine(seed=seed, **call)
     if not recorded:
         raise ConfigError("call: the pipeline did not call its denoiser; give it at least one step.")
+    return recorded
+
+
+def _add_truth(recorded: list[RecordedCall]) -> None:
+    """What each call gives in fp32, for modules that hold 16 bits."""
     for module in {id(r.module): r.module for r in recorded}.values():
         mine = [r for r in recorded if r.module is module]
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()):
             with _in_float32(module):
                 for r in mine:
                     r.truth = r.again(torch.float32)
-    return recorded
 
 
 @contextmanager
@@ -130,14 +141,14 @@ def _recording(module: nn.Module, into: list[RecordedCall]) -> Iterator[None]:
 @contextmanager
 def _in_float32(module: nn.Module) -> Iterator[None]:
     """Weights and buffers in fp32 for a while; 16 bits survive the way there and back. Doubles the module's memory."""
-    held = [(t, t.data) for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()]
+    held = [(t, t.dtype) for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()]
     try:
-        for tensor, data in held:
-            tensor.data = data.float()
+        for tensor, _ in held:
+            tensor.data = tensor.data.float()
         yield
     finally:
-        for tensor, data in held:
-            tensor.data = data
+        for tensor, dtype in held:
+            tensor.data = tensor.data.to(dtype)
 
 
 def _verdict(engine: Engine, degrees: dict[Axis, int], recorded: list[RecordedCall]) -> Verdict:
@@ -170,7 +181,7 @@ def error(got: list[Tensor], want: list[Tensor]) -> float:
     if [x.shape for x in got] != [x.shape for x in want]:
         return math.inf
     for mine, other in zip(got, want, strict=True):
-        if not bool(mine.isfinite().all()):
+        if not bool(mine.isfinite().all() and other.isfinite().all()):
             return math.inf
         if other.numel():
             largest = float(other.float().abs().max())

@@ -32,7 +32,7 @@ def _serve() -> None:
     key = os.environ.pop(KEY_ENV)
     setup = read_signed(store.get("parafuse/setup").decode(), key)
     plan = setup["plan"]
-    source = locate(setup.pop("model"), allow_pickle=setup["allow_pickle"])
+    source = locate(setup.pop("model"), allow_pickle=setup["allow_pickle"], given=setup["pipeline_kwargs"])
     world = join_world(plan.device, plan.timeout_s, plan.world_size, store)
     engine = Engine._on_rank(source, setup, world, progress=False)
     number = 1

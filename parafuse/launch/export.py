@@ -20,6 +20,8 @@ from parafuse.launch.options import Option, build, given
 class Export(Asked):
     """What to export."""
 
+    seed: int | None = None
+    """Of the noise. (Default: 0)"""
     out: str | None = None
     """Python file to write. Not given: printed."""
 

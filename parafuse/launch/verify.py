@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class Trial(Asked):
     """What to verify."""
 
+    seed: int | None = None
+    """Of the noise. (Default: 0)"""
     json: bool = False
     """As one JSON object."""
 

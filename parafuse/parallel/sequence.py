@@ -6,18 +6,21 @@ An *atom* is the smallest run of tokens that belongs together (a stream, or a pa
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from parafuse.errors import UnsupportedError
+from parafuse.errors import RankError, UnsupportedError
 from parafuse.parallel.attention import Call, SequenceAttention
+from parafuse.parallel.comm import all_gather
 from parafuse.parallel.hooks import Forward, override_forward
 from parafuse.parallel.layout import Layout
 from parafuse.parallel.mesh import Mesh
@@ -40,6 +43,10 @@ class Site:
 
     queries: Atoms | None
     keys: Atoms | None
+
+
+MAX_PROVEN = 4096
+"""Sizes that are kept in mind; more are proven again."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +174,10 @@ class SequenceParallel:
         self.ranks = SequenceGroup(mesh.sequence_degree, mesh.sequence_rank, mesh.sequence)
         self.plans: dict[Any, BlockPlan] = {}
         self._slices: dict[Any, Any] | None = None
-        self._proven: set[Any] = set()
-        """Calls, by structure and sizes, for which a plan has been held against the serial run."""
+        self._proven: dict[Any, BlockPlan] = {}
+        """The plan by structure and sizes, where it has been held against the serial run."""
         self._shortest = sys.maxsize
-        """Tokens of the shortest stream that ran on whole shapes."""
+        """Tokens of the shortest stream of this forward that ran on whole shapes."""
         self._undo: list[Callable[[], None]] = []
 
     def install(self) -> None:
@@ -189,6 +196,7 @@ class SequenceParallel:
     def _root_forward(self, original: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._slices = {}
+            self._shortest = sys.maxsize
             try:
                 result = gather_all(original(*args, **kwargs))
             finally:
@@ -219,13 +227,7 @@ class SequenceParallel:
                 return original(*args, **kwargs)
             leaves, spec = tree_flatten((args, kwargs))
             key = (name, str(spec), tuple(map(signature, leaves)))
-            plan = self.plans.get(key)
-            sizes = (key, tuple(map(size_of, leaves)))
-            if plan is None:
-                plan = self.plans[key] = self.prober(block, original, gather_all(leaves), spec)
-            elif plan.splits and sizes not in self._proven:
-                plan = self.plans[key] = self.prober(block, original, gather_all(leaves), spec, plan)
-            self._proven.add(sizes)
+            plan = self._plan_for(key, block, original, leaves, spec)
             if plan.why_not_local:
                 return self._on_whole_shapes(plan, original, leaves, spec)
             if not plan.splits:
@@ -243,6 +245,39 @@ class SequenceParallel:
             return bound.wrap(result)
 
         return forward
+
+    def _plan_for(self, key: Any, block: nn.Module, original: Forward, leaves: list[Any], spec: TreeSpec) -> BlockPlan:
+        """The plan for arguments of this structure, held against the serial run at sizes that are new. Collective at
+        these: ranks that find different plans would wait for each other."""
+        sizes = (key, tuple(map(size_of, leaves)))
+        plan = self._proven.get(sizes)
+        if plan is not None:
+            return plan
+        known = self.plans.get(key)
+        if known is None or known.splits:
+            whole = gather_all(leaves)
+            plan = self.prober(block, original, whole, spec, known)
+            self._agree(block, plan, whole)
+        else:
+            plan = known
+        self.plans.setdefault(key, plan)
+        if len(self._proven) >= MAX_PROVEN:
+            self._proven.clear()
+        self._proven[sizes] = plan
+        return plan
+
+    def _agree(self, block: nn.Module, plan: BlockPlan, leaves: list[Any]) -> None:
+        """Raises RankError on all ranks unless they have found the same plan. Collective; waits for the device."""
+        if self.ranks.group is None:
+            return
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
+        mine = int.from_bytes(hashlib.sha256(repr(plan).encode()).digest()[:7])
+        found = all_gather(torch.tensor([mine], device=device), self.ranks.degree, self.ranks.group.group_name)
+        if len(set(found.flatten().tolist())) > 1:
+            raise RankError(
+                f"{type(block).__name__}: the ranks find different ways to split it (are their devices or weights "
+                "different?); run it on one rank."
+            )
 
     def _on_whole_shapes(self, plan: BlockPlan, original: Forward, leaves: list[Any], spec: TreeSpec) -> Any:
         """Runs a block on Sharded tensors: whatever it does is right, and what has no rule gathers."""
@@ -268,7 +303,9 @@ class SequenceParallel:
             return x
         layout = Layout((x.shape[dim],), self.ranks.degree)
         self._shortest = min(self._shortest, x.shape[dim])
-        return Sharded(self.ranks.take(x, dim, layout), dim, layout, self.ranks)
+        rows = self.ranks.take(x, dim, layout)
+        rows = rows.clone() if rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else rows
+        return Sharded(rows, dim, layout, self.ranks).as_borrowed(source=x)
 
     def _attend_whole(self, site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
         """Attention of tensors of which some are Sharded."""

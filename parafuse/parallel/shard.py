@@ -73,6 +73,10 @@ class Sharded(Tensor):
     token_dim: int
     tokens: Layout
     ranks: SequenceGroup
+    borrowed: bool
+    """Its rows are a copy of those of another tensor that the model has a name for: a change in place must reach it."""
+    source: Tensor | None
+    """That tensor, where it is whole and of the same shape."""
 
     @staticmethod
     def __new__(cls, local: Tensor, dim: int, layout: Layout, ranks: SequenceGroup) -> Sharded:
@@ -82,11 +86,18 @@ class Sharded(Tensor):
         shape[dim] = layout.total
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         self.local, self.token_dim, self.tokens, self.ranks = local, dim, layout, ranks
+        self.borrowed, self.source = False, None
         return self
 
     def like(self, local: Tensor, dim: int | None = None) -> Sharded:
-        """The same rows with other values; `dim` where the number of dims changed."""
-        return Sharded(local, self.token_dim if dim is None else dim, self.tokens, self.ranks)
+        """The same rows with other values, or a view of them; `dim` where the number of dims changed."""
+        return self.part(local, self.token_dim if dim is None else dim, self.tokens)
+
+    def part(self, local: Tensor, dim: int, layout: Layout) -> Sharded:
+        """Rows of `layout` that come from this tensor; borrowed as it is where they share its memory."""
+        out = Sharded(local, dim, layout, self.ranks)
+        out.borrowed = self.borrowed and local.untyped_storage()._cdata == self.local.untyped_storage()._cdata
+        return out
 
     def whole(self) -> Tensor:
         """Gathers. Collective on the sequence group."""
@@ -106,7 +117,13 @@ class Sharded(Tensor):
         if layout == self.tokens:
             return self
         self.ranks.causes["tokens that are split in another way"] += 1
-        return Sharded(self.ranks.take(self.whole(), self.token_dim, layout), self.token_dim, layout, self.ranks)
+        rows = self.ranks.take(self.whole(), self.token_dim, layout)
+        return Sharded(rows, self.token_dim, layout, self.ranks).as_borrowed()
+
+    def as_borrowed(self, source: Tensor | None = None) -> Sharded:
+        """This tensor, marked as a copy of a part of another one, or of the whole of `source`."""
+        self.borrowed, self.source = True, source
+        return self
 
     def true_rows(self) -> Tensor:
         """`local` with filler rows set to zero."""
@@ -131,6 +148,8 @@ class Sharded(Tensor):
         target = kwargs.get("out")
         if args and ((name.endswith("_") and not name.startswith("__")) or name == "__setitem__"):
             target = args[0]
+        if isinstance(target, Sharded) and target.borrowed:
+            return _through(target, name, func, args, kwargs)
         into_whole = target is not None and not isinstance(target, Sharded)  # it stays whole, under all its names
         from parafuse.parallel.shard_rules import RULES  # it needs this class
 
@@ -150,6 +169,23 @@ class Sharded(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = gather_all((args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _through(target: Sharded, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """A change in place of rows that are a copy: made, and written to what they are a copy of. Collective."""
+    source = target.source
+    if source is None:
+        raise UnsupportedError(
+            f"the model changes a part of a split tensor in place by {name!r}, which the whole would not see. "
+            "Run it on one rank."
+        )
+    target.borrowed = False
+    try:
+        result = func(*args, **kwargs)
+    finally:
+        target.borrowed = True
+    source.copy_(target.whole())
+    return result
 
 
 def _in_place(target: Sharded, func: Any, args: Any, kwargs: Any) -> Any:

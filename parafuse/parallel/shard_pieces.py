@@ -103,7 +103,7 @@ def getitem(func: Any, args: Any, kwargs: Any) -> Any:
     if step != 1:
         return NotImplemented
     source, layout, local = _part(x, start, max(start, stop))
-    return Sharded(source.local[tuple(local if e is tokens else e for e in entries)], token_dim, layout, x.ranks)
+    return source.part(source.local[tuple(local if e is tokens else e for e in entries)], token_dim, layout)
 
 
 def _indices(x: Any, index: Any) -> tuple[list[Any], slice, int] | None:

@@ -58,6 +58,8 @@ def _meet(deadline_s: float) -> tuple[dist.Store, int, int]:
         return next(dist.rendezvous("env://", timeout=timedelta(seconds=deadline_s)))
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        if "EADDRINUSE" in str(error):
+            raise RankError(f"rank 0: the port of {where} is in use; set MASTER_PORT to another.") from error
         if os.environ["RANK"] == "0":
             raise RankError(
                 f"rank 0: not all of {os.environ.get('WORLD_SIZE')} ranks came to {where} within {deadline_s:.0f} s. "

@@ -58,8 +58,12 @@ class Ranks:
                 self.barrier.abort()
                 raise
 
-        with ThreadPoolExecutor(degree) as pool, torch.no_grad():
-            return list(pool.map(act, range(degree)))
+        with ThreadPoolExecutor(degree) as pool:
+            futures = [pool.submit(act, rank) for rank in range(degree)]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error  # the cause, not what it did to the others
+        return [future.result() for future in futures]
 
 
 @pytest.fixture
@@ -177,7 +181,7 @@ SUMMED: dict[str, Act] = {
 """Sums over tokens of what each rank has: filler must not count."""
 
 
-def _written(x: dict[str, Any]) -> Any:
+def _zeroed(x: dict[str, Any]) -> Any:
     x["image"][:, 0] = 0.0
     return x["image"]
 
@@ -194,7 +198,7 @@ IN_PLACE: dict[str, Act] = {
     "index_add_": lambda x: x["image"].index_add_(1, torch.tensor([0]), OTHER[:, :1]),
     "masked_fill_": lambda x: x["image"].masked_fill_(OTHER > 0, 0.0),
     "cumsum_": lambda x: x["image"].cumsum_(1),
-    "__setitem__": _written,
+    "__setitem__": _zeroed,
     "cat": lambda x: torch.cat([OTHER, TEXT], 1, out=x["joint"]),
     "a view": _through_a_view,
 }
@@ -284,6 +288,42 @@ def test_changes_in_place_keep_the_rows(ranks: Ranks, name: str, degree: int) ->
     stays, gathers = check(ranks, IN_PLACE[name], degree)
     assert stays
     assert gathers >= 1
+
+
+PARTS: dict[str, Act] = {
+    "zero_": lambda x: x["image"][:, 3:9].zero_(),
+    "mul_": lambda x: x["image"][:, 3:9].mul_(2.0),
+    "add_": lambda x: x["image"][:, 3:9][..., :2].add_(1.0),
+    "__setitem__": lambda x: x["image"][:, 3:9].__setitem__((slice(None), slice(None), 0), 1.0),
+}
+"""Slices inside of a stream are split anew, so they are copies: a change would not reach the stream."""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_changed_in_place_is_refused(ranks: Ranks, name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"a part of a split tensor in place by '{name}'"):
+        ranks.play(2, lambda group: PARTS[name](split(group)))
+
+
+def test_a_change_of_a_copy_reaches_the_whole_it_was_copied_from(ranks: Ranks) -> None:
+    """As an argument of a block that runs on whole shapes: the model may look at its own tensor afterwards."""
+
+    def change(group: SequenceGroup) -> list[Tensor]:
+        whole = STREAMS["image"].clone()
+        layout = Layout((S,), group.degree)
+        x: Any = Sharded(group.take(whole, 1, layout).clone(), 1, layout, group).as_borrowed(source=whole)
+        x += 1.0
+        x.masked_fill_(OTHER > 0, 0.0)
+        x[:, :, 0] = 5.0
+        return [whole, gather_all(x)]
+
+    want = STREAMS["image"].clone()
+    want += 1.0
+    want.masked_fill_(OTHER > 0, 0.0)
+    want[:, :, 0] = 5.0
+    for whole, found in ranks.play(3, change):
+        torch.testing.assert_close(whole, want)
+        torch.testing.assert_close(found, want)
 
 
 def test_another_shape_in_place_is_refused(ranks: Ranks) -> None:

@@ -169,6 +169,8 @@ def paint(job: Job) -> None:
         progress=not picture.quiet,
         agree_on={"prompts": list(job.prompts), "seed": picture.seed, **job.call},
     )
+    if engine.plan.world_size > 1 and not engine.plan.why:  # with a reason, the engine has told it
+        log.note(engine.plan.one_line())
     if picture.save_plan and engine.rank == 0:
         engine.plan.save(picture.save_plan)
     paths = output_paths(picture.out, len(job.prompts) * job.num_pictures)

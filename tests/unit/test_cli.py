@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -42,6 +43,8 @@ class World:
     failure: RankFailure | None = None
     """Reported by the ranks that are started."""
     closed: int = 0
+    plan: Plan = field(default_factory=lambda: plan_for(1))
+    """Of the engine."""
 
 
 class FakePipeline:
@@ -58,7 +61,7 @@ class FakeEngine:
     pipeline: Any = FakePipeline()
 
     def __init__(self, world: World) -> None:
-        self.world, self.plan, self.receipt, self.rank = world, plan_for(1), {}, int(os.environ.get("RANK", "0"))
+        self.world, self.plan, self.receipt, self.rank = world, world.plan, {}, int(os.environ.get("RANK", "0"))
 
     def __call__(self, prompt: str, seed: int | None, **call: Any) -> Any:
         if self.world.fault:
@@ -263,6 +266,16 @@ def test_under_torchrun_its_ranks_are_used(world: World, run: Run, monkeypatch: 
     assert world.started == []
     assert len(world.calls) == 1
     assert world.saved == []
+
+
+def test_the_plan_is_told_once(world: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine tells one that has a reason."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    world.plan = plan_for(2)
+    assert run("generate", "a")[2] == "parafuse: 2 ranks: ulysses 2, float32 on cpu\n"
+    world.plan = dataclasses.replace(world.plan, why="because")
+    assert run("generate", "a")[2] == ""
 
 
 BAD: list[tuple[str, str]] = [

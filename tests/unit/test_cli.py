@@ -160,7 +160,7 @@ def test_one_picture(world: World, run: Run) -> None:
     assert world.saved == ["apple.png"]
     assert out.startswith("apple.png  (")
     assert out.count("\n") == 1
-    agreed = [["a red apple"], 7, {"num_inference_steps": 4, "width": 64}]
+    agreed = {"prompts": ["a red apple"], "seed": 7, "num_inference_steps": 4, "width": 64}
     wanted = {"model": "emoji", "config": Config(), "plan": None, "progress": True, "agree_on": agreed}
     assert world.engines == [wanted]
     assert world.closed == 1

@@ -20,7 +20,7 @@ FLUX_VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16}
 
 
 NO_TENSORS = "\2" + 7 * "\0" + "{}"
-OTHER_HEADER = "\x13" + 7 * "\0" + '{"__metadata__":{} }'
+OTHER_HEADER = "\x14" + 7 * "\0" + '{"__metadata__":{} }'
 """Safetensors files of a header alone: its length in 8 bytes, then JSON."""
 
 

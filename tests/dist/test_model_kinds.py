@@ -204,7 +204,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def forbidden(*_: Any) -> Any:
         raise AssertionError("the request came through the checks")
 
-    for module, name in ((generate, "paint"), (generate, "start_ranks")):
+    for module, name in ((generate, "paint"), (cli, "start_ranks")):
         monkeypatch.setattr(module, name, forbidden)
     for name in ("silence_libraries", "silence_notes"):
         monkeypatch.setattr(quiet, name, lambda: None)

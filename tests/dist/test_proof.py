@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+import torch.distributed as dist
+
 import parafuse
+from parafuse.engine import apply as apply_module
 from parafuse.engine import derive as derive_module
+from parafuse.errors import RankError
+from parafuse.parallel.sequence import BlockPlan
 from tests.dist.ranks import run_ranks
 from tests.dist.test_sequence import EXACT, parallel
 from tests.models import Sizes
@@ -42,3 +48,23 @@ def test_control_without_the_proof_the_result_is_wrong() -> None:
     for found in run_ranks(errors, 2, False):
         assert found[0] <= EXACT
         assert found[1] > 0.01
+
+
+def another_plan(*args: Any) -> BlockPlan:
+    """As a rank would find whose memory ran out, or whose device rounds otherwise."""
+    plan = derive_module.derive(*args)
+    return plan if dist.get_rank() == 0 else BlockPlan(plan.arguments, plan.sites, {})
+
+
+def disagreeing() -> str:
+    case = cases()["FluxTransformer2DModel"]
+    model = randomized(case.build())
+    with patch.object(apply_module, "derive", another_plan), parafuse.apply(model, parallel((1, 2))):
+        with pytest.raises(RankError) as refusal:
+            outputs(model, inputs_of(case, case.sizes))
+        return str(refusal.value)
+
+
+def test_ranks_that_find_different_plans_say_so_before_they_exchange() -> None:
+    for text in run_ranks(disagreeing, 2):
+        assert text.startswith("FluxTransformerBlock: the ranks find different ways to split it")

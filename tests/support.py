@@ -204,6 +204,8 @@ def cell_of(name: str, column: str, *, lengths: tuple[str, ...] | None = None, b
 
 def worse(found: Cell, recorded: Cell) -> list[str]:
     """What was right by the record and is not any more."""
+    if recorded.faults:
+        return []  # the page says so
     lost = [f"refused now ({found.refused[what]})" for what in found.refused if what in recorded.errors]
     return found.faults + lost
 
@@ -216,16 +218,16 @@ def main() -> int:
     record = read_record() if RECORD.exists() else {}
     faults = 0
     for name in asked.only or cases():
-        row = record.setdefault(name, {})
+        row, measured = record.setdefault(name, {}), dict[str, Cell]()
         for column in FIXED_PART if asked.fixed_part else LAYOUTS:
-            cell = cell_of(name, column, bf16=not asked.fixed_part)
+            cell = measured[column] = cell_of(name, column, bf16=not asked.fixed_part)
             wrong = worse(cell, row[column]) if asked.fixed_part and column in row else cell.faults
             for line in wrong:
                 print(f"{name}, {column}: {line}", flush=True)
             faults += bool(wrong)
             if not asked.fixed_part:
                 row[column] = cell
-        print(f"{name}: {summary(row)}", flush=True)
+        print(f"{name}: {summary(measured)}", flush=True)
         if not asked.fixed_part:
             write_record(record)
     close_pools()

@@ -20,7 +20,8 @@ random weights (`tests/zoo`), against plain diffusers on the same weights and in
 variants and lengths of its class, the largest fp32 difference is at most 1e-5 of the largest value, bf16 is no further
 from fp32 than twice plain bf16, and attention sends what the formulas say: two all-to-alls with Ulysses, one buffer per
 step with ring. The number is the worst fp32 difference. Lengths: one that does not divide, and fewer tokens than ranks;
-at Ulysses 3 also batch 1, text as long as the image, other lengths after the first ones, and one token.
+at Ulysses 3 also batch 1, text as long as the image, other lengths after the first ones, and one token. A class that
+rounds to 16 bits inside, whatever its weights, may differ by 1e-3, where a rounding flips: the notes say which.
 *Gathers* are the exchanges of one forward beside those of attention: 1 is the last one, which every model needs.
 """
 

@@ -64,7 +64,10 @@ def permute(func: Any, args: Any, kwargs: Any) -> Any:
 def complex_pairs(func: Any, args: Any, kwargs: Any) -> Any:
     """Pairs of the last dim as complex numbers, and back."""
     x = args[0]
-    return x.like(func(x.local)) if x.token_dim < x.ndim - (func.__name__ == "view_as_complex") else NotImplemented
+    to_complex = func.__name__ == "view_as_complex"
+    if x.token_dim >= x.ndim - to_complex:
+        return NotImplemented
+    return x.like(func(x.local.contiguous() if to_complex else x.local))
 
 
 def repeat(func: Any, args: Any, kwargs: Any) -> Any:

@@ -83,6 +83,7 @@ REFINER = dict(
 CASES = (
     Case(
         name="SanaWMTransformer3DModel",
+        rounding="rounds queries, keys and values of its softmax attention to bf16 (transformer_sana_wm.py)",
         config=dict(
             in_channels=4, num_layers=3, hidden_size=48, num_attention_heads=3, patch_size=(1, 1, 1),
             softmax_every_n=2, linear_head_dim=16, t_kernel_size=3, conv_kernel_size=4, caption_channels=20,

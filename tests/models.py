@@ -97,7 +97,7 @@ def wan(heads: int) -> nn.Module:
     )  # fmt: skip
 
 
-def _positions(grid: tuple[int, int, int], width: int) -> Tensor:
+def positions(grid: tuple[int, int, int], width: int) -> Tensor:
     """(S, width) of (0, ..., row, column)."""
     rows = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))
     return F.pad(rows[:, 1:], (1, width - 3))
@@ -109,7 +109,7 @@ def flux_inputs(sizes: Sizes) -> Inputs:
         encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 32),
         pooled_projections=torch.randn(sizes.batch, 32),
         timestep=torch.rand(sizes.batch),
-        img_ids=_positions(sizes.grid, 3),
+        img_ids=positions(sizes.grid, 3),
         txt_ids=torch.zeros(sizes.text, 3),
         return_dict=False,
     )
@@ -118,7 +118,7 @@ def flux_inputs(sizes: Sizes) -> Inputs:
 def flux2_inputs(sizes: Sizes) -> Inputs:
     text_positions = F.pad(torch.arange(sizes.text, dtype=torch.float32)[:, None], (3, 0))
     inputs = flux_inputs(sizes) | dict(
-        guidance=torch.ones(sizes.batch), img_ids=_positions(sizes.grid, 4), txt_ids=text_positions
+        guidance=torch.ones(sizes.batch), img_ids=positions(sizes.grid, 4), txt_ids=text_positions
     )
     del inputs["pooled_projections"]
     return inputs

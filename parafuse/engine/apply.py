@@ -17,7 +17,7 @@ from parafuse.engine.source import ModelSource
 from parafuse.engine.stack import block_stack
 from parafuse.errors import ConfigError
 from parafuse.log import note
-from parafuse.parallel.comm import Count, counters
+from parafuse.parallel.comm import Count, counters, since
 from parafuse.parallel.hooks import is_overridden
 from parafuse.parallel.mesh import Mesh, make_mesh
 from parafuse.parallel.sequence import SequenceParallel
@@ -50,10 +50,7 @@ class Handle:
 
     def exchanged(self) -> dict[str, Count]:
         """Calls and bytes that this rank has sent since `apply`, per axis and kind, as `ulysses.all_to_all`."""
-        none = Count()
-        now = self._counts()
-        old = {name: self._before.get(name, none) for name in now}
-        return {n: Count(c.calls - old[n].calls, c.bytes - old[n].bytes) for n, c in now.items()}
+        return since(self._counts(), self._before)
 
     def _counts(self) -> dict[str, Count]:
         if self.mesh is None:

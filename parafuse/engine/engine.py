@@ -26,7 +26,7 @@ from parafuse.engine.source import ModelSource, locate
 from parafuse.engine.workers import Workers
 from parafuse.errors import ConfigError, MemoryLimitError, RankError, is_out_of_memory
 from parafuse.log import note
-from parafuse.parallel.comm import Count
+from parafuse.parallel.comm import since
 from parafuse.parallel.mesh import make_mesh
 from parafuse.parallel.world import AGREE_S, World, join_world, launched
 
@@ -177,7 +177,7 @@ class Engine:
             "call": plain(keywords),
             "versions": versions(),
             "applied": list(self.handle.applied),
-            "exchanged": _difference(self.handle.exchanged(), before),
+            "exchanged": {name: vars(count) for name, count in since(self.handle.exchanged(), before).items()},
             "timings_s": {
                 "load": round(self._load_s, 3),
                 "request": round(time.perf_counter() - begun, 3),
@@ -268,13 +268,6 @@ def _refuse_ignored(config: Config, given_plan: bool, pipeline_kwargs: dict[str,
             raise ConfigError(
                 f"{name}={pipeline_kwargs[name]}: give it as Config(dtype=...), so that the plan knows it."
             )
-
-
-def _difference(now: dict[str, Count], before: dict[str, Count]) -> dict[str, dict[str, int]]:
-    """What was exchanged in between, for the receipt."""
-    none = Count()
-    old = {name: before.get(name, none) for name in now}
-    return {n: {"calls": c.calls - old[n].calls, "bytes": c.bytes - old[n].bytes} for n, c in now.items()}
 
 
 def _launched_size() -> int:

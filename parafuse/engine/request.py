@@ -85,7 +85,8 @@ def fresh_seed() -> int:
 
 
 def facts(values: Any) -> dict[str, str]:
-    """Name -> value as text, equal on ranks that were given the same; nested names with dots. Long values by hash."""
+    """Name -> value as text, equal on ranks that were given the same; nested names with dots. Long values by hash,
+    tensors and pictures by content."""
     found: dict[str, str] = {}
 
     def walk(name: str, value: Any) -> None:
@@ -94,19 +95,11 @@ def facts(values: Any) -> dict[str, str]:
                 walk(f"{name}.{key}" if name and key else name or str(key), inner)
             return
         text = json.dumps(_plain(value), sort_keys=True, ensure_ascii=False)
-        found[name] = text if len(text) <= LONGEST_FACT else f"{text[:LONGEST_FACT]}... ({_hash(text)})"
+        hashed = hashlib.sha256(text.encode()).hexdigest()[:16]
+        found[name] = text if len(text) <= LONGEST_FACT else f"{text[:LONGEST_FACT]}... ({hashed})"
 
     walk("", values)
     return found
-
-
-def digest(value: Any) -> str:
-    """Short hash of a value, equal on ranks that were given the same one. Tensors and pictures by content."""
-    return _hash(json.dumps(_plain(value), sort_keys=True))
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

@@ -155,11 +155,11 @@ def _verdict(engine: Engine, degrees: dict[Axis, int], recorded: list[RecordedCa
     plan = engine.plan
     mesh = make_mesh(degrees, plan.device, plan.timeout_s)
     shown = {str(axis): degree for axis, degree in degrees.items() if degree > 1}
-    own = [error(r.plain, r.truth) for r in recorded if r.truth is not r.plain]
+    own = [relative_error(r.plain, r.truth) for r in recorded if r.truth is not r.plain]
     limit = max(EXACT, LOW_PRECISION_RATIO * max(own, default=0.0))
     try:
         with engine.world.request(), apply(engine.pipeline, mesh=mesh):
-            mine = max(error(r.again(), r.truth) for r in recorded)
+            mine = max(relative_error(r.again(), r.truth) for r in recorded)
     except RankError:
         raise
     except ParafuseError as refusal:
@@ -175,7 +175,7 @@ def _worst(mine: float, mesh: Mesh, device: torch.device) -> float:
     return float(all_gather(value, mesh.sequence_degree, mesh.sequence.group_name).max())
 
 
-def error(got: list[Tensor], want: list[Tensor]) -> float:
+def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
     """Largest difference over largest value, of the worst tensor; inf where shapes differ or a value is no number."""
     worst = 0.0
     if [x.shape for x in got] != [x.shape for x in want]:

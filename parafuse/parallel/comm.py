@@ -10,7 +10,7 @@ their counters run on every call, compiled or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,13 @@ class Count:
 
     calls: int = 0
     bytes: int = 0
+
+
+def since(now: Mapping[str, Count], before: Mapping[str, Count]) -> dict[str, Count]:
+    """What was sent between two looks at the counters, by name."""
+    none = Count()
+    old = {name: before.get(name, none) for name in now}
+    return {name: Count(c.calls - old[name].calls, c.bytes - old[name].bytes) for name, c in now.items()}
 
 
 @dataclass

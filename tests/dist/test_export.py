@@ -13,10 +13,11 @@ import torch.distributed as dist
 
 from parafuse.engine.export import ExportedPlan, export_plan
 from parafuse.errors import UnsupportedError
+from parafuse.engine.verify import relative_error
 from tests.dist.ranks import run_ranks
 from tests.dist.test_sequence import EXACT
 from tests.models import Inputs, Sizes
-from tests.zoo.collect import cases, error, inputs_of, outputs, randomized
+from tests.zoo.collect import cases, inputs_of, outputs, randomized
 
 BY_BLOCKS = [
     "ChronoEditTransformer3DModel",
@@ -61,7 +62,7 @@ def under_diffusers(name: str) -> float:
     config = ContextParallelConfig(ulysses_degree=dist.get_world_size())
     with patch.object(torch.accelerator, "device_count", lambda: 1):  # it asks for an accelerator's number
         model.enable_parallelism(config=config, cp_plan=plan)
-    return error(outputs(model, inputs(name, even(name))), plain)
+    return relative_error(outputs(model, inputs(name, even(name))), plain)
 
 
 @pytest.mark.parametrize("name", BY_BLOCKS + AS_A_WHOLE)

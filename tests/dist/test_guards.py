@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import parafuse
 from parafuse.config import Axis
-from parafuse.engine.request import digest
+from parafuse.engine.request import facts
 from parafuse.engine.workers import read_signed, signed
 from parafuse.errors import ConfigError, RankError, UnsupportedError
 from parafuse.parallel.mesh import make_mesh
@@ -205,4 +205,4 @@ def test_dtypes_by_component_reach_the_loader() -> None:
     engine = parafuse.Engine.from_pretrained("emoji", dtype={"vae": torch.bfloat16, "default": torch.float32})
     assert engine.pipeline.vae.dtype == torch.bfloat16
     assert engine.pipeline.transformer.dtype == torch.float32
-    assert digest({"dtype": torch.bfloat16}) != digest({"dtype": torch.float32})
+    assert facts({"dtype": torch.bfloat16}) != facts({"dtype": torch.float32})

@@ -13,10 +13,11 @@ from parafuse.engine import apply as apply_module
 from parafuse.engine import derive as derive_module
 from parafuse.errors import RankError
 from parafuse.parallel.sequence import BlockPlan
+from parafuse.engine.verify import relative_error
 from tests.dist.ranks import run_ranks
 from tests.dist.test_sequence import EXACT, parallel
 from tests.models import Sizes
-from tests.zoo.collect import cases, error, inputs_of, outputs, randomized
+from tests.zoo.collect import cases, inputs_of, outputs, randomized
 
 NAME = "HunyuanVideoTransformer3DModel: image to video by first frame"
 """Its blocks take the number of the first frame's tokens; of a single frame these are all."""
@@ -36,7 +37,7 @@ def errors(proven: bool) -> list[float]:
         patch.object(derive_module, "prove", derive_module.prove if proven else believed),
         parafuse.apply(model, parallel((1, 2))),
     ):
-        return [error(outputs(model, values), want) for values, want in zip(calls, plain, strict=True)]
+        return [relative_error(outputs(model, values), want) for values, want in zip(calls, plain, strict=True)]
 
 
 def test_a_plan_that_does_not_hold_is_given_up() -> None:

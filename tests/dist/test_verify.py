@@ -65,9 +65,9 @@ def test_what_is_broken_is_found() -> None:
 
 def one_rank_wrong() -> list[Verdict]:
     """Only rank 1 sees a difference: all ranks must hear of it."""
-    original = verifying.error
+    original = verifying.relative_error
     worse = (lambda got, want: original(got, want) + 1.0) if int(os.environ["RANK"]) == 1 else original
-    with patch.object(verifying, "error", worse):
+    with patch.object(verifying, "relative_error", worse):
         return verdicts()
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tests.models import Inputs, Sizes
+from tests.models import Inputs, Sizes, positions
 from tests.zoo.case import Case
-from tests.zoo.inputs import legible, positions
+from tests.zoo.inputs import legible
 
 
 def inputs(sizes: Sizes) -> Inputs:

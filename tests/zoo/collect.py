@@ -56,16 +56,3 @@ def outputs(model: nn.Module, values: Inputs) -> list[Tensor]:
     with torch.no_grad():
         result: Any = model(**values)
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
-def error(got: list[Tensor], want: list[Tensor]) -> float:
-    """Largest difference over largest value, of the worst tensor; inf where shapes differ or a value is no number."""
-    worst = 0.0
-    if [x.shape for x in got] != [x.shape for x in want]:
-        return math.inf
-    for mine, plain in zip(got, want, strict=True):
-        if not bool(mine.isfinite().all()):
-            return math.inf
-        if plain.numel():
-            worst = max(worst, float((mine.float() - plain.float()).abs().max() / plain.float().abs().max()))
-    return worst

@@ -8,20 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.models import Inputs, Sizes
+from tests.models import Inputs, Sizes, flux_inputs
 from tests.zoo.case import Case, Prepared
-from tests.zoo.inputs import positions
-
-
-def flux_inputs(sizes: Sizes) -> Inputs:
-    return dict(
-        hidden_states=torch.randn(sizes.batch, sizes.image, 4),
-        encoder_hidden_states=torch.randn(sizes.batch, sizes.text, 32),
-        pooled_projections=torch.randn(sizes.batch, 32),
-        timestep=torch.rand(sizes.batch),
-        img_ids=positions(sizes.grid, 3),
-        txt_ids=torch.zeros(sizes.text, 3),
-    )
 
 
 def flux_control_inputs(sizes: Sizes) -> Inputs:

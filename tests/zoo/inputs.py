@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tests.models import Sizes
@@ -18,12 +17,6 @@ def legible(sizes: Sizes, *, text: int | None = None, first: bool = True) -> Ten
     if first and tokens > 2:
         mask[-1, 0] = False
     return mask
-
-
-def positions(grid: tuple[int, int, int], width: int) -> Tensor:
-    """(S, width) of (0, ..., row, column)."""
-    rows = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid))
-    return F.pad(rows[:, 1:], (1, width - 3))
 
 
 def video(sizes: Sizes, channels: int, patch: int) -> Tensor:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.models import Inputs, Sizes
+from tests.models import Inputs, Sizes, positions
 from tests.zoo.case import Case
-from tests.zoo.inputs import positions
 
 
 def ovis_inputs(sizes: Sizes) -> Inputs:

@@ -1,36 +1,26 @@
-"""What each transformer class of diffusers gives on several ranks, layout by layout: measured, recorded, compared.
-
-`python -m tests.support` measures all of it and writes docs/support.json and docs/support.md. With `--fixed-part` it
-measures a part, writes nothing, and fails where a cell is worse than the record.
-"""
+"""What one transformer gives on several ranks in one layout: errors by lengths, bf16, refusals, exchanges."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import parafuse
+from parafuse.engine.verify import relative_error
 from parafuse.errors import ParafuseError
-from parafuse.parallel.comm import Count
-from tests.dist.ranks import RankFailure, close_pools, run_ranks
+from parafuse.parallel.comm import Count, since
+from tests.dist.ranks import RankFailure, run_ranks
 from tests.models import Inputs, Sizes
-from tests.support_exchanges import Expected, gathers, watched
-from tests.support_exchanges import faults as exchange_faults
-from tests.support_table import write_table
+from tests.support.exchanges import Expected, gathers, watched
+from tests.support.exchanges import faults as exchange_faults
 from tests.zoo.case import Case
-from tests.zoo.collect import cases, error, inputs_of, outputs, randomized
+from tests.zoo.collect import cases, inputs_of, outputs, randomized
 
-RECORD = Path(__file__).parents[1] / "docs" / "support.json"
 Layout = tuple[int, int]
 LAYOUTS: dict[str, Layout] = {
     "Ulysses 2": (1, 2),
@@ -42,7 +32,6 @@ LAYOUTS: dict[str, Layout] = {
     "ring 2 x Ulysses 2": (2, 2),
 }
 """Name -> (ring, ulysses)."""
-FIXED_PART = ("Ulysses 2", "ring 3", "ring 2 x Ulysses 2")
 GIVEN = "as given"
 FEW_LENGTHS = (GIVEN, "fewer tokens than ranks")
 ALL_LENGTHS_AT = "Ulysses 3"
@@ -130,21 +119,16 @@ def measure(name: str, layout: Layout, lengths: tuple[str, ...], bf16: bool) -> 
         with parafuse.apply(model, _config(layout)) as handle:
             for length in order:
                 with _refusals(cell, length):
-                    found = error(outputs(model, inputs_of(case, lengths_of(case)[length])), plain[length])
+                    found = relative_error(outputs(model, inputs_of(case, lengths_of(case)[length])), plain[length])
                     cell.errors[length] = max(found, cell.errors.get(length, 0.0))
                     before = handle.exchanged()  # of a second call: the first one examines
                     with watched(*layout) as expected:
                         outputs(model, inputs_of(case, lengths_of(case)[length]))
-                    _count(cell, length, expected, _since(handle.exchanged(), before))
+                    _count(cell, length, expected, since(handle.exchanged(), before))
     if bf16:
         with _refusals(cell, "bf16"):
             cell.bf16 = _half(case, model, layout, plain[GIVEN])
     return cell
-
-
-def _since(now: dict[str, Count], before: dict[str, Count]) -> dict[str, Count]:
-    old = {name: before.get(name, Count()) for name in now}
-    return {name: Count(c.calls - old[name].calls, c.bytes - old[name].bytes) for name, c in now.items()}
 
 
 def _count(cell: Cell, length: str, expected: Expected, counted: dict[str, Count]) -> None:
@@ -165,11 +149,11 @@ def _half(case: Case, model: nn.Module, layout: Layout, truth: list[Tensor]) -> 
 
     given = inputs_of(case, case.sizes)
     try:
-        plain = error(outputs(model, values()), truth)
+        plain = relative_error(outputs(model, values()), truth)
     except (RuntimeError, ValueError, TypeError):
         return None
     with parafuse.apply(model, _config(layout)):
-        found = error(outputs(model, values()), truth)
+        found = relative_error(outputs(model, values()), truth)
     return found / plain if plain else float(found > 0) * 99
 
 
@@ -200,69 +184,3 @@ def cell_of(name: str, column: str, *, lengths: tuple[str, ...] | None = None, b
         first.miscounted += other.miscounted
         first.errors = {length: max(value, other.errors.get(length, 0.0)) for length, value in first.errors.items()}
     return first
-
-
-def worse(found: Cell, recorded: Cell) -> list[str]:
-    """What was right by the record and is not any more."""
-    if recorded.faults:
-        return []  # the page says so
-    lost = [f"refused now ({found.refused[what]})" for what in found.refused if what in recorded.errors]
-    return found.faults + lost
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--fixed-part", action="store_true", help="a part, held against the record")
-    parser.add_argument("--only", action="append", default=[], help="a case by name; may be repeated")
-    asked = parser.parse_args()
-    record = read_record() if RECORD.exists() else {}
-    faults = 0
-    for name in asked.only or cases():
-        row, measured = record.setdefault(name, {}), dict[str, Cell]()
-        for column in FIXED_PART if asked.fixed_part else LAYOUTS:
-            cell = measured[column] = cell_of(name, column, bf16=not asked.fixed_part)
-            wrong = worse(cell, row[column]) if asked.fixed_part and column in row else cell.faults
-            for line in wrong:
-                print(f"{name}, {column}: {line}", flush=True)
-            faults += bool(wrong)
-            if not asked.fixed_part:
-                row[column] = cell
-        print(f"{name}: {summary(measured)}", flush=True)
-        if not asked.fixed_part:
-            write_record(record)
-    close_pools()
-    if asked.fixed_part:
-        print(f"{faults} cells are worse than docs/support.json says")
-        return min(faults, 1)
-    write_table(record)
-    return 0
-
-
-def summary(row: dict[str, Cell]) -> str:
-    exact = sum(cell.is_exact for cell in row.values())
-    return f"{exact} of {len(row)} layouts exact"
-
-
-def read_record() -> dict[str, dict[str, Cell]]:
-    """Case -> layout -> cell."""
-    values: dict[str, Any] = json.loads(RECORD.read_text())["cells"]
-    return {name: {column: Cell(**cell) for column, cell in row.items()} for name, row in values.items()}
-
-
-def write_record(record: dict[str, dict[str, Cell]]) -> None:
-    import diffusers
-
-    versions = {"parafuse": parafuse.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    cells = {name: {column: _slim(cell) for column, cell in row.items()} for name, row in sorted(record.items())}
-    RECORD.write_text(json.dumps({"versions": versions, "cells": cells}, indent=1) + "\n")
-
-
-def _slim(cell: Cell) -> dict[str, Any]:
-    """What is not empty, with two digits."""
-    errors = {length: float(f"{value:.1e}") for length, value in cell.errors.items()}
-    values = vars(cell) | {"errors": errors, "bf16": cell.bf16 and round(cell.bf16, 2)}
-    return {name: value for name, value in values.items() if value not in (None, {}, [], "")}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

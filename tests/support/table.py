@@ -1,17 +1,13 @@
-"""docs/support.md from the record of `tests.support`: a row per transformer class, a column per layout."""
+"""docs/support.md from the record of the cells: a row per transformer class, a column per layout."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tests.support import Cell
+from tests.support.cells import EXACT, Cell
+from tests.support.record import Record
 
-Record = dict[str, "dict[str, Cell]"]
-"""Case -> layout -> cell."""
-PAGE = Path(__file__).parents[1] / "docs" / "support.md"
-EXACT = 1e-5
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 MARK = "<!-- support -->"
 INTRODUCTION = """# Which transformers run on several ranks, and how exactly
 

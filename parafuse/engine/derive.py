@@ -15,8 +15,8 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 from parafuse.engine.probe import owned, probe, prove
 from parafuse.errors import UnsupportedError, is_out_of_memory
 from parafuse.log import note
+from parafuse.parallel.block_plan import BlockPlan, TokenDim
 from parafuse.parallel.hooks import Forward
-from parafuse.parallel.sequence import BlockPlan, TokenDim
 
 Failures = (UnsupportedError, RuntimeError, ValueError, IndexError, TypeError)
 

@@ -22,7 +22,8 @@ from parafuse.engine.derive import Failures
 from parafuse.engine.probe import owned, probe
 from parafuse.engine.stack import block_stack
 from parafuse.errors import UnsupportedError
-from parafuse.parallel.sequence import AttentionMode, BlockPlan, TokenDim
+from parafuse.parallel.attention_mode import AttentionMode
+from parafuse.parallel.block_plan import BlockPlan, TokenDim
 
 CONFIG = "_parallel_config"
 """Attribute of diffusers' attention processors; those that pass it on to attention exchange there."""

@@ -20,9 +20,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from parafuse.engine.alignment import Alignment, Interval, Node, Place
 from parafuse.errors import UnsupportedError
+from parafuse.kernels.attention import Call
+from parafuse.parallel.attention_mode import AttentionMode
+from parafuse.parallel.block_plan import BlockPlan, Bound, Site, TokenDim
 from parafuse.parallel.hooks import Forward
 from parafuse.parallel.layout import Layout
-from parafuse.parallel.sequence import AttentionMode, BlockPlan, Bound, Call, Site, TokenDim
 from parafuse.parallel.shard import SequenceGroup, Sharded
 
 SIMULATED_DEGREES = (2, 3)
@@ -271,7 +273,7 @@ def _simulate(examined: Examined, plan: BlockPlan, degree: int) -> None:
         bound = Bound(plan, examined.leaves, ranks, {})
         injected, expected = [], []
         for site, out in enumerate(base.injected):
-            layouts = bound.site_layouts(site)
+            layouts = bound.sites[site]
             injected.append(ranks.take(out, 2, layouts[0]) if layouts[0] else out)
             expected.append(layouts)
         try:

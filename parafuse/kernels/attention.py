@@ -7,12 +7,23 @@ A row whose keys are all masked has lse = -inf and out = 0.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("cpu-flash", "cuda-flash", "cuda-efficient", "math")
 _HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The other arguments of one scaled-dot-product attention."""
+
+    mask: Tensor | None = None
+    """Over the whole sequence in the model's order: broadcastable to (B, H, N, N)."""
+    scale: float | None = None
+    is_causal: bool = False
 
 
 def pick(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[str, str]:

@@ -7,37 +7,27 @@ P = R x U ranks of the sequence = ring degree x Ulysses degree.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from parafuse.config import Axis
 from parafuse.errors import UnsupportedError
-from parafuse.parallel.comm import all_to_all
+from parafuse.kernels.attention import Call
+from parafuse.parallel.comm import all_to_all, rank_and_degree
 from parafuse.parallel.layout import Layout, head_range, key_head_range
 from parafuse.parallel.mesh import Mesh
 from parafuse.parallel.pack import join_rows, split_rows
 from parafuse.parallel.ring import expand_keys, ring_attention
 
 
-@dataclass(frozen=True)
-class Call:
-    """The other arguments of one scaled-dot-product attention."""
-
-    mask: Tensor | None = None
-    """Over the whole sequence in the model's order: broadcastable to (B, H, N, N)."""
-    scale: float | None = None
-    is_causal: bool = False
-
-
 class SequenceAttention:
     """Scaled-dot-product attention for local rows. Collective on the sequence group, all ranks in the same order."""
 
     def __init__(self, mesh: Mesh):
-        self.mesh = mesh
-        self.ulysses, self.ring = mesh.degree(Axis.ULYSSES), mesh.degree(Axis.RING)
-        self.ulysses_rank, self.ring_rank = mesh.rank(Axis.ULYSSES), mesh.rank(Axis.RING)
+        self.ulysses_group, self.ring_group = mesh.group_name(Axis.ULYSSES), mesh.group_name(Axis.RING)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call) -> Tensor:
         """q (B, H, S, D), k (B, G, S', D), v (B, G, S', Dv) -> (B, H, S, Dv); filler rows of the result are zero.
@@ -45,6 +35,49 @@ class SequenceAttention:
         Bytes sent: `layout.ulysses_bytes` inside the Ulysses group, `layout.ring_bytes` of the heads held around the
         ring. Ulysses: Jacobs et al. 2023, arXiv:2309.14509; ring: Liu et al. 2023, arXiv:2310.01889; both together:
         Fang and Zhao 2024, arXiv:2405.07719."""
+        lengths = list(queries.lengths), list(keys.lengths)
+        groups = self.ulysses_group, self.ring_group
+        return sequence_attention(q, k, v, call.mask, *lengths, *groups, call.scale, call.is_causal)
+
+
+@torch.library.custom_op("parafuse::sequence_attention", mutates_args=())
+def sequence_attention(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    ulysses_group: str,
+    ring_group: str,
+    scale: float | None,
+    is_causal: bool,
+) -> Tensor:
+    """`SequenceAttention` as one operator: what is packed, sent and attended does not enter a traced graph, where
+    lengths that are symbols would make it slow to compile."""
+    here = RankAttention(ulysses_group, ring_group)
+    degree = here.ulysses * here.ring
+    layouts = Layout(tuple(query_lengths), degree), Layout(tuple(key_lengths), degree)
+    return here(q, k, v, *layouts, Call(mask, scale, is_causal))
+
+
+@sequence_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Any, b: Any, ulysses_group: str, *_: object) -> Tensor:
+    batch, heads, rows, width = *q.shape[:3], v.shape[-1]
+    if ulysses_group:
+        return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
+    return q.new_empty((batch, heads, rows, width))
+
+
+class RankAttention:
+    """What one rank does of an attention: packs, sends, attends."""
+
+    def __init__(self, ulysses_group: str, ring_group: str):
+        self.ulysses_group, self.ring_group = ulysses_group, ring_group
+        self.ulysses_rank, self.ulysses = rank_and_degree(ulysses_group)
+        self.ring_rank, self.ring = rank_and_degree(ring_group)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call) -> Tensor:
         heads = head_range(q.shape[1], self.ulysses, self.ulysses_rank)
         if self.ulysses > 1:
             qkv = self._scatter_heads(q, k, v, queries, keys)
@@ -117,8 +150,7 @@ class SequenceAttention:
         return result
 
     def _exchange(self, send_N: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
-        group = self.mesh.groups[Axis.ULYSSES]
-        return all_to_all(send_N, send_sizes, receive_sizes, group.group_name)
+        return all_to_all(send_N, send_sizes, receive_sizes, self.ulysses_group)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call, key_of_head: list[int]
@@ -129,19 +161,7 @@ class SequenceAttention:
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=call.scale
             )
-        return ring_attention(
-            q,
-            k,
-            v,
-            call.mask,
-            list(queries.lengths),
-            list(keys.lengths),
-            self.ulysses,
-            self.mesh.groups[Axis.RING].group_name,
-            call.scale,
-            call.is_causal,
-            key_of_head,
-        )
+        return ring_attention(q, k, v, call, queries, keys, self.ring_group, key_of_head)
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -1,7 +1,7 @@
-"""Every exchange between ranks goes through here: counted, bounded in time, and traceable by torch.compile.
+"""Every exchange between ranks goes through here: counted, and bounded in time.
 
-Exchanges are custom operators keyed by the name of their process group, so that they appear in traced graphs and
-their counters run on every call, compiled or not.
+What may stand in a traced graph is a custom operator keyed by the name of its process group, so that its counters run
+on every call, compiled or not: the exchanges here, and attention as a whole.
 """
 
 # pyright: reportUnknownMemberType=false, reportDeprecated=false, reportUnknownVariableType=false
@@ -67,7 +67,14 @@ def counters(group: ProcessGroup | str) -> Counters:
     return _COUNTERS.setdefault(name, Counters())
 
 
-@torch.library.custom_op("parafuse::all_to_all", mutates_args=())
+def rank_and_degree(group: str) -> tuple[int, int]:
+    """This rank in a group and the group's size; (0, 1) where the name is empty: no group."""
+    if not group:
+        return 0, 1
+    process_group = _resolve(group)
+    return dist.get_rank(process_group), dist.get_world_size(process_group)
+
+
 def all_to_all(send_N: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: str) -> Tensor:
     """Flat all-to-all: element runs of `send_sizes` go to the ranks of `group` in order. Collective on `group`.
 
@@ -78,11 +85,6 @@ def all_to_all(send_N: Tensor, send_sizes: Sequence[int], receive_sizes: Sequenc
     counters(group).add("all_to_all", (sum(send_sizes) - send_sizes[mine]) * send_N.element_size())
     dist.all_to_all_single(received, send_N, list(receive_sizes), list(send_sizes), group=process_group)
     return received
-
-
-@all_to_all.register_fake
-def _(send_N: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: str) -> Tensor:
-    return send_N.new_empty(sum(receive_sizes))
 
 
 @torch.library.custom_op("parafuse::all_gather", mutates_args=())

@@ -1,4 +1,4 @@
-"""Replacing `forward` on one instance, and putting it back exactly as it was. Classes are never touched."""
+"""Replacing methods on one instance, and putting them back exactly as they were. Classes are never touched."""
 
 from __future__ import annotations
 
@@ -16,24 +16,29 @@ def is_overridden(module: nn.Module) -> bool:
 
 
 def override_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> Callable[[], None]:
-    """Sets `module.forward = make(original)` on the instance; the returned function undoes it.
+    """Sets `module.forward = make(original)` on the instance; the returned function undoes it."""
+    replacement = make(module.forward)
+    replacement.parafuse = True  # pyright: ignore[reportFunctionMemberAccess]
+    return override(module, "forward", replacement)
+
+
+def override(module: nn.Module, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
+    """Sets a method on the instance; the returned function undoes it.
 
     Undoing puts back what stood there before (nothing, or another library's instance attribute), unless someone has
     replaced it since: then it stays, and a RuntimeError says so."""
-    had, original = "forward" in module.__dict__, module.forward
-    replacement = make(original)
-    replacement.parafuse = True  # pyright: ignore[reportFunctionMemberAccess]
-    module.forward = replacement
+    had, original = name in module.__dict__, getattr(module, name)
+    setattr(module, name, replacement)
 
     def undo() -> None:
-        if module.__dict__.get("forward") is not replacement:
+        if module.__dict__.get(name) is not replacement:
             raise RuntimeError(
-                f"{type(module).__name__}.forward was replaced after parafuse was applied; take that off first "
+                f"{type(module).__name__}.{name} was replaced after parafuse was applied; take that off first "
                 "(for example remove_all_hooks()), then remove parafuse."
             )
         if had:
-            module.forward = original
+            setattr(module, name, original)
         else:
-            del module.__dict__["forward"]
+            del module.__dict__[name]
 
     return undo

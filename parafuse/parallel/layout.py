@@ -62,7 +62,7 @@ class Layout:
 
 def head_range(num_heads: int, degree: int, index: int) -> tuple[int, int]:
     """[first, last) of the heads of one rank: contiguous, the first `num_heads % degree` ranks have one more."""
-    base, more = divmod(num_heads, degree)
+    base, more = num_heads // degree, num_heads % degree
     first = index * base + min(index, more)
     return first, first + base + (1 if index < more else 0)
 

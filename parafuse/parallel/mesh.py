@@ -28,6 +28,10 @@ class Mesh:
     def rank(self, axis: Axis) -> int:
         return dist.get_rank(self.groups[axis]) if axis in self.groups else 0
 
+    def group_name(self, axis: Axis) -> str:
+        """The name under which torch keeps the group of an axis; empty where its degree is 1."""
+        return self.groups[axis].group_name if axis in self.groups else ""
+
     @property
     def sequence_degree(self) -> int:
         return self.sequence.size() if self.sequence is not None else 1

@@ -15,8 +15,8 @@ def _pieces(lengths: Sequence[int], parts: Sequence[int]) -> list[tuple[int, int
     """(first true row, local offset, whole ranks, rows on the rank that is partly filled) for each segment."""
     out, row, offset = [], 0, 0
     for length, part in zip(lengths, parts, strict=True):
-        whole, rest = divmod(length, part) if part else (0, 0)
-        out.append((row, offset, whole, rest))
+        whole = length // part if part else 0
+        out.append((row, offset, whole, length - whole * part))
         row, offset = row + length, offset + part
     return out
 

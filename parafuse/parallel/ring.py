@@ -8,7 +8,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from parafuse.kernels.attention import attention_lse, merge
+from parafuse.kernels.attention import Call, attention_lse, merge
 from parafuse.parallel.comm import Rotation, _resolve
 from parafuse.parallel.layout import Layout
 
@@ -31,12 +31,13 @@ def drop_filler(x_BHND: Tensor, layout: Layout, first: int, count: int) -> Tenso
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-def block_mask(mask: Tensor | None, rows: Tensor, columns: Tensor, is_causal: bool) -> Tensor | None:
+def block_mask(call: Call, rows: Tensor, columns: Tensor) -> Tensor | None:
     """The part of a mask over the whole sequence that belongs to these query rows and these keys."""
+    mask = call.mask
     if mask is not None:
         mask = mask.index_select(-1, columns) if mask.shape[-1] != 1 else mask
         return mask.index_select(-2, rows) if mask.ndim > 1 and mask.shape[-2] != 1 else mask
-    return rows[:, None] >= columns[None, :] if is_causal else None
+    return rows[:, None] >= columns[None, :] if call.is_causal else None
 
 
 def expand_keys(x_BGND: Tensor, key_of_head: Sequence[int]) -> Tensor:
@@ -47,29 +48,24 @@ def expand_keys(x_BGND: Tensor, key_of_head: Sequence[int]) -> Tensor:
     return torch.cat([x_BGND[:, key : key + 1].expand(-1, count, -1, -1) for key, count in runs], dim=1)
 
 
-@torch.library.custom_op("parafuse::ring_attention", mutates_args=())
-def ring_attention(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
+def ring_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
-    query_lengths: Sequence[int],
-    key_lengths: Sequence[int],
-    ulysses: int,
+    call: Call,
+    queries: Layout,
+    keys: Layout,
     group: str,
-    scale: float | None,
-    is_causal: bool,
     key_of_head: Sequence[int],
 ) -> Tensor:
     """q (B, h, n, D) true rows, k and v (B, g, m, D) with filler -> (B, h, n, Dv). Collective on the ring.
 
     Keys and values go round in one packed buffer; the next send is posted before the attention over the block at hand.
-    `key_of_head`: the key head of each query head, or empty where each has its own. `mask` is over
-    the whole sequence in the model's order. Liu et al. 2023, arXiv:2310.01889."""
+    `key_of_head`: the key head of each query head, or empty where each has its own. Liu et al. 2023,
+    arXiv:2310.01889."""
     rotation = Rotation(_resolve(group))
     degree = rotation.degree
-    keys = Layout(tuple(key_lengths), degree * ulysses)
-    queries = Layout(tuple(query_lengths), degree * ulysses)
+    ulysses = keys.degree // degree
     rows = token_index(queries, rotation.rank * ulysses, ulysses, q.device)
     packed = torch.cat([k.reshape(-1), v.reshape(-1)])
     out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float32)
@@ -83,14 +79,9 @@ def ring_attention(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
             k_block = drop_filler(packed[: k.numel()].view(k.shape), keys, source * ulysses, ulysses)
             v_block = drop_filler(packed[k.numel() :].view(v.shape), keys, source * ulysses, ulysses)
             k_block, v_block = expand_keys(k_block, key_of_head), expand_keys(v_block, key_of_head)
-            part = attention_lse(q, k_block, v_block, block_mask(mask, rows, columns, is_causal), scale=scale)
+            part = attention_lse(q, k_block, v_block, block_mask(call, rows, columns), scale=call.scale)
             out, lse = merge(out, lse, *part)
         for work in pending:
             work.wait()
         packed = received
     return out.to(q.dtype)
-
-
-@ring_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[-1]))

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parafuse.config import Axis
-from parafuse.parallel.attention import Call, SequenceAttention
+from parafuse.kernels.attention import Call
+from parafuse.parallel.attention import SequenceAttention
 from parafuse.parallel.comm import counters
 from parafuse.parallel.layout import Layout
 from parafuse.parallel.mesh import Mesh, make_mesh

@@ -15,11 +15,11 @@ from torch import Tensor
 import parafuse
 from parafuse.engine import apply as apply_module
 from parafuse.engine.probe import probe
-from parafuse.parallel import attention, ring, sequence
-from parafuse.parallel.attention import SequenceAttention
+from parafuse.parallel import attention, attention_mode, ring
+from parafuse.parallel.attention import RankAttention
 from parafuse.parallel.comm import Rotation
 from parafuse.parallel.layout import Layout
-from parafuse.parallel.sequence import BlockPlan, Site
+from parafuse.parallel.block_plan import BlockPlan, Site
 from tests.dist.ranks import run_ranks
 from tests.dist.test_attention import Case, mesh_of, spread
 from tests.dist.test_sequence import parallel
@@ -100,13 +100,13 @@ def rows_are_in_another_order() -> list[Patch]:
 
 def heads_come_back_in_another_order() -> list[Patch]:
     """The way back takes the ranks' heads from the last rank on."""
-    original, gather = attention.head_range, SequenceAttention._gather_heads
+    original, gather = attention.head_range, RankAttention._gather_heads
 
-    def backwards(self: SequenceAttention, *args: Any) -> Tensor:
+    def backwards(self: RankAttention, *args: Any) -> Tensor:
         with patch.object(attention, "head_range", lambda n, degree, index: original(n, degree, degree - 1 - index)):
             return gather(self, *args)
 
-    return [(SequenceAttention, "_gather_heads", backwards)]
+    return [(RankAttention, "_gather_heads", backwards)]
 
 
 def another_key_head() -> list[Patch]:
@@ -206,7 +206,7 @@ def model_errors(layout: tuple[int, int]) -> dict[str, tuple[float, float]]:
         (
             "the mask is dropped",
             "weaver",
-            sequence,
+            attention_mode,
             "Call",
             lambda mask, scale, causal: attention.Call(None, scale, causal),
         ),

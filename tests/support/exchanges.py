@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from parafuse.parallel.attention import SequenceAttention
+from parafuse.parallel.attention import RankAttention
 from parafuse.parallel.comm import Count
 
 
@@ -27,9 +27,9 @@ class Expected:
 @contextmanager
 def watched(ring: int, ulysses: int) -> Iterator[Expected]:
     """Adds up the formulas for every split attention in this context, on this rank."""
-    expected, original = Expected(), SequenceAttention.__call__
+    expected, original = Expected(), RankAttention.__call__
 
-    def attend(self: SequenceAttention, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    def attend(self: RankAttention, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         expected.attentions += 1
         if ulysses > 1:
             expected.ulysses_bytes += ulysses_bytes(q, k, v, ulysses, self.ulysses_rank)
@@ -40,7 +40,7 @@ def watched(ring: int, ulysses: int) -> Iterator[Expected]:
                 expected.ring_bytes += (ring - 1) * q.shape[0] * heads * k.shape[2] * ulysses * width(k, v)
         return original(self, q, k, v, *rest)
 
-    with patch.object(SequenceAttention, "__call__", attend):
+    with patch.object(RankAttention, "__call__", attend):
         yield expected
 
 

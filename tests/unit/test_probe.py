@@ -13,8 +13,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from parafuse.engine.probe import probe
 from parafuse.engine.stack import block_stack
+from parafuse.parallel.block_plan import BlockPlan
 from parafuse.parallel.hooks import override_forward
-from parafuse.parallel.sequence import BlockPlan
 from parafuse.parallel.shard import Sharded
 from tests.models import EQUAL, FAMILIES, ODD, TINY, Sizes, build, call, inputs
 

@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_flatten
 from parafuse.engine import probe as probe_module
 from parafuse.engine.probe import probe
 from parafuse.errors import UnsupportedError
-from parafuse.parallel.sequence import AttentionMode, BlockPlan, Bound, Call
+from parafuse.kernels.attention import Call
+from parafuse.parallel.attention_mode import AttentionMode
+from parafuse.parallel.block_plan import BlockPlan, Bound
 from parafuse.parallel.shard import SequenceGroup
 
 D = 8

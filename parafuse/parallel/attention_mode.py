@@ -1,0 +1,97 @@
+"""Attention met where every model passes: at torch's scaled-dot-product attention, inside of one block call only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from parafuse.errors import UnsupportedError
+from parafuse.kernels.attention import Call
+from parafuse.parallel.attention import SequenceAttention
+from parafuse.parallel.block_plan import SiteLayouts
+from parafuse.parallel.hooks import Forward
+from parafuse.parallel.layout import Layout
+from parafuse.parallel.shard import SequenceGroup
+
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+class AttentionMode(TorchFunctionMode):
+    """Hands each scaled-dot-product attention of one block call to `attend(site number, q, k, v, call, given)`."""
+
+    def __init__(self, attend: Callable[[int, Tensor, Tensor, Tensor, Call, dict[str, Any]], Tensor]):
+        super().__init__()
+        self.attend, self.site = attend, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.unflatten or func is Tensor.split:
+            # Written in Python: torch.compile looks into them from here, and stumbles; a call of the method it knows.
+            return getattr(args[0], func.__name__)(*args[1:], **(kwargs or {}))
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given: dict[str, Any] = dict(zip(_SDPA_ARGUMENTS, args, strict=False))
+        given |= kwargs or {}
+        if given.get("dropout_p"):
+            raise UnsupportedError("attention with dropout: call eval() on the model first")
+        site, self.site = self.site, self.site + 1
+        call = Call(given.get("attn_mask"), given.get("scale"), bool(given.get("is_causal")))
+        return self.attend(site, given["query"], given["key"], given["value"], call, given)
+
+
+def run_on_rows(
+    forward: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sites: tuple[SiteLayouts, ...],
+    attention: SequenceAttention,
+    ranks: SequenceGroup,
+) -> tuple[Any, int]:
+    """(result, number of attention calls) of a block on this rank's rows. Collective on the sequence group.
+
+    Everything that varies is an argument, so that torch.compile makes one graph of it for all blocks of a kind."""
+
+    calls = 0
+
+    def attend(site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
+        nonlocal calls
+        calls = site + 1
+        if site >= len(sites):
+            raise UnsupportedError("the block made more attention calls than when it was examined")
+        queries, keys = sites[site]
+        if queries is None or keys is None:
+            return F.scaled_dot_product_attention(**own_rows(ranks, queries, call, given))
+        check_mask(call.mask, queries, keys)
+        return attention(q, k, v, queries, keys, call)
+
+    with AttentionMode(attend):
+        result = forward(*args, **kwargs)
+    return result, calls
+
+
+def own_rows(ranks: SequenceGroup, queries: Layout | None, call: Call, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an attention to keys that every rank has: of a mask over all queries, this rank's rows."""
+    mask = call.mask
+    if queries is None:
+        return given
+    if call.is_causal:
+        raise UnsupportedError("causal attention from split tokens to tokens that every rank has")
+    if mask is not None and mask.ndim > 1 and mask.shape[-2] == queries.total != 1:
+        return given | {"attn_mask": ranks.take(mask, mask.ndim - 2, queries)}
+    return given
+
+
+def check_mask(mask: Tensor | None, queries: Layout, keys: Layout) -> None:
+    """A mask must be over the whole sequence; one that the block cut or made from local lengths is refused."""
+    if mask is None:
+        return
+    rows, columns = mask.shape[-2] if mask.ndim > 1 else 1, mask.shape[-1]
+    # Sizes may be symbols, which torch.compile does not look for in a tuple.
+    if not (columns == 1 or columns == keys.total) or not (rows == 1 or rows == queries.total):  # noqa: PLR1714
+        raise UnsupportedError(
+            f"attention mask of shape {tuple(mask.shape)} for {queries.total} queries and {keys.total} keys: "
+            "the block makes its mask from the tokens it is given, so it cannot be split"
+        )

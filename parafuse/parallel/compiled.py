@@ -1,0 +1,74 @@
+"""Regional compile under sequence parallel: what `block.compile(...)` means for a block that parafuse runs on several
+ranks. The exchanges are operators, so each block is one graph, and blocks of a kind share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec
+
+from parafuse.parallel.attention_mode import run_on_rows
+from parafuse.parallel.block_plan import BlockPlan
+from parafuse.parallel.hooks import Forward
+from parafuse.parallel.traced import TracedBlocks
+from parafuse.parallel.whole_shapes import WholeShapes
+
+
+def call(forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
+    """A block in which nothing is split."""
+    return forward(*args, **kwargs)
+
+
+class CompiledKind:
+    """The compiled forms of all blocks that are alike, with the same options of `torch.compile`."""
+
+    def __init__(self, name: str, whole: WholeShapes, options: dict[str, Any]):
+        self.options = options
+        self.run_on_rows = torch.compile(_own_code(run_on_rows, name), **options)
+        self.call = torch.compile(_own_code(call, name), **options)
+        self._traced = TracedBlocks(name, whole, options)
+
+    def on_whole_shapes(
+        self, block: nn.Module, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec
+    ) -> Any:
+        return self._traced(block, plan, forward, leaves, spec)
+
+
+class CompiledBlocks:
+    """Which blocks are to run compiled, and how."""
+
+    def __init__(self, whole: WholeShapes):
+        self._whole = whole
+        self._kinds: dict[str, list[CompiledKind]] = {}
+        self._asked: dict[nn.Module, CompiledKind] = {}
+
+    def get(self, block: nn.Module) -> CompiledKind | None:
+        return self._asked.get(block)
+
+    def compile_method(self, block: nn.Module, kind: str) -> Callable[..., None]:
+        """What stands for `block.compile`. `kind`: equal for blocks that may share graphs."""
+
+        def compile(**options: Any) -> None:
+            """As torch.nn.Module.compile, for the block's work on this rank; taken off with parafuse."""
+            known = self._kinds.setdefault(kind, [])
+            found = next((one for one in known if one.options == options), None)
+            if found is None:
+                found = CompiledKind(type(block).__name__, self._whole, options)
+                known.append(found)
+            self._asked[block] = found
+
+        return compile
+
+    def forget(self) -> None:
+        self._asked.clear()
+        self._kinds.clear()
+
+
+def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A copy with a code object of its own: torch counts graphs, and gives up, by code object."""
+    code = function.__code__.replace(co_name=f"{name}.{function.__name__}")
+    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)

@@ -1,0 +1,115 @@
+"""How many graphs the blocks of one transformer compile to, plain and on several ranks, and what these give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
+
+import parafuse
+from parafuse.engine.stack import block_stack
+from parafuse.engine.verify import relative_error
+from parafuse.errors import ParafuseError
+from tests.dist.ranks import RankFailure, run_ranks
+from tests.support.cells import EXACT, LAYOUTS, ROUNDED, Layout
+from tests.zoo.case import Case
+from tests.zoo.collect import cases, inputs_of, outputs, randomized
+
+COMPILED_AT = "Ulysses 2"
+WITH_INDUCTOR = (
+    "CogVideoXTransformer3DModel",
+    "FluxTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "HunyuanVideoTransformer3DModel",
+    "QwenImageTransformer2DModel",
+    "SD3Transformer2DModel",
+    "WanTransformer3DModel",
+    "ZImageTransformer2DModel",
+)
+
+
+@dataclass
+class Compiled:
+    """`block.compile(fullgraph=True)` on every block of one case in one layout."""
+
+    plain: int | None = None
+    """Graphs on one rank without parafuse; None: torch cannot make one graph of a block."""
+    graphs: int = 0
+    """Graphs of this rank in the first two steps."""
+    later: int = 0
+    """Graphs made in a third step, whose values differ and whose sizes do not."""
+    error: float = 0.0
+    """Largest difference from the plain model, uncompiled, over the largest value, fp32."""
+    rounding: str = ""
+    refused: str = ""
+    failed: str = ""
+
+    @property
+    def faults(self) -> list[str]:
+        if self.failed:
+            return [self.failed]
+        if self.refused:
+            return []
+        limit = ROUNDED if self.rounding else EXACT
+        wrong = [] if self.error <= limit else [f"compiled: {self.error:.1e}"]
+        return wrong + ([f"{self.later} graphs made in the third step"] if self.later else [])
+
+
+def compiled_of(name: str, column: str = COMPILED_AT, backend: str = "aot_eager") -> Compiled:
+    """The worst that the ranks of a layout see."""
+    layout = LAYOUTS[column]
+    try:
+        first, *others = run_ranks(measure, layout[0] * layout[1], name, layout, backend, timeout_s=600)
+    except RankFailure as failure:
+        return Compiled(failed=str(failure).splitlines()[0][:300])
+    for other in others:
+        first.error, first.later = max(first.error, other.error), max(first.later, other.later)
+        first.failed = first.failed or ("" if first.refused == other.refused else "one rank refuses, another does not")
+    return first
+
+
+def measure(name: str, layout: Layout, backend: str) -> Compiled:
+    """One case, as one rank sees it."""
+    case = cases()[name]
+    found = Compiled(rounding=case.rounding)
+    model = randomized(case.build()).eval()
+    want = outputs(model, inputs_of(case, case.sizes))
+    try:
+        found.plain = _run(case, model, "aot_eager")[0]
+    except Exception as error:
+        if not type(error).__module__.startswith("torch._dynamo"):
+            raise
+    for block in block_stack(model):
+        block._compiled_call_impl = None
+    ring, ulysses = layout
+    with parafuse.apply(model, parafuse.Config(parallel=parafuse.Parallel(ring=ring, ulysses=ulysses))):
+        try:
+            found.graphs, found.later, got = _run(case, model, backend)
+        except ParafuseError as refusal:
+            found.refused = str(refusal)
+            return found
+    found.error = relative_error(got, want)
+    return found
+
+
+def _run(case: Case, model: nn.Module, backend: str) -> tuple[int, int, list[Tensor]]:
+    """(graphs of two steps, graphs of a third one, what the first one gives)."""
+    torch.compiler.reset()
+    graphs = 0
+    make: Any = lookup_backend(backend)
+
+    def counting(module: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return make(module, inputs)
+
+    for block in block_stack(model):
+        block.compile(fullgraph=True, backend=counting)
+    got = outputs(model, inputs_of(case, case.sizes))
+    outputs(model, inputs_of(case, case.sizes, seed=2))
+    before = graphs
+    outputs(model, inputs_of(case, case.sizes, seed=3))
+    return before, graphs - before, got

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
+from parafuse.engine.plan_store import key_of, load_plan, save_plan
 from parafuse.engine.probe import owned, probe, prove
 from parafuse.errors import UnsupportedError, is_out_of_memory
 from parafuse.log import note
@@ -34,7 +35,7 @@ def derive(
         if plan is not None:
             prove(plan, block, forward, leaves, spec)
             return plan
-        plan = probe(block, forward, leaves, spec)
+        plan = _kept_or_probed(block, forward, leaves, spec)
     except Failures as failure:
         if is_out_of_memory(failure):  # of this rank alone: the others would take another way
             raise
@@ -46,6 +47,22 @@ def derive(
         if plan.sites
         else _on_whole_shapes(type(block).__name__, forward, leaves, spec, "no attention of torch's was seen")
     )
+
+
+def _kept_or_probed(block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec) -> BlockPlan:
+    key = key_of(block, leaves, spec)
+    kept = load_plan(key)
+    if kept is not None:
+        try:
+            prove(kept, block, forward, leaves, spec)
+            return kept
+        except Exception as failure:  # whatever a file may hold
+            if is_out_of_memory(failure):
+                raise
+    plan = probe(block, forward, leaves, spec)
+    if plan.splits:  # what must run on whole shapes at these sizes may not have to at others
+        save_plan(key, type(block).__name__, plan)
+    return plan
 
 
 def _on_whole_shapes(name: str, forward: Forward, leaves: list[Any], spec: TreeSpec, why: str) -> BlockPlan:

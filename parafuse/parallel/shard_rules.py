@@ -141,6 +141,18 @@ def _matmul(func: Any, args: Any, kwargs: Any) -> Any:
     return NotImplemented
 
 
+def _baddbmm(func: Any, args: Any, kwargs: Any) -> Any:
+    """beta * x + alpha * (a @ b): scores of attention that is written out."""
+    if len(args) != 3 or not any(isinstance(a, Sharded) for a in args[1:]):
+        return NotImplemented
+    product = _matmul(torch.matmul, args[1:], {})
+    if not isinstance(product, Sharded):
+        return NotImplemented
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    scaled = _pointwise(torch.mul, (product, alpha), {})
+    return scaled if beta == 0 else _pointwise(torch.add, (scaled, args[0]), {"alpha": beta})
+
+
 _POINTWISE = (
     "add sub mul div true_divide neg abs exp log pow square sqrt rsqrt reciprocal sigmoid tanh silu relu gelu "
     "leaky_relu clip clamp where lerp addcmul nan_to_num dropout float half bfloat16 double bool long int type "
@@ -171,4 +183,5 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(("view_as_complex", "view_as_real"), views.complex_pairs),
     "repeat": views.repeat,
     **dict.fromkeys(("matmul", "__matmul__", "bmm"), _matmul),
+    "baddbmm": _baddbmm,
 }

@@ -19,6 +19,8 @@ step with ring. The number is the worst fp32 difference. Lengths: one that does 
 at Ulysses 3 also batch 1, text as long as the image, other lengths after the first ones, and one token. A class that
 rounds to 16 bits inside, whatever its weights, may differ by 1e-3, where a rounding flips: the notes say which.
 *Gathers* are the exchanges of one forward beside those of attention: 1 is the last one, which every model needs.
+*Graphs* are those that `compile(fullgraph=True)` on every block makes on one rank without parafuse / with Ulysses 2,
+all in the first two steps; and, where it was run, the error of Inductor's result against the plain uncompiled model.
 """
 
 
@@ -35,7 +37,7 @@ def write_table(record: Record) -> None:
 def by_class(record: Record) -> dict[str, dict[str, dict[str, Cell]]]:
     """Class -> case -> layout -> cell."""
     classes: dict[str, dict[str, dict[str, Cell]]] = {}
-    for name, row in sorted(record.items()):
+    for name, row in sorted(record.cells.items()):
         classes.setdefault(name.partition(":")[0], {})[name] = row
     return classes
 
@@ -48,23 +50,29 @@ def main_is_exact(rows: dict[str, dict[str, Cell]], column: str) -> bool:
 def counts(record: Record) -> str:
     """One sentence for the README."""
     classes = by_class(record)
-    columns = list(next(iter(record.values())))
+    columns = list(next(iter(record.cells.values())))
     ulysses = sum(all(main_is_exact(r, c) for c in columns if c.startswith("Ulysses")) for r in classes.values())
     everywhere = sum(all(main_is_exact(r, c) for c in columns) for r in classes.values())
     return (
         f"of {len(classes)} classes, {ulysses} are exact with Ulysses on 2, 3 and 4 ranks, and {everywhere} in all "
-        f"{len(columns)} layouts"
+        f"{len(columns)} layouts; {compile_counts(record)}"
     )
 
 
+def compile_counts(record: Record) -> str:
+    found = [row["aot_eager"] for row in record.compiled.values() if row["aot_eager"].plain]
+    whole = sum(not (one.refused or one.faults) for one in found)
+    return f"of the {len(found)} whose blocks compile to single graphs on one rank, {whole} do on several"
+
+
 def table(record: Record) -> str:
-    columns = list(next(iter(record.values())))
+    columns = list(next(iter(record.cells.values())))
     notes: dict[str, int] = {}
     lines = [INTRODUCTION, f"In all: {counts(record)}.", ""]
-    lines += ["| class | " + " | ".join(columns) + " | gathers |", "|---" * (len(columns) + 2) + "|"]
+    lines += ["| class | " + " | ".join(columns) + " | gathers | graphs |", "|---" * (len(columns) + 3) + "|"]
     for name, rows in by_class(record).items():
         cells = [_shown(rows, column, notes) for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {_gathers(rows)} |")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {_gathers(rows)} | {_graphs(record, name, notes)} |")
     lines += ["", "## Notes: what is refused, and why; what rounds inside", ""]
     lines += [f"{number}. {text}" for text, number in notes.items()] or ["Nothing."]
     return "\n".join(lines) + "\n"
@@ -90,6 +98,20 @@ def _shown(rows: dict[str, dict[str, Cell]], column: str, notes: dict[str, int])
         return "refused " + "".join(marks)
     worst = max(cell.worst for cell in cells.values())
     return f"exact, {worst:.0e}" + (f"; {''.join(marks)}" if marks else "")
+
+
+def _graphs(record: Record, name: str, notes: dict[str, int]) -> str:
+    row = record.compiled.get(name)
+    if row is None:
+        return ""
+    found, inductor = row["aot_eager"], row.get("inductor")
+    faults = [fault for one in row.values() for fault in one.faults]
+    if faults:
+        return f"**wrong** ({faults[0]})"
+    if found.refused:
+        number = notes.setdefault(f"{name}, compiled: {found.refused}", len(notes) + 1)
+        return f"{found.plain or 'none'} / refused [{number}]"
+    return f"{found.plain or 'none'} / {found.graphs}" + (f"; {inductor.error:.0e}" if inductor else "")
 
 
 def _gathers(rows: dict[str, dict[str, Cell]]) -> str:

@@ -1,0 +1,87 @@
+"""How blocks of a class are split, kept from one process to the next: examining a block runs it dozens of times.
+
+A plan from here is only a suggestion: it is held against the serial run before it is used, like one from other sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import platformdirs
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec
+
+import parafuse
+from parafuse.parallel.block_plan import BlockPlan, Site, TokenDim
+from parafuse.parallel.fingerprint import fingerprint, signature
+
+FOLDER_ENV = "PARAFUSE_CACHE"
+"""Names the folder; empty: nothing is kept."""
+
+
+def folder() -> Path | None:
+    """Where plans are kept: `PARAFUSE_CACHE`, or the user's cache folder."""
+    named = os.environ.get(FOLDER_ENV)
+    if named is None:
+        return Path(platformdirs.user_cache_dir("parafuse")) / "plans"
+    return Path(named) / "plans" if named else None
+
+
+def key_of(block: nn.Module, leaves: list[Any], spec: TreeSpec) -> str:
+    """Equal for blocks and arguments that are split alike, under the same versions of everything."""
+    versions = (parafuse.__version__, diffusers.__version__, torch.__version__)
+    facts = (versions, fingerprint(block), str(spec), tuple(map(signature, leaves)))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def load_plan(key: str) -> BlockPlan | None:
+    """The plan under a key; None where there is none that can be read."""
+    where = folder()
+    if where is None:
+        return None
+    try:
+        values: dict[str, Any] = json.loads((where / f"{key}.json").read_text())
+        return BlockPlan(
+            arguments=_token_dims(values["arguments"]),
+            sites=tuple(Site(_atoms(queries), _atoms(keys)) for queries, keys in values["sites"]),
+            results=_token_dims(values["results"]),
+            why_not_local=values["why_not_local"],
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def save_plan(key: str, name: str, plan: BlockPlan) -> None:
+    """Keeps a plan; a folder that cannot be written is let be."""
+    where = folder()
+    if where is None:
+        return
+    values = {
+        "block": name,
+        "arguments": {str(i): (label.dim, label.atoms) for i, label in plan.arguments.items()},
+        "sites": [(site.queries, site.keys) for site in plan.sites],
+        "results": {str(i): (label.dim, label.atoms) for i, label in plan.results.items()},
+        "why_not_local": plan.why_not_local,
+    }
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=where, suffix=".part", delete=False) as part:
+            json.dump(values, part)
+        Path(part.name).replace(where / f"{key}.json")  # other ranks read it meanwhile
+    except OSError:
+        return
+
+
+def _token_dims(values: dict[str, Any]) -> dict[int, TokenDim]:
+    return {int(i): TokenDim(int(dim), tuple(map(int, atoms))) for i, (dim, atoms) in values.items()}
+
+
+def _atoms(values: Any) -> tuple[int, ...] | None:
+    return None if values is None else tuple(map(int, values))

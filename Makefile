@@ -8,7 +8,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test support support-ci format bench-scaling clean
+.PHONY: help setup demo check test support support-ci format guidance bench-scaling clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,8 +46,12 @@ format: setup ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-scaling: setup ## Measure 2 ranks against 1 on this machine's CPU
-	$(BIN)/python benchmarks/scaling_cpu.py
+guidance: setup ## Measure every pipeline with guidance in every layout: docs/guidance.md (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.guided
+
+bench-scaling: setup ## Measure 2 ranks against 1 on this machine's CPU: one sequence, two branches
+	$(BIN)/python -m benchmarks.scaling_cpu
+	$(BIN)/python -m benchmarks.guidance_cpu
 
 clean: ## Remove .venv, outputs and caches
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -1,6 +1,6 @@
 """Scaling of Ulysses on two CPU cores: FLUX, width 512, 2 + 4 blocks, 1024 + 128 tokens; 2 ranks x 1 thread against 1.
 
-`python benchmarks/scaling_cpu.py`: every round times, one after another in the same processes, the transformer on one
+`python -m benchmarks.scaling_cpu`: every round times, one after another in the same processes, the transformer on one
 rank (the other one idle), on two ranks, and on both at once without any exchange (the machine's ceiling). Medians of
 7 rounds. Prints bytes and calls per block beside the formulas of `parafuse.parallel.layout`.
 """
@@ -8,17 +8,17 @@ rank (the other one idle), on two ranks, and on both at once without any exchang
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from diffusers import FluxTransformer2DModel
 
 import parafuse
+from benchmarks.two_ranks import on_two_ranks
 
 IMAGE, TEXT, WIDTH, HEADS = 1024, 128, 512, 8
 DOUBLE, SINGLE = 2, 4
@@ -45,7 +45,7 @@ def model_and_inputs(dtype: torch.dtype) -> tuple[FluxTransformer2DModel, dict[s
     return model, inputs
 
 
-def timed(model: torch.nn.Module, inputs: dict[str, Any], times: int) -> float:
+def timed(model: Callable[..., Any], inputs: dict[str, Any], times: int) -> float:
     """Seconds per forward."""
     begun = time.perf_counter()
     for _ in range(times):
@@ -82,17 +82,6 @@ def measure(dtype_name: str, rank: int) -> dict[str, Any]:
     return {"samples": samples, "error": error, "counts": counts, "item_bytes": inputs["timestep"].element_size()}
 
 
-def rank_main(rank: int, port: int, dtypes: list[str], queue: Any) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for name in dtypes:
-        queue.put((rank, name, measure(name, rank)))
-        dist.barrier()
-    dist.destroy_process_group()
-
-
 def report(name: str, both: list[dict[str, Any]]) -> bool:
     """Prints one dtype's table; True when the goal is met."""
     one = statistics.median(both[0]["samples"]["one"])
@@ -119,18 +108,8 @@ def main() -> int:
     parser.add_argument("--dtype", choices=list(GOALS), action="append")
     args = parser.parse_args()
     dtypes = args.dtype or list(GOALS)
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = store.port
-    del store
-    processes = [context.Process(target=rank_main, args=(rank, port, dtypes, queue), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    results = sorted((queue.get(timeout=600) for _ in range(2 * len(dtypes))), key=lambda r: (r[1], r[0]))
-    for process in processes:
-        process.join()
-    good = [report(name, [r[2] for r in results if r[1] == name]) for name in dtypes]
+    results = on_two_ranks(measure, dtypes)
+    good = [report(name, results[name]) for name in dtypes]
     return 0 if all(good) else 1
 
 

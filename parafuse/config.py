@@ -26,6 +26,7 @@ class Axis(StrEnum):
     TENSOR = "tensor"
 
 
+MAX_BRANCHES = 3
 SEQUENCE_AXES = (Axis.RING, Axis.ULYSSES)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -37,9 +38,9 @@ class Parallel:
     """Degrees of the mesh axes. Their product must be the number of ranks; "auto" takes what is left."""
 
     data: int = 1
-    """Replicas that share the prompts. Only 1 in this version."""
+    """Replicas that share the pictures of a call: prompts, and pictures of one prompt."""
     cfg: int = 1
-    """Guidance branches side by side. Only 1 in this version."""
+    """Ranks for the branches of classifier-free guidance (with and without prompt): 2, or 3 for pipelines of three."""
     pipe: int = 1
     """Stages of a patch pipeline. Only 1 in this version."""
     ring: int = 1
@@ -56,11 +57,16 @@ class Parallel:
                 continue
             if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
                 raise ConfigError(f"parallel.{axis}={degree!r}: must be a whole number of at least 1.")
-            if degree > 1 and axis not in SEQUENCE_AXES:
+            if degree > 1 and axis in (Axis.PIPE, Axis.TENSOR):
                 raise ConfigError(
                     f"parallel.{axis}={degree}: this version runs only 1 on the '{axis}' axis; "
-                    "use parallel.ulysses or parallel.ring for more ranks."
+                    "use parallel.cfg, parallel.data, parallel.ulysses or parallel.ring for more ranks."
                 )
+        if self.cfg > MAX_BRANCHES:
+            raise ConfigError(
+                f"parallel.cfg={self.cfg}: guidance has at most {MAX_BRANCHES} branches, mostly 2; use parallel.cfg=2, "
+                "and parallel.data or parallel.ulysses for more ranks."
+            )
 
     def degrees(self, world_size: int) -> dict[Axis, int]:
         """Every axis's degree for `world_size` ranks. Raises ConfigError when the product does not fit."""

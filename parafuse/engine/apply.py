@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -18,13 +18,16 @@ from parafuse.engine.stack import block_stack
 from parafuse.errors import ConfigError
 from parafuse.log import note
 from parafuse.parallel.comm import Count, counters, since
+from parafuse.parallel.guidance import GuidanceParallel
 from parafuse.parallel.hooks import is_overridden
-from parafuse.parallel.mesh import Mesh, make_mesh
+from parafuse.parallel.mesh import Mesh, make_mesh, release
 from parafuse.parallel.sequence import SequenceParallel
 from parafuse.parallel.world import ensure_world
 
-DENOISERS = ("transformer", "transformer_2")
-"""Pipeline components that hold a block stack, where they are present."""
+STACKS = ("transformer", "transformer_2")
+"""Pipeline components that hold a block stack, where they are present: what sequence parallel splits."""
+DENOISERS = (*STACKS, "unet", "prior")
+"""Components that a pipeline calls in every step."""
 
 
 @dataclass
@@ -34,7 +37,10 @@ class Handle:
     applied: list[str] = field(default_factory=list[str])
     """One line per thing that was applied, for receipts; empty when nothing was."""
     mesh: Mesh | None = None
+    guidance: dict[str, GuidanceParallel] = field(default_factory=dict[str, GuidanceParallel])
+    """Component -> its guidance branches."""
     _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    _is_off: bool = False
     _before: dict[str, Count] = field(default_factory=dict[str, Count])
     """What had gone over the groups before: torch gives two meshes of the same ranks the same groups."""
 
@@ -47,6 +53,10 @@ class Handle:
             self._undo[-1]()
             self._undo.pop()
         self.applied.clear()
+        self.guidance.clear()
+        if self.mesh is not None and not self._is_off:
+            release(self.mesh)
+        self._is_off = True
 
     def exchanged(self) -> dict[str, Count]:
         """Calls and bytes that this rank has sent since `apply`, per axis and kind, as `ulysses.all_to_all`."""
@@ -67,13 +77,15 @@ class Handle:
         self.remove()
 
 
-def check_components(source: ModelSource) -> None:
-    """Raises ConfigError for a pipeline that cannot run on several ranks, before its weights are loaded."""
-    if source.components is not None and not set(DENOISERS) & set(source.components):
-        raise ConfigError(
-            f"model={source.name!r}: has no {' or '.join(DENOISERS)} to split over ranks (UNets are not split in this "
-            "version). Run it on one rank."
-        )
+def check_components(source: ModelSource, degrees: Mapping[str, int]) -> None:
+    """Raises ConfigError for a pipeline that cannot run in this layout, before its weights are loaded."""
+    splits = degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1
+    if source.components is None or not splits or set(STACKS) & set(source.components):
+        return
+    raise ConfigError(
+        f"model={source.name!r}: has no {' or '.join(STACKS)} to split over ranks (UNets are not split); use cfg=2 for "
+        "its guidance branches, data=N for several pictures, or one rank."
+    )
 
 
 def _refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
@@ -94,15 +106,15 @@ def _refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
             )
 
 
-def denoisers(target: Any) -> list[tuple[str, nn.Module]]:
-    """(name, module) of what carries the block stacks: the target itself, or a pipeline's denoisers."""
+def denoisers(target: Any, names: Sequence[str] = STACKS) -> list[tuple[str, nn.Module]]:
+    """(name, module) of a pipeline's denoisers, or of the target itself where it is a module."""
     if isinstance(target, nn.Module):
         return [(type(target).__name__, target)]
-    found = [(name, getattr(target, name, None)) for name in DENOISERS]
+    found = [(name, getattr(target, name, None)) for name in names]
     modules = [(name, module) for name, module in found if isinstance(module, nn.Module)]
     if not modules:
         raise ConfigError(
-            f"target={type(target).__name__}: must be a torch module, or a pipeline with one of {', '.join(DENOISERS)}."
+            f"target={type(target).__name__}: must be a torch module, or a pipeline with one of {', '.join(names)}."
         )
     return modules
 
@@ -119,34 +131,39 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         if value != getattr(Config(), field_name):
             raise ConfigError(f"{field_name}={value!r}: apply takes the model as it is; set it when loading the model.")
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    degrees = config.parallel.degrees(world_size) if mesh is None else {}
+    degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
     if world_size == 1:
         return Handle()
-    modules = denoisers(target)
+    if mesh is not None:
+        degrees = {axis: mesh.degree(axis) for axis in Axis}
+    splits = degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1
+    modules = denoisers(target, STACKS if splits else DENOISERS)
     for name, module in modules:
         _refuse_wrapped(name, list(module.modules()))
         if is_overridden(module):
             raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
+    stacks = [block_stack(module) for _, module in modules] if splits else []
     if mesh is None:
-        stacks = [block_stack(module) for _, module in modules] if max(degrees.values()) > 1 else []
         first = next(chain(modules[0][1].parameters(), modules[0][1].buffers()), None)
         device = "cuda" if first is not None and first.is_cuda else "cpu"
-        if stacks:
-            ensure_world(device, config.timeout_s)
+        ensure_world(device, config.timeout_s)
         mesh = make_mesh(degrees, device, config.timeout_s)
-        if stacks and config.parallel.ulysses == "auto":
+        if splits and config.parallel.ulysses == "auto":
             note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
     handle = Handle(mesh=mesh)
-    if mesh.sequence_degree == 1:
-        return handle
     try:
-        for name, module in modules:
-            blocks = block_stack(module)
+        for (name, module), blocks in zip(modules, stacks, strict=False):
             parallel = SequenceParallel(module, blocks, mesh, derive)
             handle._undo.append(parallel.remove)
             parallel.install()
             axes = " x ".join(f"{a} {mesh.degree(a)}" for a in (Axis.RING, Axis.ULYSSES) if mesh.degree(a) > 1)
             handle.applied.append(f"sequence parallel ({axes}) on {name}: {len(blocks)} blocks")
+        for name, module in modules if degrees[Axis.CFG] > 1 else []:
+            guidance = GuidanceParallel(module, mesh)
+            handle._undo.append(guidance.remove)
+            guidance.install()
+            handle.guidance[name] = guidance
+            handle.applied.append(f"guidance parallel (cfg {degrees[Axis.CFG]}) on {name}")
     except BaseException:
         handle.remove()
         raise

@@ -15,18 +15,20 @@ import torch
 import torch.distributed as dist
 
 from parafuse.config import Axis, Config
-from parafuse.engine.apply import Handle, apply, check_components
+from parafuse.engine.apply import DENOISERS, Handle, apply, check_components, denoisers
+from parafuse.engine.guided import check_guided
 from parafuse.engine.loader import load_pipeline
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
 from parafuse.engine.progress import StepProgress
 from parafuse.engine.receipt import plain, versions
+from parafuse.engine.replicas import merged, share_of, shared_noise
 from parafuse.engine.request import check_call, check_keywords, facts, fresh_seed
-from parafuse.engine.source import ModelSource, locate
+from parafuse.engine.source import ModelSource, locate, source_of
 from parafuse.engine.workers import Workers
 from parafuse.errors import ConfigError, MemoryLimitError, RankError, is_out_of_memory
 from parafuse.log import note
-from parafuse.parallel.comm import since
+from parafuse.parallel.comm import all_gather_objects, since
 from parafuse.parallel.mesh import make_mesh
 from parafuse.parallel.world import AGREE_S, World, join_world, launched
 
@@ -83,7 +85,7 @@ class Engine:
         }
         _refuse_ignored(config, given_plan, pipeline_kwargs)
         if size > 1:
-            check_components(source)
+            check_components(source, plan.degrees)
         workers, world = None, None
         if size > 1 and ours:
             if dist.is_initialized():
@@ -110,8 +112,34 @@ class Engine:
         return engine
 
     @classmethod
-    def _on_rank(cls, source: ModelSource, settings: dict[str, Any], world: World, progress: bool) -> Engine:
-        """What every rank does once it has joined: agree, load, apply."""
+    def from_pipeline(cls, pipeline: Any, config: Config | None = None, *, progress: bool = False) -> Engine:
+        """Runs a pipeline that is loaded already: every rank has its own, with the same weights, and calls this.
+
+        Ranks come from a launcher (torchrun), or there is one. Dtype and device are the pipeline's own. Raises
+        ConfigError before anything is changed, RankError when ranks disagree."""
+        config = config or Config()
+        source = source_of(pipeline)
+        size = _launched_size() if launched() or dist.is_initialized() else 1
+        if config.dtype != "auto" or config.device != "auto":
+            raise ConfigError("config: dtype and device are the pipeline's own here; leave them out.")
+        device = torch.device(pipeline.device).type
+        dtype = str(next(denoisers(pipeline, DENOISERS)[0][1].parameters()).dtype).removeprefix("torch.")
+        plan = resolve(replace(config, device=device, dtype=dtype), source, size)
+        if size > 1:
+            check_components(source, plan.degrees)
+        world = join_world(plan.device, plan.timeout_s, size)
+        settings = {"plan": plan, "pipeline_kwargs": {}, "agree_on": None}
+        try:
+            return cls._on_rank(source, settings, world, progress, pipeline)
+        except BaseException:
+            world.leave()
+            raise
+
+    @classmethod
+    def _on_rank(
+        cls, source: ModelSource, settings: dict[str, Any], world: World, progress: bool, pipeline: Any = None
+    ) -> Engine:
+        """What every rank does once it has joined: agree, load unless there is a pipeline, apply."""
         plan: Plan = settings["plan"]
         begun = time.perf_counter()
         world.agree("a plan", facts(plan.to_dict()), AGREE_S)
@@ -119,8 +147,9 @@ class Engine:
         if plan.why:
             note(plan.one_line())
         keywords = {"dtype": plan.dtype} | settings["pipeline_kwargs"]  # dtypes by component may be among them
-        pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], **keywords)
-        pipeline.to(world.device)
+        if pipeline is None:
+            pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], **keywords)
+            pipeline.to(world.device)
         pipeline.set_progress_bar_config(disable=True)
         degrees = {axis: plan.degree(axis) for axis in Axis}
         handle = (
@@ -170,13 +199,14 @@ class Engine:
             call["generator"] = torch.Generator("cpu").manual_seed(seed)
         begun, before = time.perf_counter(), self.handle.exchanged()
         with self._progress_of(call) as progress, self._threads(), self.world.request():
-            output = self._paint(call)
+            output = self._paint_share(call) if self.plan.degree(Axis.DATA) > 1 else self._paint(call)
         self.receipt = {
             "plan": self.plan.to_dict(),
             "seed": seed,
             "call": plain(keywords),
             "versions": versions(),
             "applied": list(self.handle.applied),
+            "guidance": {name: one.report() for name, one in self.handle.guidance.items()},
             "exchanged": {name: vars(count) for name, count in since(self.handle.exchanged(), before).items()},
             "timings_s": {
                 "load": round(self._load_s, 3),
@@ -185,6 +215,23 @@ class Engine:
             },
         }
         return output
+
+    def _paint_share(self, call: dict[str, Any]) -> Any:
+        """This replica's pictures, and then those of all replicas, in order."""
+        mesh = self.handle.mesh
+        if mesh is None:
+            raise RuntimeError("several replicas without a mesh")
+        share = share_of(call, mesh.degree(Axis.DATA), mesh.rank(Axis.DATA))
+        idle = mesh.degree(Axis.DATA) - share.total
+        if idle > 0:
+            note(f"data {mesh.degree(Axis.DATA)}: {share.total} pictures leave {idle} replicas idle")
+        output = None
+        if not share.is_idle:
+            modules = [module for _, module in denoisers(self.pipeline, DENOISERS)]
+            with shared_noise(share, modules, getattr(self.pipeline, "vae", None)):
+                output = self._paint(share.call)
+        outputs = all_gather_objects((share.is_idle, output), mesh.groups[Axis.DATA])
+        return merged(output for is_idle, output in outputs if not is_idle)
 
     def _paint(self, call: dict[str, Any]) -> Any:
         """The pipeline's own call; what its `check_inputs` refuses is a ConfigError."""
@@ -214,7 +261,12 @@ class Engine:
         keywords |= kwargs
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
             check_keywords(keywords, names, type(self.pipeline).__name__)
-        return check_call(self._source, keywords)
+        checked = check_call(self._source, keywords)
+        if self.plan.degree(Axis.CFG) > 1:
+            check_guided(self.pipeline, checked, self.plan.degree(Axis.CFG))
+        if self.plan.degree(Axis.DATA) > 1:
+            share_of(checked, self.plan.degree(Axis.DATA), 0)  # lengths that do not fit are said here
+        return checked
 
     def _progress_of(self, call: dict[str, Any]) -> StepProgress:
         """Counts steps through the pipeline's callback where it has one."""

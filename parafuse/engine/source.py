@@ -30,7 +30,7 @@ class ModelSource:
     path: str
     """Folder or file to load from, or the hub id."""
     kind: str
-    """folder, file or hub."""
+    """folder, file, hub, or pipeline: one that is loaded already."""
     model_id: str
     """Fingerprint of the configuration files: equal architectures are equal here, whatever their weights."""
     components: tuple[str, ...] | None = None
@@ -41,6 +41,26 @@ class ModelSource:
     """Keywords of the call that the model's parafuse.json sets when they are not given."""
     size_multiple: int | None = None
     """Width and height must be multiples of it; None: unknown, left to the pipeline."""
+
+
+def source_of(pipeline: Any) -> ModelSource:
+    """The source of a pipeline that is loaded already: what its components say of themselves."""
+    components: dict[str, Any] = {name: part for name, part in pipeline.components.items() if part is not None}
+    name = type(pipeline).__name__
+    texts = [name]
+    for key, part in sorted(components.items()):
+        found: Any = getattr(part, "config", {})
+        values = found.to_dict() if hasattr(found, "to_dict") else found  # transformers', or diffusers' own
+        values = {name: value for name, value in values.items() if not name.startswith("_")}
+        texts.append(f"{key} {json.dumps(values, sort_keys=True, default=lambda value: type(value).__name__)}")
+    return ModelSource(
+        name=name,
+        path="",
+        kind="pipeline",
+        model_id=hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
+        components=tuple(components),
+        pipeline_class=name,
+    )
 
 
 def embedded_models() -> list[str]:

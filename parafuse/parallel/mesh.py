@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from parafuse.config import SEQUENCE_AXES, Axis
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mesh:
     """Groups of the axes with a degree above 1, and the flat group of the ranks that share a sequence."""
 
@@ -21,6 +21,10 @@ class Mesh:
     groups: Mapping[Axis, ProcessGroup]
     sequence: ProcessGroup | None
     """ring x ulysses, rank within it = ring rank * ulysses degree + ulysses rank."""
+    kind: tuple[object, ...] = ()
+    """Degrees, device and timeout; empty without groups."""
+    world: ProcessGroup | None = None
+    """The default group in whose time it was made."""
 
     def degree(self, axis: Axis) -> int:
         return self.groups[axis].size() if axis in self.groups else 1
@@ -41,11 +45,29 @@ class Mesh:
         return dist.get_rank(self.sequence) if self.sequence is not None else 0
 
 
+_FREE: list[Mesh] = []
+"""Meshes that nobody uses any more, for the next one like them: torch never ends a group's threads and connections."""
+
+
+def release(mesh: Mesh) -> None:
+    """Gives a mesh back. Local; every rank must, in the order in which it makes and gives back others."""
+    if mesh.kind and mesh not in _FREE:
+        _FREE.append(mesh)
+
+
 def make_mesh(degrees: Mapping[Axis, int], device: str, timeout_s: float) -> Mesh:
     """The mesh of `degrees`, whose product is the world size. Collective on all ranks.
 
     `timeout_s` bounds the exchanges of every group; a new group would take torch's default, not the job's."""
+    kind = (tuple(degrees[axis] for axis in Axis), device, timeout_s)
+    _FREE[:] = [mesh for mesh in _FREE if mesh.world is dist.group.WORLD]  # an earlier world's groups are gone
+    found = next((mesh for mesh in _FREE if mesh.kind == kind), None)
+    if found is not None:
+        _FREE.remove(found)
+        return found
     mesh = _make(degrees, device)
+    if mesh.groups:
+        mesh = replace(mesh, kind=kind, world=dist.group.WORLD)
     for group in {*mesh.groups.values(), *([mesh.sequence] if mesh.sequence is not None else [])}:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
     return mesh

@@ -19,6 +19,7 @@ from tests.models import EVEN, ODD, build, call, error, inputs
 from tests.support.compiled import compiled_of
 from tests.unit.test_probe_refusals import D, Good, Mean
 
+
 @pytest.mark.parametrize(
     ("name", "column"),
     [
@@ -32,13 +33,14 @@ from tests.unit.test_probe_refusals import D, Good, Mean
 )
 def test_blocks_compile_to_whole_graphs_once(name: str, column: str) -> None:
     found = compiled_of(name, column)
-    assert not found.faults and not found.refused
-    assert found.plain is not None and 0 < found.graphs <= 2 * found.plain
+    assert (found.faults, found.refused) == ([], "")
+    assert 0 < found.graphs <= 2 * (found.plain or 0)
 
 
 def test_with_inductor() -> None:
     found = compiled_of("Flux2Transformer2DModel", "Ulysses 2", "inductor")
-    assert not found.faults and not found.refused and found.graphs == found.plain
+    assert (found.faults, found.refused) == ([], "")
+    assert found.graphs == found.plain
 
 
 class Graphs:
@@ -167,5 +169,6 @@ def by_values() -> list[Any]:
 
 def test_what_is_no_single_graph_is_refused_or_runs_uncompiled() -> None:
     for strict, loose in run_ranks(by_values, 2):
-        assert strict.startswith("UnsupportedError: ByValue: is no single graph") and "without fullgraph=True" in strict
+        assert strict.startswith("UnsupportedError: ByValue: is no single graph")
+        assert "without fullgraph=True" in strict
         assert loose <= EXACT

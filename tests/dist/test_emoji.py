@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.dist.ranks import run_ranks
 
 import parafuse
+from tests.dist.ranks import run_ranks
 
 MODEL = Path(parafuse.__file__).parent / "models" / "emoji"
 CALLS: list[dict[str, Any]] = [

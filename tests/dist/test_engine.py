@@ -62,7 +62,7 @@ def test_a_wrong_call_changes_nothing(engine: parafuse.Engine) -> None:
 
 def test_an_error_on_all_ranks_leaves_the_engine_usable(engine: parafuse.Engine) -> None:
     before = picture(engine)
-    with pytest.raises(ConfigError, match="check_inputs|Cannot forward both"):
+    with pytest.raises(ConfigError, match=r"check_inputs|Cannot forward both"):
         engine("x", prompt_embeds=torch.zeros(1, 16, 128), pooled_prompt_embeds=torch.zeros(1, 128), seed=1)
     with pytest.raises(RuntimeError):  # found in the middle of the transformer: embeddings of the wrong width
         engine(
@@ -95,6 +95,7 @@ def test_two_engines_in_one_process(engine: parafuse.Engine) -> None:
     assert np.array_equal(picture(alone), mine)
     assert np.array_equal(picture(engine), theirs)
 
+
 def test_a_plan_is_replayed_and_a_killed_rank_fails_in_time(engine: parafuse.Engine, tmp_path: Path) -> None:
     """Last in this file: it closes the shared engine, since a process starts ranks for one engine at a time."""
     expected = picture(engine)
@@ -113,4 +114,3 @@ def test_a_plan_is_replayed_and_a_killed_rank_fails_in_time(engine: parafuse.Eng
     with pytest.raises(ConfigError, match="make a new engine"):
         picture(engine)
     engine.close()
-

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from parafuse.engine.export import ExportedPlan, export_plan
-from parafuse.errors import UnsupportedError
 from parafuse.engine.verify import relative_error
+from parafuse.errors import UnsupportedError
 from tests.dist.ranks import run_ranks
 from tests.dist.test_sequence import EXACT
 from tests.models import Inputs, Sizes

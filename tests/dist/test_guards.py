@@ -16,8 +16,8 @@ from parafuse.config import Axis
 from parafuse.engine.request import facts
 from parafuse.engine.workers import read_signed, signed
 from parafuse.errors import ConfigError, RankError, UnsupportedError
-from parafuse.parallel.mesh import make_mesh
 from parafuse.parallel.fingerprint import fingerprint
+from parafuse.parallel.mesh import make_mesh
 from tests.dist.ranks import run_ranks
 
 WIDTH, HEADS = 12, 3

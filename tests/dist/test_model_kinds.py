@@ -255,8 +255,8 @@ def test_bad_input_ends_before_anything_is_loaded_or_started(
     tmp_path: Path, run: Run, arguments: str, messages: tuple[str, ...]
 ) -> None:
     from parafuse.config import Config
-    from parafuse.engine.source import locate
     from parafuse.engine.planner import resolve
+    from parafuse.engine.source import locate
 
     (tmp_path / "no-pipeline").mkdir()
     write(tmp_path / "pickles" / "model_index.json", {"_class_name": "FluxPipeline", "vae": ["diffusers", "X"]})

@@ -17,9 +17,9 @@ from parafuse.engine import apply as apply_module
 from parafuse.engine.probe import probe
 from parafuse.parallel import attention, attention_mode, ring
 from parafuse.parallel.attention import RankAttention
+from parafuse.parallel.block_plan import BlockPlan, Site
 from parafuse.parallel.comm import Rotation
 from parafuse.parallel.layout import Layout
-from parafuse.parallel.block_plan import BlockPlan, Site
 from tests.dist.ranks import run_ranks
 from tests.dist.test_attention import Case, mesh_of, spread
 from tests.dist.test_sequence import parallel

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import parafuse
 from parafuse.engine import apply as apply_module
 from parafuse.engine import derive as derive_module
+from parafuse.engine.verify import relative_error
 from parafuse.errors import RankError
 from parafuse.parallel.block_plan import BlockPlan
-from parafuse.engine.verify import relative_error
 from tests.dist.ranks import run_ranks
 from tests.dist.test_sequence import EXACT, parallel
 from tests.models import Sizes

@@ -1,4 +1,4 @@
-"""Blocks that cannot run on a rank's rows alone run on whole shapes, exactly; where nothing is split, that is refused."""
+"""Blocks that cannot run on a rank's rows alone run on whole shapes, exactly; where nothing is split: refused."""
 
 from __future__ import annotations
 

@@ -46,10 +46,15 @@ def test_degrees_are_whole_numbers(axis: Axis, degree: Any) -> None:
     assert found == f"parallel.{axis}={degree!r}: must be a whole number of at least 1."
 
 
-@pytest.mark.parametrize("axis", ["data", "cfg", "pipe", "tensor"])
+def test_guidance_has_three_branches_at_most() -> None:
+    assert Parallel(cfg=3).degrees(6)[Axis.ULYSSES] == 2
+    assert message(Parallel, cfg=4).startswith("parallel.cfg=4: guidance has at most 3 branches, mostly 2; use")
+
+
+@pytest.mark.parametrize("axis", ["pipe", "tensor"])
 def test_axes_that_do_not_run_yet_are_refused(axis: str) -> None:
     found = message(Parallel, **{axis: 2})
-    assert found.startswith(f"parallel.{axis}=2: this version runs only 1 on the {axis!r} axis; use parallel.ulysses")
+    assert found.startswith(f"parallel.{axis}=2: this version runs only 1 on the {axis!r} axis; use parallel.cfg")
 
 
 def test_only_ulysses_may_be_auto() -> None:
@@ -201,7 +206,7 @@ ONES = {str(axis): 1 for axis in Axis}
         ({"degrees": [2, 3]}, "plan.degrees=[2, 3]: must give a degree for each of data, cfg,"),
         ({"degrees": ONES | {"ulysses": "auto"}}, "plan.degrees="),
         ({"degrees": ONES | {"ulysses": 6.0}}, "parallel.ulysses=6.0: must be a whole number"),
-        ({"degrees": ONES | {"cfg": 6}}, "parallel.cfg=6: this version runs only 1"),
+        ({"degrees": ONES | {"cfg": 6}}, "parallel.cfg=6: guidance has at most 3 branches"),
         ({"degrees": ONES | {"ulises": 6}}, "plan.degrees: unknown key 'ulises'; did you mean 'ulysses'?"),
         ({"world_size": "6"}, "plan.world_size='6': must be a whole number"),
         ({"device": "auto"}, "plan.device='auto'"),

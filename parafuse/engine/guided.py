@@ -1,0 +1,44 @@
+"""Whether a call of a pipeline has branches of guidance to share, as far as its arguments tell."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+from parafuse.errors import ConfigError
+
+
+def check_guided(pipeline: Any, keywords: dict[str, Any], degree: int) -> None:
+    """Raises ConfigError for a call without guidance: the ranks of the `cfg` axis would have nothing to share."""
+    why = _why_unguided(pipeline, keywords)
+    if why:
+        raise ConfigError(
+            f"parallel.cfg={degree}: this call of {type(pipeline).__name__} has no guidance branches ({why}). Switch "
+            "guidance on, or use cfg=1 and put the ranks on parallel.data or parallel.ulysses."
+        )
+
+
+def _why_unguided(pipeline: Any, keywords: dict[str, Any]) -> str:
+    """Empty where there is guidance, or where only the run can tell (guiders, modular pipelines)."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    given = {name: parameter.default for name, parameter in parameters.items()} | keywords
+    if hasattr(pipeline, "guider") or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return ""
+    if "true_cfg_scale" in parameters:
+        scale = given["true_cfg_scale"]
+        if scale is None or scale <= 1:
+            return f"true_cfg_scale={scale}: must be above 1"
+        if given.get("negative_prompt") is None and given.get("negative_prompt_embeds") is None:
+            return "no negative_prompt"
+        return ""
+    if "guidance_scale" not in parameters:
+        return "it takes no guidance_scale"
+    scale = given["guidance_scale"]
+    if isinstance(getattr(type(pipeline), "do_classifier_free_guidance", None), property):
+        asked = copy.copy(pipeline)
+        vars(asked)["_guidance_scale"] = scale
+        return "" if asked.do_classifier_free_guidance else f"guidance_scale={scale}"
+    if getattr(getattr(getattr(pipeline, "transformer", None), "config", None), "guidance_embeds", False):
+        return "the model was distilled: guidance_scale is an input of it"
+    return "" if scale is None or scale > 1 else f"guidance_scale={scale}: must be above 1"

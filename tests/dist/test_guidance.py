@@ -1,0 +1,244 @@
+"""Guidance parallel: every way in which pipelines compute branches, its exchanges, its report, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import parafuse
+from parafuse.parallel import guidance as guidance_module
+from parafuse.parallel.guidance import GuidanceParallel
+from parafuse.parallel.placeholder import Placeholder, is_open
+from tests.dist.ranks import run_ranks
+from tests.dist.test_sequence import EXACT, attempt
+from tests.models import error
+
+CFG = parafuse.Config(parallel=parafuse.Parallel(cfg=2, ulysses=1))
+D = 6
+
+
+class Denoiser(nn.Module):
+    """(B, S, D) and text (B, T, D) -> (B, S, D); samples are independent, branches differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(D, D, generator=generator) / math.sqrt(D))
+        self.calls = 0
+
+    def forward(self, x: Tensor, text: Tensor, table: Tensor | None = None, layers: tuple[int, ...] = ()) -> Any:
+        self.calls += 1
+        mixed = x @ self.weight + text.mean(1, keepdim=True) + sum(layers)
+        return (mixed if table is None else mixed * table, mixed.sum((1, 2)))
+
+
+def values(batch: int = 1, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, a, b = (torch.randn(batch, n, D, generator=generator) for n in (4, 3, 3))
+    return x, a, b
+
+
+def two_calls(model: Any, steps: int = 4) -> Tensor:
+    """As Wan: two calls, a combination, an Euler step."""
+    x, a, b = values()
+    for step in range(steps):
+        cond = model(x, a)[0]
+        uncond = model(x, b)[0]
+        x = x - 0.1 * (step + 1) * (uncond + 3.0 * (cond - uncond))
+    return x + 0
+
+
+def three_calls(model: Any) -> Tensor:
+    """As SD3 with skipped layers: the third call has the same text and other layers, in some steps only."""
+    x, a, b = values()
+    for step in range(5):
+        cond, uncond = model(x, a)[0], model(x, b)[0]
+        combined = uncond + 3.0 * (cond - uncond)
+        if step in (1, 2):
+            combined = combined + 2.0 * (cond - model(x, a, layers=(1,))[0])
+        x = x - 0.1 * combined
+    return x + 0
+
+
+def switched_off(model: Any) -> Tensor:
+    """Guidance ends after two steps."""
+    x, a, b = values()
+    for step in range(5):
+        found = model(x, a)[0][:, :, :].float()
+        if step < 2:
+            found = model(x, b)[0].to(torch.float32).mul(0.5) + found
+        x = x - 0.1 * found
+    return x + 0
+
+
+def needed_at_once(model: Any) -> Tensor:
+    """The first branch's norm is taken before the second is asked for, and written into."""
+    x, a, b = values()
+    for _ in range(3):
+        cond = model(x, a)[0]
+        cond *= 1 / cond.norm()
+        uncond = model(x, b)[0]
+        uncond[:, 0] = 0
+        x = x - 0.1 * (uncond + 3.0 * (cond - uncond))
+    return x + 0
+
+
+def stacked(model: Any) -> Tensor:
+    """As SDXL, three pictures: six samples; a table has as many rows as there are samples, by chance."""
+    x, a, b = values(3)
+    table = torch.linspace(1, 2, 4)[:, None].expand(4, D)
+    for _ in range(3):
+        uncond, cond = model(torch.cat([x, x]), torch.cat([b, a]), table=table)[0].chunk(2)
+        x = x - 0.1 * (uncond + 3.0 * (cond - uncond))
+    return x + 0
+
+
+def coincidence(model: Any) -> Tensor:
+    """Two samples of four tokens in a stack of four, and a table of four rows that are tokens."""
+    x, a, b = values(2)
+    table = torch.linspace(1, 2, 4)[:, None].expand(4, D).clone()
+    uncond, cond = model(torch.cat([x, x]), torch.cat([b, a]), table=table)[0].chunk(2)
+    again = model(torch.cat([x, x]), torch.cat([b, a]), table=table)
+    return torch.cat([uncond, cond, again[0], again[1][:, None, None].expand(4, 4, D)])
+
+
+WAYS: dict[str, tuple[Callable[[Any], Tensor], str]] = {
+    "two calls": (two_calls, "branches side by side in 3 steps, one branch at a time in 1 steps"),
+    "three calls": (three_calls, "branches side by side in 4 steps, one branch at a time in 1 steps"),
+    "switched off": (switched_off, "branches side by side in 1 steps, one branch at a time in 4 steps"),
+    "needed at once": (needed_at_once, "one branch at a time in 5 steps"),
+    "stacked": (stacked, "batch cut in 2 calls"),
+    "coincidence": (coincidence, "batch cut in 1 calls"),
+}
+
+
+def in_a_way(way: str) -> tuple[float, str, int, dict[str, int]]:
+    """(error, report, calls of the denoiser here, exchanges)."""
+    model = Denoiser()
+    run = WAYS[way][0]
+    with torch.no_grad():
+        want = run(model)
+        model.calls = 0
+        with parafuse.apply(model, CFG) as handle:
+            got = run(model)
+            assert not isinstance(got, Placeholder)
+            calls = {name: count.calls for name, count in handle.exchanged().items()}
+            return error(got, want), handle.guidance["Denoiser"].report(), model.calls, calls
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_what_one_rank_gives(way: str, ranks: int) -> None:
+    if ranks == 3:
+        found = run_ranks(in_a_way_on_three, 3, way)
+        assert max(found) <= EXACT
+        return
+    for wrong, report, _, _ in run_ranks(in_a_way, 2, way):
+        assert wrong <= EXACT
+        assert report == WAYS[way][1]
+
+
+def in_a_way_on_three(way: str) -> float:
+    model, run = Denoiser(), WAYS[way][0]
+    with torch.no_grad():
+        want = run(model)
+        with parafuse.apply(model, parafuse.Config(parallel=parafuse.Parallel(cfg=3, ulysses=1))):
+            return error(run(model), want)
+
+
+def test_each_rank_computes_its_branch_and_one_exchange_brings_all() -> None:
+    """Eight calls in four steps: the first is seen by all, then one of two each."""
+    found = run_ranks(in_a_way, 2, "two calls")
+    assert [calls for _, _, calls, _ in found] == [5, 4]
+    assert [exchanges for *_, exchanges in found] == [{"cfg.all_gather": 4}] * 2
+
+
+def in_another_order() -> list[float]:
+    """Errors with branches swapped, with an exchange left out, and with rows in another order."""
+    found = []
+    received = GuidanceParallel._exchange
+
+    def swapped(self: Any, mine: list[Tensor], shapes: Any, device: Any) -> Any:
+        ranks = [list(tensors) for tensors in received(self, mine, shapes, device)]
+        return iter([iter([*ranks[1], *ranks[0][len(ranks[1]) :]]), iter([*ranks[0], *ranks[1][len(ranks[0]) :]])])
+
+    def own_only(self: Any, mine: list[Tensor], shapes: Any, device: Any) -> Any:
+        return (iter([torch.zeros(x.shape, dtype=x.dtype) for x in each]) for each in shapes)
+
+    for way, broken in ((two_calls, swapped), (two_calls, own_only), (stacked, swapped)):
+        model = Denoiser()
+        with torch.no_grad():
+            want = way(model)
+            checks = patch.object(guidance_module, "_is_same", lambda *_: True)
+            with checks, patch.object(GuidanceParallel, "_exchange", broken), parafuse.apply(model, CFG):
+                found.append(error(way(model), want))
+    return found
+
+
+def test_swapped_branches_and_a_dropped_exchange_show() -> None:
+    """Swapping what arrives leaves each rank its own branch: on each rank, another one is wrong."""
+    for number in range(3):
+        assert max(found[number] for found in run_ranks(in_another_order, 2)) > 1e-2
+
+
+class Coupled(Denoiser):
+    """Samples that see each other, as with normalisation over the batch."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x - x.mean(0), text)
+
+
+class Growing(Denoiser):
+    """Results whose shape depends on values."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Any:  # type: ignore[override]
+        return (super().forward(x, text)[0][:, : 1 + int(text.sum().abs()) % 3],)
+
+
+def refusals() -> list[str]:
+    x, a, _ = values(2)
+    found = []
+    with torch.no_grad():
+        model: Any = Coupled()
+        with parafuse.apply(model, CFG):
+            found.append(attempt(model, x, a))
+        model = Growing()
+        with parafuse.apply(model, CFG):
+            for text in (a[:1], a[:1] + 1, a[:1] + 2, a[:1] + 3, a[:1] + 4):
+                last = attempt(lambda text=text: [y + 0 for y in model(x[:1], text)])
+                if isinstance(last, str):
+                    found.append(last)
+                    break
+    return found
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    for first, *_ in run_ranks(refusals, 2):
+        assert first.startswith("UnsupportedError: Coupled: a batch of 2 gives something else when it is cut")
+
+
+def after_an_error() -> list[Any]:
+    """A request that fails with a branch open leaves the next one as it would be."""
+    model = Denoiser()
+    with torch.no_grad():
+        want = two_calls(model)
+        with parafuse.apply(model, CFG) as handle:
+            x, a, _ = values()
+            for _ in range(2):
+                opened = model(x, a)[0]
+            assert is_open(opened)
+            found = [attempt(model, x, "no text"), error(two_calls(model), want)]
+            handle.remove()
+            return [*found, error(two_calls(model), want), "forward" in vars(model)]
+
+
+def test_an_error_in_the_middle_leaves_the_model_usable() -> None:
+    for failed, after, removed, left in run_ranks(after_an_error, 2):
+        assert "AttributeError" in failed
+        assert (after, removed, left) == (0.0, 0.0, False)

@@ -1,0 +1,87 @@
+"""What one pipeline with guidance gives on several ranks in one layout, against plain diffusers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import parafuse
+from parafuse.engine.verify import relative_error
+from parafuse.errors import ParafuseError
+from tests.dist.ranks import RankFailure, run_ranks
+from tests.guided.collect import cases
+
+EXACT = 1e-5
+LAYOUTS: dict[str, tuple[dict[str, int], int]] = {
+    "cfg 2": (dict(cfg=2, ulysses=1), 1),
+    "cfg 2 x ulysses 2": (dict(cfg=2, ulysses=2), 1),
+    "data 2": (dict(data=2, ulysses=1), 3),
+    "data 2 x cfg 2": (dict(data=2, cfg=2, ulysses=1), 2),
+}
+"""Name -> (degrees, prompts)."""
+
+
+@dataclass
+class Cell:
+    error: float = 0.0
+    """Largest difference from plain diffusers over the largest value, fp32, of two requests."""
+    apart: int = 0
+    """Steps of the second request in which several branches ran side by side, or one batch was cut."""
+    alone: int = 0
+    """Steps in which one branch ran and other ranks waited: guidance was off, or its result was needed at once."""
+    refused: str = ""
+    failed: str = ""
+
+    @property
+    def faults(self) -> list[str]:
+        wrong = [] if self.error <= EXACT else [f"differs by {self.error:.1e}"]
+        return [self.failed] if self.failed else wrong
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Tensors and arrays of a pipeline's output."""
+    leaves = tree_leaves(tuple(output.values()) if hasattr(output, "values") else output)
+    found = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in leaves]
+    return [x for x in found if isinstance(x, Tensor)]
+
+
+def seeded(call: dict[str, Any]) -> dict[str, Any]:
+    return call | {"generator": torch.Generator("cpu").manual_seed(5)}
+
+
+def measure(name: str, degrees: dict[str, int], prompts: int) -> Cell:
+    """One case, as one rank sees it."""
+    case, cell = cases()[name], Cell()
+    call = case.call(min(prompts, case.max_prompts))
+    want = tensors(case.build()(**seeded(call)))
+    config = parafuse.Config(parallel=parafuse.Parallel(**degrees))
+    try:
+        with parafuse.Engine.from_pipeline(case.build(), config) as engine:
+            for _ in range(2):
+                before = [dict(one.seen) for one in engine.handle.guidance.values()]
+                cell.error = max(cell.error, relative_error(tensors(engine(**seeded(call))), want))
+            for one, seen in zip(engine.handle.guidance.values(), before, strict=True):
+                cell.apart += sum(one.seen[key] - seen.get(key, 0) for key in ("cut", "together"))
+                cell.alone += one.seen["alone"] - seen.get("alone", 0)
+    except ParafuseError as refusal:
+        cell.refused = str(refusal)
+    return cell
+
+
+def cell_of(name: str, column: str) -> Cell:
+    """The worst that the ranks of a layout see."""
+    degrees, prompts = LAYOUTS[column]
+    size = int(np.prod(list(degrees.values())))
+    try:
+        first, *others = run_ranks(measure, size, name, degrees, prompts, timeout_s=200)
+    except RankFailure as failure:
+        return Cell(failed=str(failure).splitlines()[0][:300])
+    for other in others:
+        first.error = max(first.error, other.error)
+        first.failed = first.failed or ("" if first.refused == other.refused else "one rank refuses, another does not")
+    return first

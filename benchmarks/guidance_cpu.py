@@ -55,17 +55,19 @@ def measure(way: str, rank: int) -> dict[str, Any]:
     config = parafuse.Config(parallel=parafuse.Parallel(cfg=2, ulysses=1))
     with torch.no_grad():
         whole = run()
+        with parafuse.apply(model, config) as handle:
+            run()  # its results are seen once
+            before = handle.exchanged()["cfg.all_gather"]
+            split = run()
+            after = handle.exchanged()["cfg.all_gather"]
         for _ in range(ROUNDS):
             dist.barrier()
             if rank == 0:
                 samples["one"].append(timed(run, {}, 1))
             dist.barrier()
             samples["independent"].append(timed(run, {}, 1))
-            with parafuse.apply(model, config) as handle:
-                run()  # its results are seen once
-                before = handle.exchanged()["cfg.all_gather"]
-                split = run()
-                after = handle.exchanged()["cfg.all_gather"]
+            with parafuse.apply(model, config):
+                run()
                 dist.barrier()
                 samples["two"].append(timed(run, {}, 1))
     return {

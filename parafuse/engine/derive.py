@@ -17,6 +17,7 @@ from parafuse.engine.probe import owned, probe, prove
 from parafuse.errors import UnsupportedError, is_out_of_memory
 from parafuse.log import note
 from parafuse.parallel.block_plan import BlockPlan, TokenDim
+from parafuse.parallel.held import Held
 from parafuse.parallel.hooks import Forward
 
 Failures = (UnsupportedError, RuntimeError, ValueError, IndexError, TypeError)
@@ -30,7 +31,18 @@ def derive(
     `plan`: one from other sizes. It is held against the serial run again, since small sizes can hide what a block does
     with its length (a number that says how many tokens are special, say), and kept if it holds.
 
-    An error of the block itself (wrong arguments, say) is raised as plain torch would raise it."""
+    An error of the block itself (wrong arguments, say) is raised as plain torch would raise it. What the block changes
+    in itself when it is called (a count of calls, say) is put back, but for values of tensors."""
+    held = Held(block)
+    try:
+        return _derived(block, forward, leaves, spec, plan)
+    finally:
+        held.restore()
+
+
+def _derived(
+    block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec, plan: BlockPlan | None
+) -> BlockPlan:
     try:
         if plan is not None:
             prove(plan, block, forward, leaves, spec)

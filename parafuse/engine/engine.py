@@ -227,8 +227,8 @@ class Engine:
             note(f"data {mesh.degree(Axis.DATA)}: {share.total} pictures leave {idle} replicas idle")
         output = None
         if not share.is_idle:
-            modules = [module for _, module in denoisers(self.pipeline, DENOISERS)]
-            with shared_noise(share, modules, getattr(self.pipeline, "vae", None)):
+            modules = [module for _, module in denoisers(self.pipeline, (*DENOISERS, "controlnet"))]
+            with shared_noise(share, self._paint, call, modules):
                 output = self._paint(share.call)
         outputs = all_gather_objects((share.is_idle, output), mesh.groups[Axis.DATA])
         return merged(output for is_idle, output in outputs if not is_idle)

@@ -23,7 +23,9 @@ def _why_unguided(pipeline: Any, keywords: dict[str, Any]) -> str:
     """Empty where there is guidance, or where only the run can tell (guiders, modular pipelines)."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     given = {name: parameter.default for name, parameter in parameters.items()} | keywords
-    if hasattr(pipeline, "guider") or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    has_scale = "guidance_scale" in parameters or "true_cfg_scale" in parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if hasattr(pipeline, "guider") or (open_ended and not has_scale):
         return ""
     if "true_cfg_scale" in parameters:
         scale = given["true_cfg_scale"]

@@ -5,10 +5,10 @@ A plan from here is only a suggestion: it is held against the serial run before 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,14 @@ def save_plan(key: str, name: str, plan: BlockPlan) -> None:
         "results": {str(i): (label.dim, label.atoms) for i, label in plan.results.items()},
         "why_not_local": plan.why_not_local,
     }
+    part = where / f"{key}.{os.getpid()}.part"
     try:
         where.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=where, suffix=".part", delete=False) as part:
-            json.dump(values, part)
-        Path(part.name).replace(where / f"{key}.json")  # other ranks read it meanwhile
+        part.write_text(json.dumps(values))
+        part.replace(where / f"{key}.json")  # other ranks read it meanwhile
     except OSError:
-        return
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def _token_dims(values: dict[str, Any]) -> dict[int, TokenDim]:

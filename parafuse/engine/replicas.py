@@ -2,14 +2,15 @@
 
 The call of a replica has one prompt for each of its pictures. A single generator draws the noise of the whole batch on
 every replica, which takes its rows, at the start and at every stochastic step; a list of generators is cut as prompts
-are.
+are. Pictures that are given may be encoded with noise, one for all or one for each: then the whole call is rehearsed up
+to the denoiser, which shows what it draws.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from parafuse.errors import ConfigError
-from parafuse.parallel.hooks import Forward, override, override_forward
+from parafuse.parallel.hooks import Forward, override_forward
 from parafuse.parallel.layout import head_range
 
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
@@ -37,8 +38,6 @@ class Share:
     total: int
     """Pictures [first, last) of so many."""
     prompts: int
-    has_pictures: bool
-    """Whether a picture is given for each prompt; otherwise one may serve all."""
 
     @property
     def count(self) -> int:
@@ -66,9 +65,7 @@ def share_of(call: dict[str, Any], degree: int, replica: int) -> Share:
     if isinstance(own.get("prompt"), str) and last - first > 1:
         own["prompt"] = [own["prompt"]] * (last - first)
         own = {key: _texts(key, value, last - first) for key, value in own.items()}
-    given = [call.get(key) for key in PICTURES]
-    has_pictures = any(isinstance(value, (list, Tensor)) and len(value) == prompts for value in given)
-    return Share(own, first, last, total, prompts, has_pictures)
+    return Share(own, first, last, total, prompts)
 
 
 def _texts(name: str, value: Any, count: int) -> Any:
@@ -77,7 +74,8 @@ def _texts(name: str, value: Any, count: int) -> Any:
 
 
 def _num_prompts(call: dict[str, Any]) -> int:
-    for name in ("prompt", "prompt_embeds", "negative_prompt_embeds", "image", "batch_size"):
+    embeds = [name for name in call if "prompt_embeds" in name]
+    for name in ("prompt", *embeds, "image", "batch_size"):
         value = call.get(name)
         if isinstance(value, (list, Tensor)):
             return len(cast("list[Any]", value))
@@ -104,13 +102,23 @@ def _rows_of(name: str, value: Any, prompts: int, total: int, first: int, last: 
     raise ConfigError(f"{name}: {len(rows)} given for {prompts} prompts and {total} pictures.")
 
 
-class SharedNoise(TorchFunctionMode):
-    """Draws from `generator` give the rows of this replica out of the whole batch's noise."""
+class Draws(TorchFunctionMode):
+    """Meets every draw of normal noise from one generator while it is entered."""
 
-    def __init__(self, generator: torch.Generator, share: Share):
+    def __init__(self, generator: torch.Generator):
         super().__init__()
-        self.generator, self.share = generator, share
-        self._encoded: list[torch.Size] = []
+        self.generator = generator
+
+    def draw(self, sizes: tuple[int, ...], rest: dict[str, Any]) -> Tensor:
+        """The noise of a draw, `rest` being its other keywords."""
+        raise NotImplementedError
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.randn or kwargs.get("generator") is not self.generator:
+            return func(*args, **kwargs)
+        sizes = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+        return self.draw(tuple(sizes), {key: value for key, value in kwargs.items() if key != "size"})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -121,42 +129,72 @@ class SharedNoise(TorchFunctionMode):
         finally:
             self.__enter__()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.randn or kwargs.get("generator") is not self.generator:
-            return func(*args, **kwargs)
-        sizes = tuple(kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args))
-        share, rest = self.share, {key: value for key, value in kwargs.items() if key != "size"}
-        if sizes in self._encoded:  # of pictures that were given: one for all, or one for each prompt
-            self._encoded.remove(torch.Size(sizes))
-            if not share.has_pictures or sizes[0] != share.count:
-                return func(*args, **kwargs)
-            return func((share.prompts, *sizes[1:]), **rest)[share.chosen]
-        if not sizes or sizes[0] != share.count:
-            return func(*args, **kwargs)
-        return func((share.total, *sizes[1:]), **rest)[share.first : share.last].clone()
 
-    def encoding(self, original: Forward) -> Forward:
-        """For a VAE's `encode`: the next draw of its latents' shape is for these."""
+class NotedDraws(Draws):
+    """Notes the sizes."""
 
-        def encode(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            mean = getattr(getattr(result, "latent_dist", None), "mean", None)
-            if mean is not None:
-                self._encoded.append(mean.shape)
-            return result
+    def __init__(self, generator: torch.Generator):
+        super().__init__(generator)
+        self.sizes: list[tuple[int, ...]] = []
 
-        return encode
+    def draw(self, sizes: tuple[int, ...], rest: dict[str, Any]) -> Tensor:
+        self.sizes.append(sizes)
+        return torch.randn(sizes, **rest)
+
+
+class SharedNoise(Draws):
+    """Gives the rows of one replica out of the whole batch's noise."""
+
+    def __init__(self, generator: torch.Generator, share: Share, rehearsed: list[tuple[int, ...]]):
+        super().__init__(generator)
+        self.share, self.rehearsed = share, list(rehearsed)
+
+    def draw(self, sizes: tuple[int, ...], rest: dict[str, Any]) -> Tensor:
+        share = self.share
+        if self.rehearsed:
+            whole = self.rehearsed.pop(0)
+        else:
+            whole = (share.total, *sizes[1:]) if sizes[:1] == (share.count,) else sizes
+        noise = torch.randn(whole, **rest)
+        if whole[:1] == (share.total,) and sizes[:1] == (share.count,):
+            return noise[share.first : share.last].clone()
+        if whole[:1] == (share.prompts,) and share.prompts > 1:
+            return noise[share.chosen]
+        return noise
+
+
+class _Rehearsed(Exception):
+    """The denoiser is reached."""
+
+
+def rehearsed(paint: Callable[[dict[str, Any]], Any], call: dict[str, Any], denoisers: Sequence[nn.Module]) -> Any:
+    """Sizes of the draws that the whole call makes before its first denoiser step; none where no picture is given."""
+    if not any(call.get(name) is not None for name in PICTURES):
+        return []
+    generator = torch.Generator(call["generator"].device)
+    generator.set_state(call["generator"].get_state())
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise _Rehearsed
+
+    noted = NotedDraws(generator)
+    with ExitStack() as stack, suppress(_Rehearsed), noted:
+        for module in denoisers:
+            stack.callback(override_forward(module, lambda _: stop))
+        paint(call | {"generator": generator})
+    return noted.sizes
 
 
 @contextmanager
-def shared_noise(share: Share, denoisers: Iterable[nn.Module], vae: Any) -> Iterator[None]:
-    """While a replica's call runs: noise of a single generator is that of the whole batch."""
-    generator = share.call.get("generator")
+def shared_noise(
+    share: Share, paint: Callable[[dict[str, Any]], Any], call: dict[str, Any], denoisers: Sequence[nn.Module]
+) -> Iterator[None]:
+    """While a replica's part of `call` runs: noise of a single generator is that of the whole batch."""
+    generator = call.get("generator")
     if not isinstance(generator, torch.Generator) or share.count == share.total:
         yield
         return
-    mode = SharedNoise(generator, share)
+    mode = SharedNoise(generator, share, rehearsed(paint, call, denoisers))
 
     def pausing(original: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -168,8 +206,6 @@ def shared_noise(share: Share, denoisers: Iterable[nn.Module], vae: Any) -> Iter
     with ExitStack() as stack, mode:
         for module in denoisers:
             stack.callback(override_forward(module, pausing))
-        if vae is not None:
-            stack.callback(override(vae, "encode", mode.encoding(vae.encode)))
         yield
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from parafuse.config import Axis
 from parafuse.errors import UnsupportedError
 from parafuse.kernels.attention import Call
-from parafuse.parallel.comm import all_to_all, rank_and_degree
+from parafuse.parallel.comm import all_to_all, keeps_order, rank_and_degree
 from parafuse.parallel.layout import Layout, head_range, key_head_range
 from parafuse.parallel.mesh import Mesh
 from parafuse.parallel.pack import join_rows, split_rows
@@ -40,6 +40,7 @@ class SequenceAttention:
         return sequence_attention(q, k, v, call.mask, *lengths, *groups, call.scale, call.is_causal)
 
 
+@keeps_order
 @torch.library.custom_op("parafuse::sequence_attention", mutates_args=())
 def sequence_attention(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
     q: Tensor,

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op  # pyright: ignore[reportPrivateUsage]
+from torch._library.custom_ops import CustomOpDef
 from torch.distributed import ProcessGroup
 
 _resolve: Callable[[str], ProcessGroup] = dist.distributed_c10d._resolve_process_group  # pyright: ignore
@@ -89,6 +91,14 @@ def all_to_all(send_N: Tensor, send_sizes: Sequence[int], receive_sizes: Sequenc
     return received
 
 
+def keeps_order(operator: CustomOpDef) -> CustomOpDef:
+    """For an operator that exchanges: a compiler may neither drop it where its result is not used, nor move it past
+    another one. Ranks trace graphs of their own (a rank may hold filler alone) and must exchange in the same order."""
+    _register_effectful_op(operator._opoverload, _EffectType.ORDERED)  # pyright: ignore[reportPrivateUsage]
+    return operator
+
+
+@keeps_order
 @torch.library.custom_op("parafuse::all_gather", mutates_args=())
 def all_gather(x: Tensor, degree: int, group: str) -> Tensor:
     """(...) -> (degree, ...): the same shape from every rank of `group`. Collective on `group`."""
@@ -104,6 +114,7 @@ def _(x: Tensor, degree: int, group: str) -> Tensor:
     return x.new_empty((degree, *x.shape))
 
 
+@keeps_order
 @torch.library.custom_op("parafuse::all_reduce", mutates_args=())
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """The sum over the ranks of `group`, on all of them. Collective on `group`.

@@ -3,7 +3,8 @@ ranks. The exchanges are operators, so each block is one graph, and blocks of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec
 
+from parafuse.errors import UnsupportedError
 from parafuse.parallel.attention_mode import run_on_rows
 from parafuse.parallel.block_plan import BlockPlan
 from parafuse.parallel.hooks import Forward
@@ -27,15 +29,35 @@ class CompiledKind:
     """The compiled forms of all blocks that are alike, with the same options of `torch.compile`."""
 
     def __init__(self, name: str, whole: WholeShapes, options: dict[str, Any]):
-        self.options = options
-        self.run_on_rows = torch.compile(_own_code(run_on_rows, name), **options)
-        self.call = torch.compile(_own_code(call, name), **options)
+        self.name, self.options = name, options
+        self._run_on_rows = torch.compile(_own_code(run_on_rows, name), **options)
+        self._call = torch.compile(_own_code(call, name), **options)
         self._traced = TracedBlocks(name, whole, options)
+
+    def run_on_rows(self, *args: Any) -> tuple[Any, int]:
+        with torch.no_grad(), self._own_errors():  # the operators have no backward
+            return self._run_on_rows(*args)
+
+    def call(self, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
+        with self._own_errors():
+            return self._call(forward, *args, **kwargs)
 
     def on_whole_shapes(
         self, block: nn.Module, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec
     ) -> Any:
-        return self._traced(block, plan, forward, leaves, spec)
+        with self._own_errors():
+            return self._traced(block, plan, forward, leaves, spec)
+
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """What torch cannot compile is our error, as it is where a block is refused uncompiled."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not type(error).__module__.startswith("torch._dynamo"):
+                raise
+            why = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())
+            raise UnsupportedError(f"{self.name}: cannot be compiled under sequence parallel: {why}") from error
 
 
 class CompiledBlocks:

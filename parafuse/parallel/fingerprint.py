@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,20 +28,6 @@ def fingerprint(block: nn.Module) -> str:
         if key not in _MODULE_STATE and not isinstance(value, (Tensor, nn.Module))
     ]
     return f"{type(block).__module__}.{block!r}{facts}"
-
-
-def attributes(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """(where it stands, name, value) of what a block and the objects it holds have, but for modules, parameters and
-    buffers."""
-    for module in block.modules():
-        yield vars(module), "training", module.training
-        for name, value in vars(module).items():
-            if name in _MODULE_STATE or isinstance(value, nn.Module):
-                continue
-            yield vars(module), name, value
-            held = getattr(value, "__dict__", None)  # of an attention processor, say
-            if isinstance(held, dict) and not hasattr(value, "__qualname__") and not isinstance(value, Tensor):
-                yield from ((held, key, item) for key, item in held.items())
 
 
 _MODULE_STATE = {*vars(nn.Module()), "forward", "compile"}

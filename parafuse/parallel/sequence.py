@@ -157,5 +157,5 @@ class SequenceParallel:
         if len(set(found.flatten().tolist())) > 1:
             raise RankError(
                 f"{type(block).__name__}: the ranks find different ways to split it (are their devices or weights "
-                "different?); run it on one rank."
+                "different, or the plans they kept? PARAFUSE_CACHE= keeps none); run it on one rank."
             )

@@ -13,17 +13,19 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from parafuse.errors import UnsupportedError
+from parafuse.errors import UnsupportedError, is_out_of_memory
 from parafuse.log import note
 from parafuse.parallel.block_plan import BlockPlan
-from parafuse.parallel.fingerprint import attributes
+from parafuse.parallel.held import Held
 from parafuse.parallel.hooks import Forward
 from parafuse.parallel.layout import Layout
 from parafuse.parallel.shard import Sharded
 from parafuse.parallel.whole_shapes import WholeShapes
 
 MAX_GRAPHS = 64
-"""Sizes and settings of one kind of block whose graphs are kept; further ones run uncompiled."""
+"""Sizes and settings whose graphs are kept; further ones run uncompiled."""
+LITERALS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+"""Arguments whose values may be fixed in a graph, and tell which one it is."""
 
 
 @dataclass(frozen=True)
@@ -44,56 +46,55 @@ class Graph:
     run: Callable[..., list[Any]]
     spec: TreeSpec
     results: list[Rows | None]
-    shared: bool
-    """Whether it holds no tensor of the block it was traced from, so that others like it may use it."""
 
 
-class BlockState:
-    """Where a block keeps its tensors, and what else it holds: a graph is right as long as that is the same."""
+class NotOneGraphError(Exception):
+    """Why a block cannot be recorded."""
+
+
+class TracedBlock:
+    """One block: where its tensors stand, what else it holds, and its graphs as long as that is the same."""
 
     def __init__(self, block: nn.Module):
-        self.places: list[tuple[dict[str, Any], str]] = [
+        self.held = Held(block)
+        self.graphs: dict[Any, Graph | None] = {}
+        """None: it is no single graph."""
+        self._places: list[tuple[dict[str, Any], str]] = [
             (where, name)
             for module in block.modules()
             for where in (module._parameters, module._buffers)
             for name, tensor in where.items()
             if tensor is not None
         ]
-        self._held = [*attributes(block), *((m._modules, n, v) for m in block.modules() for n, v in m._modules.items())]
 
     def tensors(self) -> list[Tensor]:
-        return [where[name] for where, name in self.places]
+        return [where[name] for where, name in self._places]
 
     def put(self, tensors: list[Tensor]) -> None:
-        for (where, name), tensor in zip(self.places, tensors, strict=True):
+        for (where, name), tensor in zip(self._places, tensors, strict=True):
             where[name] = tensor
-
-    def is_same(self) -> bool:
-        return all(where.get(name) is value for where, name, value in self._held)
 
 
 class TracedBlocks:
-    """Graphs of one kind of block, by sizes and settings."""
+    """Graphs of one kind of block. Blocks whose records are the same, to the letter, share what is compiled."""
 
     def __init__(self, name: str, whole: WholeShapes, options: dict[str, Any]):
         self.name, self.whole, self.options = name, whole, options
-        self._graphs: dict[Any, Graph | None] = {}
-        self._states: dict[nn.Module, BlockState] = {}
-        self._is_full = False
+        self._blocks: dict[nn.Module, TracedBlock] = {}
+        self._compiled: dict[Any, Callable[..., list[Any]]] = {}
+        self._keys: set[Any] = set()
+        self._said: set[str] = set()
 
     def __call__(self, block: nn.Module, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec) -> Any:
-        state = self._states.get(block)
-        if state is None:
-            state = self._states[block] = BlockState(block)
-        elif not state.is_same():
-            for key in [key for key in self._graphs if key[0] is block]:
-                del self._graphs[key]
-            state = self._states[block] = BlockState(block)
-        graph = self._graph(block, state, plan, forward, leaves, spec)
+        traced = self._blocks.get(block)
+        if traced is None or not traced.held.is_same():
+            traced = self._blocks[block] = TracedBlock(block)
+        graph = self._graph(traced, plan, forward, leaves, spec)
         if graph is None:
             return self.whole(plan, forward, leaves, spec)
         self.whole.measure(plan, leaves)
-        out: list[Any] = list(graph.run(state.tensors(), _tensors(leaves)))
+        with torch.no_grad():
+            out: list[Any] = list(graph.run(traced.tensors(), _tensors(leaves)))
         for i, rows in enumerate(graph.results):
             if rows is not None:
                 out[i] = Sharded(out[i], rows.dim, rows.layout, self.whole.ranks)
@@ -102,60 +103,75 @@ class TracedBlocks:
         return tree_unflatten(out, graph.spec)
 
     def _graph(
-        self, block: nn.Module, state: BlockState, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec
+        self, traced: TracedBlock, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec
     ) -> Graph | None:
-        key = (str(spec), *_settings(), *map(_fact, leaves))
-        for owner in (None, block):
-            if (owner, key) in self._graphs:
-                return self._graphs[owner, key]
-        if len(self._graphs) >= MAX_GRAPHS:
-            if not self._is_full:
-                note(f"{self.name}: more than {MAX_GRAPHS} sizes or settings; new ones run uncompiled")
-            self._is_full = True
-            return None
-        graph = None
         try:
-            graph = self._trace(state, plan, forward, leaves, spec)
-        except UnsupportedError:
-            raise
+            key = (str(spec), *_settings(), *_facts(leaves), *map(_fact, traced.tensors()))
+        except NotOneGraphError as why:
+            return self._give_up(str(why))
+        if key in traced.graphs:
+            return traced.graphs[key]
+        if key not in self._keys and len(self._keys) >= MAX_GRAPHS:
+            return self._give_up(f"more than {MAX_GRAPHS} sizes or settings")
+        self._keys.add(key)
+        try:
+            traced.graphs[key] = self._trace(traced, plan, forward, leaves, spec)
         except Exception as error:
-            self._not_one_graph(error)
-        self._graphs[None if graph is not None and graph.shared else block, key] = graph
-        return graph
+            if is_out_of_memory(error):
+                raise
+            why = str(error).strip().partition("\n")[0] or type(error).__name__
+            traced.graphs[key] = self._give_up(why, error)
+        return traced.graphs[key]
 
-    def _not_one_graph(self, error: Exception) -> None:
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
+    def _give_up(self, why: str, error: Exception | None = None) -> None:
         if self.options.get("fullgraph"):
             raise UnsupportedError(
                 f"{self.name}: is no single graph on split tokens ({why}); compile it without fullgraph=True (it then "
                 "runs uncompiled), or run it on one rank."
             ) from error
-        note(f"{self.name}: runs uncompiled ({why})")
+        if why not in self._said:
+            note(f"{self.name}: runs uncompiled ({why})")
+        self._said.add(why)
 
-    def _trace(self, state: BlockState, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec) -> Graph:
+    def _trace(
+        self, traced: TracedBlock, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec
+    ) -> Graph:
+        if traced.held.unknown:
+            raise NotOneGraphError(f"{traced.held.unknown} may change unseen")
         out_spec: list[TreeSpec] = []
         results: list[Rows | None] = []
-        kept = state.tensors()
+        kept = traced.tensors()
 
         def run(weights: list[Tensor], tensors: list[Tensor]) -> list[Any]:
             rebuilt = _with_tensors(leaves, tensors)
-            state.put(weights)
+            traced.put(weights)
             try:
                 flat, found = tree_flatten(self.whole(plan, forward, rebuilt, spec))
             finally:
-                state.put(kept)
+                traced.put(kept)
             out_spec[:], results[:] = [found], [_rows_of(x, rebuilt) for x in flat]
             return [x.local if isinstance(x, Sharded) else x for x in flat]
 
         trace = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
-        with torch.no_grad():
-            graph: GraphModule = trace(kept, _tensors(leaves))
-        constants = any(node.op == "get_attr" for node in graph.graph.nodes)
-        return Graph(torch.compile(graph, **self.options), out_spec[0], results, shared=not constants)
+        try:
+            with torch.no_grad():
+                graph: GraphModule = trace(kept, _tensors(leaves))
+            if not traced.held.is_same():
+                raise NotOneGraphError("it changes what it holds when it is called")
+        finally:
+            traced.held.restore()
+        constants = tuple(id(getattr(graph, str(n.target))) for n in graph.graph.nodes if n.op == "get_attr")
+        inputs = tuple(map(_fact, (*kept, *_tensors(leaves))))
+        record = (graph.code, constants, inputs)
+        if record not in self._compiled:
+            self._compiled[record] = torch.compile(graph, **self.options)  # it keeps the constants alive
+        return Graph(self._compiled[record], out_spec[0], results)
 
 
-def _settings() -> tuple[bool, ...]:
-    return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+def _settings() -> tuple[Any, ...]:
+    """What else decides which functions run."""
+    casts = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
+    return (*casts, torch.get_default_dtype(), torch.is_inference_mode_enabled())
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor]:
@@ -171,7 +187,7 @@ def _with_tensors(leaves: list[Any], tensors: list[Tensor]) -> list[Any]:
     for leaf in leaves:
         if isinstance(leaf, Sharded):
             rows = Sharded(new[id(leaf.local)], leaf.token_dim, leaf.tokens, leaf.ranks)
-            rows.borrowed, rows.source = leaf.borrowed, None
+            rows.borrowed = leaf.borrowed
             out.append(rows)
         else:
             out.append(new[id(leaf)] if isinstance(leaf, Tensor) else leaf)
@@ -182,13 +198,26 @@ def _rows_of(result: Any, leaves: list[Any]) -> Rows | None:
     if not isinstance(result, Sharded):
         return None
     source = next((i for i, leaf in enumerate(leaves) if leaf is result.source), None)
-    return Rows(result.token_dim, result.tokens, result.borrowed, source if result.source is not None else None)
+    # A copy of a tensor that nobody else has is nobody's copy.
+    borrowed = result.borrowed and (result.source is None or source is not None)
+    return Rows(result.token_dim, result.tokens, borrowed, source if borrowed else None)
 
 
-def _fact(leaf: Any) -> Any:
-    """What of an argument is fixed in a graph."""
-    if isinstance(leaf, Sharded):
-        return (leaf.token_dim, leaf.tokens, leaf.borrowed, _fact(leaf.local))
-    if isinstance(leaf, Tensor):
-        return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
-    return (type(leaf), leaf)
+def _facts(leaves: list[Any]) -> list[Any]:
+    """What of the arguments is fixed in a graph: sizes, literals, and which tensors are the same one."""
+    places: dict[int, int] = {}
+    found: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            local = leaf.local if isinstance(leaf, Sharded) else leaf
+            rows = (leaf.token_dim, leaf.tokens, leaf.borrowed) if isinstance(leaf, Sharded) else None
+            found.append((rows, places.setdefault(id(local), len(places)), _fact(local)))
+        elif isinstance(leaf, LITERALS):
+            found.append((type(leaf), leaf))
+        else:
+            raise NotOneGraphError(f"an argument is a {type(leaf).__name__}, which may change unseen")
+    return found
+
+
+def _fact(x: Tensor) -> Any:
+    return (x.shape, x.stride(), x.dtype, x.device)

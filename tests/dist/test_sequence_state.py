@@ -232,3 +232,23 @@ def test_one_rank_is_left_alone() -> None:
         assert torch.equal(call(model, values), plain)
         assert [name for name, module in model.named_modules() if "forward" in vars(module)] == []
         assert (handle.applied, handle.exchanged()) == ([], {})
+
+
+def groups_after_each_apply() -> list[int]:
+    import torch.distributed as dist
+
+    model, values = build("flux"), inputs("flux", ODD)
+    found = []
+    for _ in range(4):
+        with parafuse.apply(model, parallel((1, 2))) as handle:
+            call(model, values)
+        handle.remove()  # a second time, which must give nothing back again
+        found.append(len(dist.distributed_c10d._world.pg_map))
+    with parafuse.apply(model, parallel((1, 2))) as one, parafuse.apply(build("wan"), parallel((1, 2))) as other:
+        assert one.mesh is not other.mesh
+    return found
+
+
+def test_groups_are_used_again() -> None:
+    for found in run_ranks(groups_after_each_apply, 2):
+        assert len(set(found)) == 1

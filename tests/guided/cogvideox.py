@@ -7,22 +7,23 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import STEPS, assemble, prompts
+from tests.guided.parts import STEPS, assemble, made, prompts
 from tests.pipelines import _t5, _t5_tokenizer
 from tests.zoo.cogvideox import CONFIG
 
+VAE: dict[str, Any] = dict(
+    block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+    temporal_compression_ratio=4,
+)  # fmt: skip
+
 
 def build() -> Any:
-    vae = diffusers.AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
-        temporal_compression_ratio=4,
-    )  # fmt: skip
     return assemble(
         "CogVideoXPipeline",
-        transformer=diffusers.CogVideoXTransformer3DModel(
-            **CONFIG | dict(use_rotary_positional_embeddings=True, text_embed_dim=32)
+        transformer=made(
+            "CogVideoXTransformer3DModel", CONFIG, use_rotary_positional_embeddings=True, text_embed_dim=32
         ),
-        vae=vae,
+        vae=diffusers.AutoencoderKLCogVideoX(**VAE),
         scheduler=diffusers.CogVideoXDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
         text_encoder=_t5("T5"),
         tokenizer=_t5_tokenizer(),

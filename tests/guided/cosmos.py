@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import STEPS, assemble, prompts
+from tests.guided.parts import STEPS, assemble, made, prompts
 from tests.pipelines import _t5, _t5_tokenizer
 from tests.zoo.cosmos import COSMOS
 
@@ -34,7 +34,7 @@ def build() -> Any:
     )  # fmt: skip
     return assemble(
         "CosmosTextToWorldPipeline",
-        transformer=diffusers.CosmosTransformer3DModel(**COSMOS | dict(text_embed_dim=32)),
+        transformer=made("CosmosTransformer3DModel", COSMOS, text_embed_dim=32),
         vae=vae,
         scheduler=scheduler,
         text_encoder=_t5("T5"),

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import STEPS, assemble, picture, prompts
+from tests.guided.parts import STEPS, assemble, made, picture, prompts
 from tests.pipelines import _clip, _clip_tokenizer, _t5, _t5_tokenizer, _vae
 from tests.zoo.flux import FLUX
 
@@ -18,7 +18,7 @@ CONFIG = FLUX | dict(in_channels=16, pooled_projection_dim=8)
 def build(pipeline: str, **more: Any) -> Any:
     return assemble(
         pipeline,
-        transformer=diffusers.FluxTransformer2DModel(**CONFIG),
+        transformer=made("FluxTransformer2DModel", CONFIG),
         vae=_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=_clip(8),
@@ -31,7 +31,7 @@ def build(pipeline: str, **more: Any) -> Any:
 
 def build_controlled() -> Any:
     """A ControlNet that is shallower than the model."""
-    controlnet = diffusers.FluxControlNetModel(**CONFIG | dict(num_layers=1, num_single_layers=1))
+    controlnet = made("FluxControlNetModel", CONFIG, num_layers=1, num_single_layers=1)
     return build("FluxControlNetPipeline", controlnet=controlnet)
 
 

@@ -7,23 +7,25 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import STEPS, assemble, legible, rows
+from tests.guided.parts import STEPS, assemble, legible, made, rows
 from tests.zoo.hunyuan import VIDEO, VIDEO15
 
-
-def hunyuan_vae() -> Any:
-    """8 x 8 pixels of 4 frames become one latent of 4 channels."""
-    return diffusers.AutoencoderKLHunyuanVideo(
-        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
-        spatial_compression_ratio=8, temporal_compression_ratio=4,
-    )  # fmt: skip
+VAE: dict[str, Any] = dict(
+    latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+    spatial_compression_ratio=8, temporal_compression_ratio=4,
+)  # fmt: skip
+"""8 x 8 pixels of 4 frames become one latent of 4 channels."""
+VAE15: dict[str, Any] = dict(
+    latent_channels=4, block_out_channels=(16, 16), layers_per_block=1, spatial_compression_ratio=4,
+    temporal_compression_ratio=2, downsample_match_channel=False, upsample_match_channel=False,
+)  # fmt: skip
 
 
 def build() -> Any:
     return assemble(
         "HunyuanVideoPipeline",
-        transformer=diffusers.HunyuanVideoTransformer3DModel(**VIDEO),
-        vae=hunyuan_vae(),
+        transformer=made("HunyuanVideoTransformer3DModel", VIDEO),
+        vae=diffusers.AutoencoderKLHunyuanVideo(**VAE),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder=None,
         tokenizer=None,
@@ -33,14 +35,10 @@ def build() -> Any:
 
 
 def build_15() -> Any:
-    vae = diffusers.AutoencoderKLHunyuanVideo15(
-        latent_channels=4, block_out_channels=(16, 16), layers_per_block=1, spatial_compression_ratio=4,
-        temporal_compression_ratio=2, downsample_match_channel=False, upsample_match_channel=False,
-    )  # fmt: skip
     return assemble(
         "HunyuanVideo15Pipeline",
-        transformer=diffusers.HunyuanVideo15Transformer3DModel(**VIDEO15 | dict(task_type="t2v")),
-        vae=vae,
+        transformer=made("HunyuanVideo15Transformer3DModel", VIDEO15, task_type="t2v"),
+        vae=diffusers.AutoencoderKLHunyuanVideo15(**VAE15),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder=None,
         tokenizer=None,

@@ -7,20 +7,26 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import STEPS, assemble, legible, prompts, rows
+from tests.guided.parts import STEPS, assemble, legible, made, prompts, rows
 from tests.pipelines import _t5, _t5_tokenizer, _vae
 from tests.zoo import chroma, pixart, sana, z_image
 from tests.zoo.lumina2 import CASES as LUMINA2
 
 COMMON: dict[str, Any] = dict(num_inference_steps=STEPS, output_type="latent")
+SANA_VAE: dict[str, Any] = dict(
+    in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
+    decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
+    decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
+    encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv",
+)  # fmt: skip
 
 
-def _flow(pipeline: str, transformer: Any, *, vae: Any = None, shift: float = 3.0, **more: Any) -> Any:
+def _flow(pipeline: str, transformer: Any, *, vae: Any = None, **more: Any) -> Any:
     return assemble(
         pipeline,
         transformer=transformer,
         vae=vae or _vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         **more,
     )
 
@@ -33,24 +39,24 @@ def _written(*, embeddings: bool = False) -> dict[str, Any]:
 
 
 def build_chroma() -> Any:
-    transformer = diffusers.ChromaTransformer2DModel(**chroma.CONFIG | dict(in_channels=16))
+    transformer = made("ChromaTransformer2DModel", chroma.CONFIG, in_channels=16)
     return _flow("ChromaPipeline", transformer, **_written())
 
 
 def build_z_image() -> Any:
-    transformer = diffusers.ZImageTransformer2DModel(**z_image.Z_IMAGE)
+    transformer = made("ZImageTransformer2DModel", z_image.Z_IMAGE)
     return _flow("ZImagePipeline", transformer, **_written(embeddings=True))
 
 
 def build_lumina2() -> Any:
-    transformer = diffusers.Lumina2Transformer2DModel(**LUMINA2[0].config)
+    transformer = made("Lumina2Transformer2DModel", LUMINA2[0].config)
     return _flow("Lumina2Pipeline", transformer, **_written(embeddings=True))
 
 
 def build_pixart() -> Any:
     return assemble(
         "PixArtSigmaPipeline",
-        transformer=diffusers.PixArtTransformer2DModel(**pixart.PIXART | dict(caption_channels=32)),
+        transformer=made("PixArtTransformer2DModel", pixart.PIXART, caption_channels=32),
         vae=_vae(),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
         **_written(),
@@ -58,14 +64,8 @@ def build_pixart() -> Any:
 
 
 def build_sana() -> Any:
-    vae = diffusers.AutoencoderDC(
-        in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv",
-    )  # fmt: skip
-    transformer = diffusers.SanaTransformer2DModel(**sana.SANA)
-    return _flow("SanaPipeline", transformer, vae=vae, **_written(embeddings=True))
+    transformer = made("SanaTransformer2DModel", sana.SANA)
+    return _flow("SanaPipeline", transformer, vae=diffusers.AutoencoderDC(**SANA_VAE), **_written(embeddings=True))
 
 
 def call_chroma(count: int) -> dict[str, Any]:
@@ -73,14 +73,14 @@ def call_chroma(count: int) -> dict[str, Any]:
 
 
 def call_z_image(count: int) -> dict[str, Any]:
-    """Texts without a batch dim, each a token shorter than the one before."""
+    """Texts without a batch dim, each a token shorter than the one before; the last step has no guidance."""
     return COMMON | dict(
         prompt_embeds=[x[: 37 - i] for i, x in enumerate(rows(count, 37, 20, seed=1))],
         negative_prompt_embeds=[x[: 12 - i] for i, x in enumerate(rows(count, 12, 20, seed=2))],
         height=8,
         width=12,
         guidance_scale=4.0,
-        cfg_truncation=0.6,
+        cfg_truncation=0.3,
     )
 
 

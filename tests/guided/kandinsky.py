@@ -8,8 +8,8 @@ import diffusers
 import torch
 
 from tests.guided.case import Guided
-from tests.guided.hunyuan import hunyuan_vae
-from tests.guided.parts import STEPS, assemble, rows
+from tests.guided.hunyuan import VAE
+from tests.guided.parts import STEPS, assemble, made, rows
 from tests.zoo.kandinsky import KANDINSKY5
 
 TOKENS, NEGATIVE_TOKENS = 7, 5
@@ -18,8 +18,8 @@ TOKENS, NEGATIVE_TOKENS = 7, 5
 def build() -> Any:
     return assemble(
         "Kandinsky5T2VPipeline",
-        transformer=diffusers.Kandinsky5Transformer3DModel(**KANDINSKY5),
-        vae=hunyuan_vae(),
+        transformer=made("Kandinsky5Transformer3DModel", KANDINSKY5),
+        vae=diffusers.AutoencoderKLHunyuanVideo(**VAE),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder=None,
         tokenizer=None,

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import STEPS, assemble, legible, prompts, rows
+from tests.guided.parts import STEPS, assemble, legible, made, prompts, rows
 from tests.pipelines import _t5, _t5_tokenizer
 from tests.zoo.ltx import LTX, LTX2, LTX23
 
@@ -41,7 +41,7 @@ def build() -> Any:
     )  # fmt: skip
     return assemble(
         "LTXPipeline",
-        transformer=diffusers.LTXVideoTransformer3DModel(**LTX | dict(caption_channels=32)),
+        transformer=made("LTXVideoTransformer3DModel", LTX, caption_channels=32),
         vae=vae,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         text_encoder=_t5("T5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ def assemble(pipeline: str, **parts: Any) -> Any:
     import diffusers
 
     return finished(getattr(diffusers, pipeline)(**_randomized(parts)))
+
+
+def made(name: str, config: Mapping[str, Any], **changes: Any) -> Any:
+    """The class of diffusers with this name from a configuration and what is different here."""
+    import diffusers
+
+    return getattr(diffusers, name)(**{**config, **changes})
 
 
 def finished(pipeline: Any) -> Any:
@@ -46,7 +54,7 @@ def rows(count: int, *shape: int, seed: int) -> Tensor:
 
 def legible(count: int, tokens: int, *, missing: int = 0) -> Tensor:
     """(count, tokens) of 0 and 1: every prompt is a token shorter than the one before, the first lacks `missing`."""
-    lengths = tokens - missing - torch.arange(count)
+    lengths = (tokens - missing - torch.arange(count)).clamp(min=1)
     return (torch.arange(tokens) < lengths[:, None]).long()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import STEPS, assemble, legible, picture, rows
+from tests.guided.parts import STEPS, assemble, legible, made, picture, rows
 from tests.zoo.qwen_image import QWEN
 
 VAE: dict[str, Any] = dict(z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
@@ -31,7 +31,7 @@ def build_edit() -> Any:
 def _build(pipeline: str, vae: Any, **more: Any) -> Any:
     return assemble(
         pipeline,
-        transformer=diffusers.QwenImageTransformer2DModel(**QWEN | dict(num_layers=2)),
+        transformer=made("QwenImageTransformer2DModel", QWEN, num_layers=2),
         vae=vae,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=None,

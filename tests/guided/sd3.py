@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import STEPS, assemble, prompts
+from tests.guided.parts import STEPS, assemble, made, prompts
 from tests.pipelines import _clip, _clip_tokenizer, _t5, _t5_tokenizer, _vae
 from tests.zoo.sd3 import SD3
 
@@ -15,7 +15,7 @@ from tests.zoo.sd3 import SD3
 def build() -> Any:
     return assemble(
         "StableDiffusion3Pipeline",
-        transformer=diffusers.SD3Transformer2DModel(**SD3 | dict(pooled_projection_dim=24)),
+        transformer=made("SD3Transformer2DModel", SD3, pooled_projection_dim=24),
         vae=_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=_clip(8, projection=8),

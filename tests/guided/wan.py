@@ -7,13 +7,13 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import STEPS, assemble, prompts
+from tests.guided.parts import STEPS, assemble, made, prompts
 from tests.pipelines import _t5, _t5_tokenizer
 from tests.zoo.wan import WAN
 
 
 def _transformer() -> Any:
-    return diffusers.WanTransformer3DModel(**WAN | dict(text_dim=32))
+    return made("WanTransformer3DModel", WAN, text_dim=32)
 
 
 def build(**more: Any) -> Any:
@@ -31,7 +31,7 @@ def build(**more: Any) -> Any:
 
 
 def build_experts() -> Any:
-    return build(transformer_2=_transformer(), boundary_ratio=0.5)
+    return build(transformer_2=_transformer(), boundary_ratio=0.875)
 
 
 def call(count: int) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def call(count: int) -> dict[str, Any]:
 
 
 def call_experts(count: int) -> dict[str, Any]:
-    """Each expert has its own scale."""
+    """Each expert has its own scale; the second makes the last two steps."""
     return call(count) | dict(guidance_scale_2=3.0)
 
 

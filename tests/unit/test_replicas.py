@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
 from parafuse.engine.replicas import merged, share_of, shared_noise
 from parafuse.errors import ConfigError
@@ -51,72 +52,56 @@ def test_lengths_that_do_not_fit_are_named() -> None:
         share_of({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, 2, 0)
 
 
-class Latents:
-    def __init__(self, mean: torch.Tensor):
-        self.mean = mean
+class Denoiser(nn.Module):
+    def forward(self) -> int:
+        return len(_get_current_function_mode_stack())
 
 
-@dataclass
-class Encoded:
-    latent_dist: Latents
+def paint(call: dict[str, Any], denoiser: Denoiser) -> list[torch.Tensor]:
+    """As a pipeline draws: for the pictures it encodes (one for all, or each), for the start, and for a step."""
+    generator, count = call["generator"], len(call["prompt"]) * call.get("num_images_per_prompt", 1)
+    pictures = call.get("image")
+    found = []
+    if pictures is not None:
+        rows = count if call["repeat"] else len(pictures) if isinstance(pictures, list) else 1
+        found.append(torch.randn((rows, 3, 2), generator=generator, dtype=torch.float32))
+    found.append(torch.randn((count, 3, 2), generator=generator))
+    assert denoiser() == 0
+    found += [torch.randn(size=(count, 5), generator=generator), torch.randn(count, 5, generator=generator)]
+    return [*found, torch.randn(7, 5, generator=generator)]
 
 
-class Vae(nn.Module):
-    def encode(self, x: torch.Tensor) -> Encoded:
-        return Encoded(Latents(x[..., :2]))
-
-
-def drawn(call: dict[str, Any], pictures: int, count: int) -> list[torch.Tensor]:
-    """As a pipeline draws: for the pictures it encodes, for the start, and for a step."""
-    generator, vae = call["generator"], call["vae"]
-    shape = vae.encode(torch.zeros(pictures, 3, 4)).latent_dist.mean.shape
-    return [
-        torch.randn(shape, generator=generator, dtype=torch.float32),
-        torch.randn((count, 3, 2), generator=generator),
-        torch.randn(size=(count, 5), generator=generator),
-        torch.randn(count, 5, generator=generator),
-        torch.randn(7, 5, generator=generator),
-    ]
-
-
-@pytest.mark.parametrize("degree", [2, 3])
-@pytest.mark.parametrize("given", ["one", "each"])
-def test_noise_is_that_of_the_whole_batch(degree: int, given: str) -> None:
+@pytest.mark.parametrize("degree", [2, 3, 6])
+@pytest.mark.parametrize("given", [None, "one", "one, repeated", "each"])
+def test_noise_is_that_of_the_whole_batch(degree: int, given: str | None) -> None:
     """Three prompts, two pictures each: six rows; pictures for all, or for each prompt."""
-    vae, total = Vae(), 6
-    pictures: Any = "p" if given == "one" else ["p", "q", "r"]
-    call = {"prompt": ["a", "b", "c"], "num_images_per_prompt": 2, "image": pictures, "vae": vae}
-    whole = drawn(call | {"generator": torch.Generator().manual_seed(0)}, 1 if given == "one" else 3, total)
+    total, denoiser = 6, Denoiser()
+    pictures: Any = {None: None, "each": ["p", "q", "r"]}.get(given, "p")
+    call = {
+        "prompt": ["a", "b", "c"],
+        "num_images_per_prompt": 2,
+        "image": pictures,
+        "repeat": given == "one, repeated",
+    }
+    whole = paint(call | {"generator": torch.Generator().manual_seed(0)}, denoiser)
     parts = []
     for replica in range(degree):
-        share = share_of(call | {"generator": torch.Generator().manual_seed(0)}, degree, replica)
-        with shared_noise(share, [], vae):
-            parts.append(drawn(share.call, 1 if given == "one" else share.count, share.count))
-    assert "encode" not in vars(vae)
-    for number in (1, 2, 3):
-        assert torch.equal(torch.cat([part[number] for part in parts]), whole[number])
-    for part in parts:
-        assert torch.equal(part[4], whole[4])
-    encoded = torch.cat([part[0] for part in parts])
-    if given == "one":
-        assert all(torch.equal(part[0], whole[0]) for part in parts)
-    else:
-        assert torch.equal(encoded, whole[0].repeat_interleave(2, 0))
-
-
-def test_the_denoiser_runs_without_the_watch_on_noise() -> None:
-    from torch.overrides import _get_current_function_mode_stack
-
-    class Denoiser(nn.Module):
-        def forward(self) -> int:
-            return len(_get_current_function_mode_stack())
-
-    denoiser = Denoiser()
-    share = share_of({"prompt": ["a", "b"], "generator": torch.Generator()}, 2, 0)
-    with shared_noise(share, [denoiser], None):
-        assert (denoiser(), len(_get_current_function_mode_stack())) == (0, 1)
-    assert len(_get_current_function_mode_stack()) == 0
+        own = call | {"generator": torch.Generator().manual_seed(0)}
+        share = share_of(own, degree, replica)
+        with shared_noise(share, lambda values: paint(values, denoiser), own, [denoiser]):
+            parts.append(paint(share.call, denoiser))
     assert "forward" not in vars(denoiser)
+    assert len(_get_current_function_mode_stack()) == 0
+    numbers = range(len(whole) - 1)
+    for number in numbers:
+        joined, want = torch.cat([part[number] for part in parts]), whole[number]
+        if len(want) == 1:
+            want = want.expand(len(joined), *want.shape[1:])
+        elif len(want) == 3:
+            want = want.repeat_interleave(2, 0)
+        assert len(joined) in (total, degree)
+        assert torch.equal(joined, want)
+    assert all(torch.equal(part[-1], whole[-1]) for part in parts)
 
 
 @dataclass

@@ -1,0 +1,108 @@
+"""Whole pipelines under guidance and data parallel: the pictures of one rank, and what is said of bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import parafuse
+from parafuse.engine import replicas
+from tests.dist.ranks import run_ranks
+from tests.dist.test_sequence import EXACT, attempt
+from tests.guided.cells import cell_of, seeded, tensors
+from tests.guided.collect import cases
+from tests.models import error
+
+
+def config(**degrees: int) -> parafuse.Config:
+    return parafuse.Config(parallel=parafuse.Parallel(ulysses=1, **degrees))
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("Stable Diffusion 3: skipped layers", "cfg 2"),
+        ("Stable Diffusion XL: Euler ancestral", "data 2"),
+        ("Stable Diffusion XL: inpainting", "data 2"),
+        ("Stable Diffusion: LCM", "data 2 x cfg 2"),
+        ("Wan 2.1", "cfg 2 x ulysses 2"),
+        ("Z-Image", "cfg 2"),
+    ],
+)
+def test_pipelines(name: str, column: str) -> None:
+    cell = cell_of(name, column)
+    assert (cell.faults, cell.refused) == ([], "")
+    if "cfg" in column:
+        assert cell.apart > 0
+
+
+def four_pictures() -> tuple[float, tuple[int, ...], float]:
+    """(error of the pictures, their shape, how much the prompts differ)."""
+    case = cases()["Stable Diffusion XL"]
+    call = case.call(4) | {"output_type": "np"}
+    (want,) = tensors(case.build()(**seeded(call)))
+    with parafuse.Engine.from_pipeline(case.build(), config(data=2, cfg=2)) as engine:
+        (got,) = tensors(engine(**seeded(call)))
+        assert isinstance(engine(**case.call(4) | {"output_type": "pil"}, seed=1).images, list)
+    return error(got, want), tuple(got.shape), error(want[0], want[1])
+
+
+def test_four_pictures_of_one_rank_on_four() -> None:
+    for wrong, shape, apart in run_ranks(four_pictures, 4):
+        assert wrong <= EXACT
+        assert (shape[0], shape[-1]) == (4, 3)
+        assert apart > 1e-2
+
+
+def with_other_noise() -> list[float]:
+    """Errors of a stochastic scheduler: right, with each replica's own noise, and with the first rows for all."""
+    case = cases()["Stable Diffusion XL: Euler ancestral"]
+    call, found = case.call(2), []
+    (want,) = tensors(case.build()(**seeded(call)))
+
+    def first_rows(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        whole = original(self, func, types, args, kwargs)
+        return func(*args, **(kwargs or {})) if func is torch.randn else whole
+
+    original = replicas.SharedNoise.__torch_function__
+    for replacement in (original, first_rows):
+        with (
+            patch.object(replicas.SharedNoise, "__torch_function__", replacement),
+            parafuse.Engine.from_pipeline(case.build(), config(data=2)) as engine,
+        ):
+            found.append(error(tensors(engine(**seeded(call)))[0], want))
+    return found
+
+
+def test_a_wrong_slice_of_the_noise_shows() -> None:
+    for right, wrong in run_ranks(with_other_noise, 2):
+        assert right <= EXACT
+        assert wrong > 1e-2
+
+
+def bad_input() -> list[str]:
+    case = cases()["Stable Diffusion XL"]
+    call, found = case.call(2), []
+    with parafuse.Engine.from_pipeline(case.build(), config(cfg=2)) as engine:
+        found.append(attempt(lambda: engine(**call | {"guidance_scale": 1.0}, seed=1)))
+        found.append(attempt(lambda: engine(**call | {"prompt": ["a cat", 5]}, seed=1)))
+    found.append(attempt(parafuse.Engine.from_pipeline, case.build()))
+    with parafuse.Engine.from_pipeline(case.build(), config(data=2)) as engine:
+        found.append(attempt(lambda: engine(**call | {"negative_prompt": ["x"] * 3}, seed=1)))
+        found.append(attempt(lambda: engine(**call | {"prompt": ["a cat", None]}, seed=1)))
+        found.append(str(len(engine(**case.call(1) | {"output_type": "pil"}, seed=1).images)))
+    return found
+
+
+def test_bad_input_is_said_before_anything_runs() -> None:
+    for guidance, prompt, unet, lengths, index, idle in run_ranks(bad_input, 2):
+        assert "parallel.cfg=2: this call of StableDiffusionXLPipeline has no guidance branches" in guidance
+        assert prompt == "ConfigError: prompt[1]=5: must be a text."
+        assert "UNets are not split" in unet
+        assert "use cfg=2 for its guidance branches, data=N" in unet
+        assert lengths == "ConfigError: negative_prompt: 3 given for 2 prompts and 2 pictures."
+        assert index == "ConfigError: prompt[1]=None: must be a text."
+        assert idle == "1"

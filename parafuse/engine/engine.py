@@ -224,7 +224,7 @@ class Engine:
         share = share_of(call, mesh.degree(Axis.DATA), mesh.rank(Axis.DATA))
         idle = mesh.degree(Axis.DATA) - share.total
         if idle > 0:
-            note(f"data {mesh.degree(Axis.DATA)}: {share.total} pictures leave {idle} replicas idle")
+            note(f"data {mesh.degree(Axis.DATA)}: more replicas than pictures ({share.total}); {idle} idle")
         output = None
         if not share.is_idle:
             modules = [module for _, module in denoisers(self.pipeline, (*DENOISERS, "controlnet"))]

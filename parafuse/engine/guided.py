@@ -17,6 +17,24 @@ def check_guided(pipeline: Any, keywords: dict[str, Any], degree: int) -> None:
             f"parallel.cfg={degree}: this call of {type(pipeline).__name__} has no guidance branches ({why}). Switch "
             "guidance on, or use cfg=1 and put the ranks on parallel.data or parallel.ulysses."
         )
+    if degree > 2 and not _has_third(pipeline, keywords):
+        raise ConfigError(
+            f"parallel.cfg={degree}: this call of {type(pipeline).__name__} has 2 guidance branches. Use cfg=2, and "
+            "put more ranks on parallel.data or parallel.ulysses."
+        )
+
+
+THIRD_BRANCH = ("skip_guidance_layers", "image_guidance_scale", "pag_scale", "stg_scale", "modality_scale")
+"""Arguments of pipelines that ask for one branch more: layers skipped or perturbed, a picture without its prompt."""
+
+
+def _has_third(pipeline: Any, keywords: dict[str, Any]) -> bool:
+    """Whether a call asks for a third branch, or may: guiders and modular pipelines know by themselves."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    if hasattr(pipeline, "guider") or not {"guidance_scale", "true_cfg_scale"} & set(parameters):
+        return True
+    given = {name: parameter.default for name, parameter in parameters.items()} | keywords
+    return any(given.get(name) for name in THIRD_BRANCH)
 
 
 def _why_unguided(pipeline: Any, keywords: dict[str, Any]) -> str:

@@ -97,6 +97,10 @@ def _rows_of(name: str, value: Any, prompts: int, total: int, first: int, last: 
         each = total // prompts
         chosen = [index // each for index in range(first, last)]
         return value[chosen] if isinstance(value, Tensor) else [rows[index] for index in chosen]
+    if name.endswith("cu_seqlens") and isinstance(value, Tensor) and len(rows) == prompts + 1:
+        each = total // prompts
+        lengths = value.diff()[[index // each for index in range(first, last)]]
+        return torch.cat([value[:1] * 0, lengths.cumsum(0).to(value.dtype)])
     if len(rows) == 1 or name in PICTURES:
         return value
     raise ConfigError(f"{name}: {len(rows)} given for {prompts} prompts and {total} pictures.")

@@ -54,7 +54,9 @@ def _check_prompt(keywords: dict[str, Any]) -> None:
     if prompt is None or isinstance(prompt, str):
         return
     prompts = cast("list[Any]", prompt)
-    if not isinstance(prompt, list) or not prompts:
+    if isinstance(prompt, list) and not prompts:
+        raise ConfigError("prompt=[]: is empty; give at least one text.")
+    if not isinstance(prompt, list):
         raise ConfigError(f"prompt={prompt!r}: must be a text or a list of texts.")
     for index, text in enumerate(prompts):
         if not isinstance(text, str):

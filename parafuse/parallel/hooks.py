@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 Forward = Callable[..., Any]
+_WHY_DISABLED = "parafuse runs this module on several ranks: compile its blocks, by compile() on each, after apply"
 
 
 def is_overridden(module: nn.Module) -> bool:
@@ -16,9 +18,11 @@ def is_overridden(module: nn.Module) -> bool:
 
 
 def override_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> Callable[[], None]:
-    """Sets `module.forward = make(original)` on the instance; the returned function undoes it."""
-    replacement = make(module.forward)
-    replacement.parafuse = True  # pyright: ignore[reportFunctionMemberAccess]
+    """Sets `module.forward = make(original)` on the instance; the returned function undoes it.
+
+    torch.compile does not look into what stands there; what it compiles by itself stays compiled."""
+    replacement: Any = torch.compiler.disable(make(module.forward), reason=_WHY_DISABLED)
+    replacement.parafuse = True
     return override(module, "forward", replacement)
 
 

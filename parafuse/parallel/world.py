@@ -199,10 +199,12 @@ class World:
         said = self._collect(key, text, SETTLE_S if error else self.timeout_s)
         silent = [rank for rank in range(self.size) if rank not in said]
         failed = {rank: said[rank] for rank in said if said[rank]}
-        if error is not None and len(failed) == self.size:
-            return  # the same fault everywhere: nobody is left in an exchange, and the engine can go on
+        gave_up = self.store.check([f"{key}/gave up"])
+        if error is not None and len(failed) == self.size and not gave_up:
+            return  # a fault everywhere: nobody is left in an exchange, and the engine can go on
         if silent or failed:
             self.broken = True
+            self.store.set(f"{key}/gave up", str(self.rank))  # for ranks that hear of it later
             others = {rank: t for rank, t in failed.items() if rank != self.rank}
             what = "; ".join(f"rank {rank} failed: {t}" for rank, t in others.items())
             if error is None or others:

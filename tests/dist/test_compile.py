@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -85,6 +85,10 @@ def sizes_counters_and_removal() -> dict[str, Any]:
     found["after remove"] = error(call(model, even), want["even"])
     found["made after remove"] = graphs.made - made
     found["attributes kept"] = attributes == [sorted(vars(module)) for module in model.modules()]
+    with parafuse.apply(model, parallel((1, 2))):
+        made, around = graphs.made, cast(nn.Module, torch.compile(model, backend=graphs))
+        found["around"] = error(call(around, even), want["even"])
+        found["made around"] = graphs.made - made
     return found
 
 
@@ -94,6 +98,7 @@ def test_other_sizes_what_is_sent_and_removal() -> None:
         assert found["sent compiled"] == found["sent"] != {name: Count() for name in found["sent"]}
         assert found["made for known sizes"] == 0
         assert "compile_repeated_blocks" in found["whole model"]
+        assert (found["around"] <= EXACT, found["made around"]) == (True, 0)
         assert (found["after remove"], found["made after remove"], found["attributes kept"]) == (0.0, 0, True)
 
 

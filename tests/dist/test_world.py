@@ -221,6 +221,30 @@ def test_a_rank_that_hangs_holds_nobody_beyond_the_deadline() -> None:
     assert found[2][2]
 
 
+def failing_late(port: int) -> tuple[str, bool]:
+    """Rank 1 fails and gives up on rank 0, which is in an exchange until it fails too, by another error."""
+    with worlds(port, settle_s=0.2) as world:
+
+        def late() -> None:
+            with world.request():
+                if world.rank == 0:
+                    time.sleep(1.0)
+                    raise RuntimeError("Connection closed by peer")
+                raise ValueError("in a callback")
+
+        found = attempt(late), world.broken
+        dist.barrier()
+        return found
+
+
+def test_a_rank_that_fails_late_hears_that_the_others_gave_up() -> None:
+    (first, first_broken), (second, second_broken) = run_ranks(failing_late, 2, free_port())
+    assert first == "RankError: rank 1 failed: ValueError: in a callback"
+    assert second == "ValueError: in a callback"
+    assert first_broken
+    assert second_broken
+
+
 def test_one_rank_needs_no_store() -> None:
     world = World(torch.device("cpu"), 1.0, joined_here=False, alone=True)
     world.agree("a plan", {"": "x"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -46,16 +47,19 @@ def text(cell: Cell) -> str:
 
 def page(table: dict[str, dict[str, Cell]]) -> str:
     green = sum(not any(cell.faults or cell.refused for cell in row.values()) for row in table.values())
-    lines = [INTRODUCTION, f"In all: {green} of {len(table)} are exact in all {len(LAYOUTS)} layouts.", ""]
+    right = sum(not any(cell.faults for cell in row.values()) for row in table.values())
+    exact = f"{green} of {len(table)} are exact in all {len(LAYOUTS)} layouts"
+    lines = [INTRODUCTION, f"In all: {exact}; {right} are exact or refused with the reason.", ""]
     lines += ["| pipeline | " + " | ".join(LAYOUTS) + " | kept |", "|---" * (len(LAYOUTS) + 2) + "|"]
     notes: list[str] = []
     for name, row in table.items():
         cells: list[str] = []
         for cell in row.values():
             if cell.refused and not cell.faults:
-                if cell.refused not in notes:
-                    notes.append(cell.refused)
-                cells.append(f"refused [{notes.index(cell.refused) + 1}]")
+                why = re.sub(r"^model='\w+': ", "", cell.refused)
+                if why not in notes:
+                    notes.append(why)
+                cells.append(f"refused [{notes.index(why) + 1}]")
             else:
                 cells.append(text(cell))
         first = row["cfg 2"]

@@ -90,3 +90,15 @@ def test_not_guided(pipeline: Any, call: dict[str, Any], why: str) -> None:
     text = str(caught.value)
     assert text.startswith(f"parallel.cfg=2: this call of {type(pipeline).__name__} has no guidance branches ({why}")
     assert "use cfg=1" in text
+
+
+class Skipping:
+    def __call__(self, guidance_scale: float = 7.5, skip_guidance_layers: Any = None) -> None: ...
+
+
+def test_a_third_rank_needs_a_third_branch() -> None:
+    check_guided(Skipping(), {"skip_guidance_layers": [1]}, 3)
+    check_guided(WithGuider(), {}, 3)
+    for pipeline in (Skipping(), ByProperty(), Plain()):
+        with pytest.raises(ConfigError, match=r"parallel.cfg=3: this call of \w+ has 2 guidance branches"):
+            check_guided(pipeline, {}, 3)

@@ -47,6 +47,13 @@ def test_embeddings_latents_generators_and_pictures() -> None:
     assert (first["image"], second["image"], first["mask_image"]) == (["p", "p"], ["q", "q"], "m")
 
 
+def test_lengths_added_up_are_those_of_the_chosen_prompts() -> None:
+    call = {"prompt_embeds": torch.zeros(3, 2), "prompt_cu_seqlens": torch.tensor([0, 5, 7, 10], dtype=torch.int32)}
+    found = [part["prompt_cu_seqlens"] for part in rows(call, 2)]
+    assert [x.tolist() for x in found] == [[0, 5, 7], [0, 3]]
+    assert found[0].dtype == torch.int32
+
+
 def test_lengths_that_do_not_fit_are_named() -> None:
     with pytest.raises(ConfigError, match="negative_prompt: 2 given for 3 prompts and 3 pictures"):
         share_of({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, 2, 0)

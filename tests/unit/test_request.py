@@ -64,7 +64,7 @@ def test_prompts_that_others_stumble_over(prompt: str) -> None:
     assert facts(out) != facts(check_call(SOURCE, {"prompt": prompt + "."}))
 
 
-@pytest.mark.parametrize("prompt", [5, b"x", [], ("a",), {"a": 1}])
+@pytest.mark.parametrize("prompt", [5, b"x", ("a",), {"a": 1}])
 def test_a_prompt_of_another_kind(prompt: Any) -> None:
     assert refusal(prompt=prompt) == f"prompt={prompt!r}: must be a text or a list of texts."
 
@@ -213,3 +213,7 @@ def test_tensors_by_content_however_they_lie_in_memory(dtype: torch.dtype) -> No
     for view in (whole[1:3], whole.t(), whole[:, ::2], whole[0, 0], whole[:0]):
         assert facts(view) == facts(view.clone())
         assert facts(view) == facts(torch.empty_strided(view.shape, view.stride(), dtype=dtype).copy_(view))
+
+
+def test_a_list_of_no_prompts() -> None:
+    assert refusal(prompt=[]) == "prompt=[]: is empty; give at least one text."

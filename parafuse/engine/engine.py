@@ -30,6 +30,7 @@ from parafuse.errors import ConfigError, MemoryLimitError, RankError, is_out_of_
 from parafuse.log import note
 from parafuse.parallel.comm import all_gather_objects, since
 from parafuse.parallel.mesh import make_mesh
+from parafuse.parallel.placeholder import settled
 from parafuse.parallel.world import AGREE_S, World, join_world, launched
 
 
@@ -234,9 +235,9 @@ class Engine:
         return merged(output for is_idle, output in outputs if not is_idle)
 
     def _paint(self, call: dict[str, Any]) -> Any:
-        """The pipeline's own call; what its `check_inputs` refuses is a ConfigError."""
+        """The pipeline's own call, with all its values; what its `check_inputs` refuses is a ConfigError."""
         try:
-            return self.pipeline(**call)
+            return settled(self.pipeline(**call))
         except ValueError as error:
             frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
             if "check_inputs" in frames:

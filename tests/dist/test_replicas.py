@@ -10,7 +10,9 @@ import torch
 
 import parafuse
 from parafuse.engine import replicas
+from parafuse.parallel.placeholder import Placeholder
 from tests.dist.ranks import run_ranks
+from tests.dist.test_guidance import Denoiser, values
 from tests.dist.test_sequence import EXACT, attempt
 from tests.guided.cells import cell_of, seeded, tensors
 from tests.guided.collect import cases
@@ -106,3 +108,33 @@ def test_bad_input_is_said_before_anything_runs() -> None:
         assert lengths == "ConfigError: negative_prompt: 3 given for 2 prompts and 2 pictures."
         assert index == "ConfigError: prompt[1]=None: must be a text."
         assert idle == "1"
+
+
+class Direct:
+    """A pipeline that gives the denoiser's result as it is, as models of one step do."""
+
+    def __init__(self) -> None:
+        self.transformer = Denoiser()
+        self.device, self.components = torch.device("cpu"), {"transformer": self.transformer}
+
+    def set_progress_bar_config(self, **_: Any) -> None: ...
+
+    def __call__(self, guidance_scale: float = 2.0, generator: Any = None) -> dict[str, Any]:
+        x, a, b = values()
+        self.transformer(x, a)
+        return {"images": [self.transformer(x, a)[0], self.transformer(x, b)[0]]}
+
+
+def given_directly() -> tuple[list[bool], float]:
+    pipeline = Direct()
+    x, _, b = values()
+    with torch.no_grad(), parafuse.Engine.from_pipeline(pipeline, config(cfg=2)) as engine:
+        images = engine(seed=1)["images"]
+        return [isinstance(image, Placeholder) for image in images], error(images[1], Denoiser()(x, b)[0])
+
+
+def test_what_a_pipeline_returns_needs_no_other_rank() -> None:
+    """Rank 0 alone may look at it."""
+    for still_open, wrong in run_ranks(given_directly, 2):
+        assert still_open == [False, False]
+        assert wrong <= EXACT

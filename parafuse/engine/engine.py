@@ -208,7 +208,9 @@ class Engine:
             "versions": versions(),
             "applied": list(self.handle.applied),
             "guidance": {name: one.report() for name, one in self.handle.guidance.items()},
-            "exchanged": {name: vars(count) for name, count in since(self.handle.exchanged(), before).items()},
+            "exchanged": {
+                name: vars(count) for name, count in since(self.handle.exchanged(), before).items() if count.calls
+            },
             "timings_s": {
                 "load": round(self._load_s, 3),
                 "request": round(time.perf_counter() - begun, 3),

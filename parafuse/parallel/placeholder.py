@@ -58,7 +58,11 @@ def _no_value() -> Tensor:
 
 
 def settled(tree: Any) -> Any:
-    """The same nest with values in the place of placeholders. Collective where one is open."""
+    """The same nest with values in the place of placeholders. Collective where one is open.
+
+    A nest without any is given back as it is: some output classes cannot be made anew from their leaves."""
+    if not any(isinstance(x, Placeholder) for x in tree_leaves(tree)):
+        return tree
     return tree_map_only(Placeholder, lambda x: x.needed(), tree)
 
 

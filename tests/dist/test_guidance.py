@@ -128,7 +128,7 @@ def in_a_way(way: str) -> tuple[float, str, int, dict[str, int]]:
         with parafuse.apply(model, CFG) as handle:
             got = run(model)
             assert not isinstance(got, Placeholder)
-            calls = {name: count.calls for name, count in handle.exchanged().items()}
+            calls = {name: count.calls for name, count in handle.exchanged().items() if count.calls}
             return error(got, want), handle.guidance["Denoiser"].report(), model.calls, calls
 
 

@@ -18,11 +18,12 @@ from parafuse.config import Axis, Config
 from parafuse.engine.apply import DENOISERS, Handle, apply, check_components, denoisers
 from parafuse.engine.guided import check_guided
 from parafuse.engine.loader import load_pipeline
+from parafuse.engine.noise import shared_noise
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
 from parafuse.engine.progress import StepProgress
 from parafuse.engine.receipt import plain, versions
-from parafuse.engine.replicas import merged, share_of, shared_noise
+from parafuse.engine.replicas import merged, share_of
 from parafuse.engine.request import check_call, check_keywords, facts, fresh_seed
 from parafuse.engine.source import ModelSource, locate, source_of
 from parafuse.engine.workers import Workers

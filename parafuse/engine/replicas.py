@@ -1,26 +1,21 @@
 """Data parallel: the pictures of one call, spread over replicas, each with the noise one GPU would have drawn for it.
 
-The call of a replica has one prompt for each of its pictures. A single generator draws the noise of the whole batch on
-every replica, which takes its rows, at the start and at every stochastic step; a list of generators is cut as prompts
-are. Pictures that are given may be encoded with noise, one for all or one for each: then the whole call is rehearsed up
-to the denoiser, which shows what it draws.
+The call of a replica has one prompt for each of its pictures; a list of generators is cut as prompts are. `noise.py`
+has what a single generator draws.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from parafuse.errors import ConfigError
-from parafuse.parallel.hooks import Forward, override_forward
 from parafuse.parallel.layout import head_range
 
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
@@ -90,127 +85,18 @@ def _rows_of(name: str, value: Any, prompts: int, total: int, first: int, last: 
     """The rows of one argument for pictures [first, last); what is not by picture or prompt stays as it is."""
     if not isinstance(value, (list, Tensor)) or not ("prompt" in name or name in (*PICTURES, "latents", "generator")):
         return value
-    rows = cast("list[Any]", value)
+    rows, each = cast("list[Any]", value), total // prompts
+    chosen = [index // each for index in range(first, last)]
     if len(rows) == total and (name in ("latents", "generator") or prompts == total):
         return rows[first:last]
     if len(rows) == prompts:
-        each = total // prompts
-        chosen = [index // each for index in range(first, last)]
         return value[chosen] if isinstance(value, Tensor) else [rows[index] for index in chosen]
     if name.endswith("cu_seqlens") and isinstance(value, Tensor) and len(rows) == prompts + 1:
-        each = total // prompts
-        lengths = value.diff()[[index // each for index in range(first, last)]]
+        lengths = value.diff()[chosen]
         return torch.cat([value[:1] * 0, lengths.cumsum(0).to(value.dtype)])
     if len(rows) == 1 or name in PICTURES:
         return value
     raise ConfigError(f"{name}: {len(rows)} given for {prompts} prompts and {total} pictures.")
-
-
-class Draws(TorchFunctionMode):
-    """Meets every draw of normal noise from one generator while it is entered."""
-
-    def __init__(self, generator: torch.Generator):
-        super().__init__()
-        self.generator = generator
-
-    def draw(self, sizes: tuple[int, ...], rest: dict[str, Any]) -> Tensor:
-        """The noise of a draw, `rest` being its other keywords."""
-        raise NotImplementedError
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.randn or kwargs.get("generator") is not self.generator:
-            return func(*args, **kwargs)
-        sizes = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
-        return self.draw(tuple(sizes), {key: value for key, value in kwargs.items() if key != "size"})
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Not on the way of every function, as inside of the denoiser, which draws no noise."""
-        self.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self.__enter__()
-
-
-class NotedDraws(Draws):
-    """Notes the sizes."""
-
-    def __init__(self, generator: torch.Generator):
-        super().__init__(generator)
-        self.sizes: list[tuple[int, ...]] = []
-
-    def draw(self, sizes: tuple[int, ...], rest: dict[str, Any]) -> Tensor:
-        self.sizes.append(sizes)
-        return torch.randn(sizes, **rest)
-
-
-class SharedNoise(Draws):
-    """Gives the rows of one replica out of the whole batch's noise."""
-
-    def __init__(self, generator: torch.Generator, share: Share, rehearsed: list[tuple[int, ...]]):
-        super().__init__(generator)
-        self.share, self.rehearsed = share, list(rehearsed)
-
-    def draw(self, sizes: tuple[int, ...], rest: dict[str, Any]) -> Tensor:
-        share = self.share
-        if self.rehearsed:
-            whole = self.rehearsed.pop(0)
-        else:
-            whole = (share.total, *sizes[1:]) if sizes[:1] == (share.count,) else sizes
-        noise = torch.randn(whole, **rest)
-        if whole[:1] == (share.total,) and sizes[:1] == (share.count,):
-            return noise[share.first : share.last].clone()
-        if whole[:1] == (share.prompts,) and share.prompts > 1:
-            return noise[share.chosen]
-        return noise
-
-
-class _Rehearsed(Exception):
-    """The denoiser is reached."""
-
-
-def rehearsed(paint: Callable[[dict[str, Any]], Any], call: dict[str, Any], denoisers: Sequence[nn.Module]) -> Any:
-    """Sizes of the draws that the whole call makes before its first denoiser step; none where no picture is given."""
-    if not any(call.get(name) is not None for name in PICTURES):
-        return []
-    generator = torch.Generator(call["generator"].device)
-    generator.set_state(call["generator"].get_state())
-
-    def stop(*_: Any, **__: Any) -> Any:
-        raise _Rehearsed
-
-    noted = NotedDraws(generator)
-    with ExitStack() as stack, suppress(_Rehearsed), noted:
-        for module in denoisers:
-            stack.callback(override_forward(module, lambda _: stop))
-        paint(call | {"generator": generator})
-    return noted.sizes
-
-
-@contextmanager
-def shared_noise(
-    share: Share, paint: Callable[[dict[str, Any]], Any], call: dict[str, Any], denoisers: Sequence[nn.Module]
-) -> Iterator[None]:
-    """While a replica's part of `call` runs: noise of a single generator is that of the whole batch."""
-    generator = call.get("generator")
-    if not isinstance(generator, torch.Generator) or share.count == share.total:
-        yield
-        return
-    mode = SharedNoise(generator, share, rehearsed(paint, call, denoisers))
-
-    def pausing(original: Forward) -> Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with mode.paused():
-                return original(*args, **kwargs)
-
-        return forward
-
-    with ExitStack() as stack, mode:
-        for module in denoisers:
-            stack.callback(override_forward(module, pausing))
-        yield
 
 
 def merged(outputs: Iterable[Any]) -> Any:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from parafuse.parallel.metadata import METADATA
+
 
 class Placeholder(Tensor):
     """The value of `make()`, which is called once, when it is first needed."""
@@ -40,7 +42,7 @@ class Placeholder(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA or func is Tensor.stride:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func.__name__ in _RECORDED and "out" not in kwargs:
@@ -103,11 +105,4 @@ _RECORDED = {
     *"__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __neg__ __getitem__".split(),
     *"chunk split unbind view reshape flatten unflatten squeeze unsqueeze transpose permute movedim".split(),
     *"select narrow".split(),
-}
-_ATTRIBUTES = "shape dtype device ndim requires_grad is_cuda is_meta layout is_quantized grad_fn is_sparse is_leaf"
-_METADATA = {
-    *(vars(torch._C.TensorBase)[name].__get__ for name in _ATTRIBUTES.split()),
-    *(Tensor.size, Tensor.stride, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.is_floating_point),
-    *(Tensor.is_complex, Tensor.__len__, Tensor.get_device, Tensor.__hash__, Tensor.element_size),
-    *(torch.is_floating_point, torch.is_complex, torch.numel),
 }

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from parafuse.errors import UnsupportedError
 from parafuse.parallel.comm import all_gather, all_reduce
 from parafuse.parallel.layout import Layout
+from parafuse.parallel.metadata import METADATA
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Sharded(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = func.__name__
@@ -208,12 +209,3 @@ def _note(name: str, tree: Any) -> None:
     """Counts `name` as a cause of gathering."""
     found = next(leaf for leaf in tree_leaves(tree) if isinstance(leaf, Sharded))
     found.ranks.causes[name] += 1
-
-
-_ATTRIBUTES = "shape dtype device ndim requires_grad is_cuda is_meta layout is_quantized grad_fn is_sparse is_leaf"
-_METADATA = {
-    *(vars(torch._C.TensorBase)[name].__get__ for name in _ATTRIBUTES.split()),
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex),
-    *(Tensor.__len__, Tensor.get_device, Tensor.__hash__, Tensor.element_size),
-    *(torch.is_floating_point, torch.is_complex, torch.numel),
-}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import parafuse
-from parafuse.engine import replicas
+from parafuse.engine import noise
 from parafuse.parallel.placeholder import Placeholder
 from tests.dist.ranks import run_ranks
 from tests.dist.test_guidance import Denoiser, values
@@ -60,19 +60,17 @@ def test_four_pictures_of_one_rank_on_four() -> None:
 
 
 def with_other_noise() -> list[float]:
-    """Errors of a stochastic scheduler: right, with each replica's own noise, and with the first rows for all."""
+    """Errors of a stochastic scheduler: right, and with each replica's own noise."""
     case = cases()["Stable Diffusion XL: Euler ancestral"]
     call, found = case.call(2), []
     (want,) = tensors(case.build()(**seeded(call)))
 
-    def first_rows(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        whole = original(self, func, types, args, kwargs)
-        return func(*args, **(kwargs or {})) if func is torch.randn else whole
+    def own_noise(self: noise.SharedNoise, sizes: tuple[int, ...], rest: dict[str, Any]) -> torch.Tensor:
+        return torch.randn(sizes, **rest)
 
-    original = replicas.SharedNoise.__torch_function__
-    for replacement in (original, first_rows):
+    for replacement in (noise.SharedNoise.draw, own_noise):
         with (
-            patch.object(replicas.SharedNoise, "__torch_function__", replacement),
+            patch.object(noise.SharedNoise, "draw", replacement),
             parafuse.Engine.from_pipeline(case.build(), config(data=2)) as engine,
         ):
             found.append(error(tensors(engine(**seeded(call)))[0], want))

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import STEPS, assemble, legible, made, rows
+from tests.guided.parts import NO_TEXTS, STEPS, assemble, legible, made, rows
 from tests.zoo.hunyuan import VIDEO, VIDEO15
 
 VAE: dict[str, Any] = dict(
@@ -27,10 +27,7 @@ def build() -> Any:
         transformer=made("HunyuanVideoTransformer3DModel", VIDEO),
         vae=diffusers.AutoencoderKLHunyuanVideo(**VAE),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
+        **NO_TEXTS,
     )
 
 
@@ -40,10 +37,7 @@ def build_15() -> Any:
         transformer=made("HunyuanVideo15Transformer3DModel", VIDEO15, task_type="t2v"),
         vae=diffusers.AutoencoderKLHunyuanVideo15(**VAE15),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
+        **NO_TEXTS,
         guider=diffusers.ClassifierFreeGuidance(guidance_scale=5.0),
     )
 

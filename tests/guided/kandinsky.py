@@ -9,7 +9,7 @@ import torch
 
 from tests.guided.case import Guided
 from tests.guided.hunyuan import VAE
-from tests.guided.parts import STEPS, assemble, made, rows
+from tests.guided.parts import NO_TEXTS, STEPS, assemble, made, rows
 from tests.zoo.kandinsky import KANDINSKY5
 
 TOKENS, NEGATIVE_TOKENS = 7, 5
@@ -21,10 +21,7 @@ def build() -> Any:
         transformer=made("Kandinsky5Transformer3DModel", KANDINSKY5),
         vae=diffusers.AutoencoderKLHunyuanVideo(**VAE),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
+        **NO_TEXTS,
     )
 
 

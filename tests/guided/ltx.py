@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import STEPS, assemble, legible, made, prompts, rows
+from tests.guided.parts import NO_TEXT, STEPS, assemble, legible, made, prompts, rows
 from tests.pipelines import _t5, _t5_tokenizer
 from tests.zoo.ltx import LTX, LTX2, LTX23
 
@@ -65,8 +65,7 @@ def build_2(transformer: dict[str, Any] = LTX2, connectors: dict[str, Any] = CON
         connectors=LTX2TextConnectors(**connectors),
         vocoder=vocoder,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        text_encoder=None,
-        tokenizer=None,
+        **NO_TEXT,
     )
 
 

@@ -12,6 +12,9 @@ from tests.zoo.collect import randomized
 
 PROMPTS = ("a cat", "the red apple", "a red cat", "the apple")
 NEGATIVE_PROMPTS = ("the red", "a", "apple", "cat the")
+NO_TEXT: dict[str, Any] = dict(text_encoder=None, tokenizer=None)
+"""Components of pipelines that are given embeddings."""
+NO_TEXTS: dict[str, Any] = NO_TEXT | dict(text_encoder_2=None, tokenizer_2=None)
 STEPS = 3
 """The fewest with a first step, one between, and a last."""
 

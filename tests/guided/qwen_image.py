@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import STEPS, assemble, legible, made, picture, rows
+from tests.guided.parts import NO_TEXT, STEPS, assemble, legible, made, picture, rows
 from tests.zoo.qwen_image import QWEN
 
 VAE: dict[str, Any] = dict(z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
@@ -34,8 +34,7 @@ def _build(pipeline: str, vae: Any, **more: Any) -> Any:
         transformer=made("QwenImageTransformer2DModel", QWEN, num_layers=2),
         vae=vae,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=None,
-        tokenizer=None,
+        **NO_TEXT,
         **more,
     )
 

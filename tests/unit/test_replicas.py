@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
-from parafuse.engine.replicas import merged, share_of, shared_noise
+from parafuse.engine.noise import shared_noise
+from parafuse.engine.replicas import merged, share_of
 from parafuse.errors import ConfigError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Interval:
     offset: int = 0
 
 
+Atoms = dict[Node | Place, list[int | None]]
+"""Atom numbers along each node and place, in order."""
+
+
 class Alignment:
     """Collects intervals; `solve` cuts all of them at common places and names the pieces that coincide."""
 
@@ -41,6 +46,8 @@ class Alignment:
         """`sizes`: rows of every place, so that rows that nothing accounts for are seen too."""
         self.sizes = sizes
         self.intervals: list[Interval] = []
+        self.unsteady: dict[Place, list[tuple[int, int]]] = {}
+        """Runs of rows, empty ones too, that come or go with the values of an argument."""
         self.doubtful: list[Interval] = []
         """Places of a single row that a single row changes: it may be that row's token, or conditioning."""
 
@@ -74,7 +81,7 @@ class Alignment:
                 changed |= bool(down or up)
         return cuts
 
-    def solve(self) -> dict[Node | Place, list[int | None]]:
+    def solve(self) -> Atoms:
         """Atom numbers along every node and place, in order; None for a run of rows that nothing accounts for."""
         cuts = self.cuts()
         parent: dict[tuple[Node | Place, int], tuple[Node | Place, int]] = {}
@@ -90,10 +97,24 @@ class Alignment:
                     parent[find((i.node, c))] = find((i.place, i.start + c - i.offset))
         known = set(parent)
         numbers: dict[tuple[Node | Place, int], int] = {}
-        out: dict[Node | Place, list[int | None]] = {}
+        out: Atoms = {}
         for key, positions in cuts.items():
             ordered = sorted(positions)
             out[key] = [
                 numbers.setdefault(find((key, c)), len(numbers)) if (key, c) in known else None for c in ordered[:-1]
             ]
+        return self._without_unsteady(out, cuts)
+
+    def _without_unsteady(self, atoms: Atoms, cuts: dict[Node | Place, set[int]]) -> Atoms:
+        """Rows that come and go belong to no atom; where they may come between two atoms, a None stands."""
+        gone: set[int | None] = set()
+        for place, runs in self.unsteady.items():
+            for atom, (start, stop) in zip(atoms[place], pairwise(sorted(cuts[place])), strict=True):
+                if any(first < stop and last > start for first, last in runs):
+                    gone.add(atom)
+        out = {key: [None if atom in gone else atom for atom in pieces] for key, pieces in atoms.items()}
+        for place, runs in self.unsteady.items():
+            bounds = sorted(cuts[place])
+            for bound in sorted({first for first, last in runs if first == last and first in bounds}, reverse=True):
+                out[place].insert(bounds.index(bound), None)
         return out

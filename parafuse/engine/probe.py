@@ -18,21 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from parafuse.engine.alignment import Alignment, Interval, Node, Place
+from parafuse.engine.alignment import Alignment, Atoms, Interval, Node, Place
 from parafuse.errors import UnsupportedError
 from parafuse.kernels.attention import Call
 from parafuse.parallel.attention_mode import AttentionMode
-from parafuse.parallel.block_plan import BlockPlan, Bound, Site, TokenDim
+from parafuse.parallel.block_plan import KEPT, BlockPlan, Bound, Site, TokenDim
 from parafuse.parallel.hooks import Forward
 from parafuse.parallel.layout import Layout
 from parafuse.parallel.shard import SequenceGroup, Sharded
 
 SIMULATED_DEGREES = (2, 3)
 MAX_ERROR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-Atoms = dict[Node | Place, list[int | None]]
-"""Atom numbers along each node and place, as `Alignment.solve` gives them."""
 
 
 @dataclass
@@ -64,7 +60,9 @@ class Examined:
                 )
             seen.sites.append((q.detach().clone(), k.detach().clone(), v.detach().clone()))
             seen.calls.append(call)
-            out = injected[site] if site < len(injected) else _noise((*q.shape[:3], v.shape[-1]), v, site)
+            shape = (*q.shape[:3], v.shape[-1])
+            known = site < len(injected) and injected[site].shape == shape
+            out = injected[site] if known else _noise(shape, v, site)
             seen.injected.append(out)
             return out
 
@@ -112,6 +110,7 @@ def probe(block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec)
     alignment.settle_doubtful()
     plan = _plan(alignment.solve(), spread, examined)
     if plan.splits:
+        _refuse_mostly_kept(examined, plan)
         for degree in SIMULATED_DEGREES:
             _simulate(examined, plan, degree)
     return plan
@@ -163,8 +162,12 @@ def _record(alignment: Alignment, spread: dict[Node, str], examined: Examined, e
     for site, whole in enumerate(base.sites):
         for part in range(3):
             tensor = whole[part]
+            runs = [_rows_gone(tensor, seen.sites[site][part]) for seen in ends.seen]
             rows = [_rows(tensor, seen.sites[site][part], 2) for seen in ends.seen]
-            if tensor.shape[2] == 1 and length == 1:  # one row in all: token or conditioning, other places tell
+            if any(runs):
+                alignment.unsteady.setdefault(Place("qkk"[part], site, 2), []).extend(run for run in runs if run)
+                spread.setdefault(node, f"it decides how many rows {'qkv'[part]} has at attention {site}")
+            elif tensor.shape[2] == 1 and length == 1:  # one row in all: token or conditioning, other places tell
                 if rows[0]:
                     alignment.doubtful.append(Interval(Place("qkk"[part], site, 2), 0, node, 1, ends.offset))
             elif len(rows[0]) == len(rows[1]) == 1 and rows[1][0] - rows[0][0] == length - 1:
@@ -238,15 +241,23 @@ def _plan(atoms: Atoms, spread: dict[Node, str], examined: Examined) -> BlockPla
 
 def _site(examined: Examined, number: int, queries: list[int | None], keys: list[int | None], split: set[int]) -> Site:
     """What of one attention call is split. Refuses calls that mix split rows with rows that every rank has."""
-    have_q, have_k = [a in split for a in queries], [a in split for a in keys]
-    if any(have_k) and not (all(have_q) and all(have_k)):
-        raise examined.refusal(f"attention {number} mixes split rows with rows that every rank has")
-    if any(have_q) and not all(have_q):
-        raise examined.refusal(f"the queries of attention {number} are only partly token rows")
-    return Site(
-        tuple(a for a in queries if a is not None) if any(have_q) else None,
-        tuple(a for a in keys if a is not None) if any(have_k) else None,
-    )
+    sides = [_side(pieces, split) for pieces in (queries, keys)]
+    for what, side in zip(("queries", "keys"), sides, strict=True):
+        if side.count(KEPT) > 1:
+            raise examined.refusal(f"the {what} of attention {number} mix split rows with rows that every rank has")
+    have_q, have_k = (side if any(a in split for a in side) else None for side in sides)
+    return Site(sides[0] if have_k else have_q, have_k)
+
+
+def _side(pieces: list[int | None], split: set[int]) -> tuple[int, ...]:
+    """The split atoms of an attention's rows; `KEPT` for each run of others."""
+    side: list[int] = []
+    for atom in pieces:
+        if atom in split:
+            side.append(atom)
+        elif side[-1:] != [KEPT]:
+            side.append(KEPT)
+    return tuple(side)
 
 
 def _refuse_unknown_rows(examined: Examined, queries: list[set[int]]) -> None:
@@ -254,6 +265,13 @@ def _refuse_unknown_rows(examined: Examined, queries: list[set[int]]) -> None:
     for site, known in enumerate(queries):
         if examined.base.sites[site][0].shape[2] > 1 and not known:
             raise examined.refusal(f"the rows of attention {site} are not the tokens of any argument, in their order")
+
+
+def _refuse_mostly_kept(examined: Examined, plan: BlockPlan) -> None:
+    """Rows that every rank has are computed on every rank: that is no gain where they are most of the queries."""
+    for site, (queries, _) in enumerate(Bound(plan, examined.leaves, SequenceGroup(2, 0, None), {}).sites):
+        if queries is not None and examined.base.sites[site][0].shape[2] > 2 * queries.total:
+            raise examined.refusal(f"most rows of attention {site} are not the tokens of any argument, in their order")
 
 
 def _named(pieces: list[int | None]) -> set[int]:
@@ -273,7 +291,11 @@ def _simulate(examined: Examined, plan: BlockPlan, degree: int) -> None:
         bound = Bound(plan, examined.leaves, ranks, {})
         injected, expected = [], []
         for site, out in enumerate(base.injected):
-            layouts = bound.sites[site]
+            whole = (out, base.sites[site][1])
+            layouts = [
+                layout and layout.with_kept(x.shape[2] - layout.total)
+                for layout, x in zip(bound.sites[site], whole, strict=True)
+            ]
             injected.append(ranks.take(out, 2, layouts[0]) if layouts[0] else out)
             expected.append(layouts)
         try:
@@ -349,6 +371,17 @@ def _rows(base: Tensor, other: Tensor, dim: int) -> list[int]:
     differs = (base != other) & ~(base.isnan() & other.isnan())
     other_dims = [d for d in range(base.ndim) if d != dim % base.ndim]
     return torch.nonzero(differs.any(dim=other_dims) if other_dims else differs).flatten().tolist()
+
+
+def _rows_gone(base: Tensor, other: Tensor) -> tuple[int, int] | None:
+    """The run of rows of `base` (B, H, rows, D) that `other` has more or fewer of; None where both have as many."""
+    rows, others = base.shape[2], other.shape[2]
+    if rows == others:
+        return None
+    both = min(rows, others)
+    head = next(iter(_rows(base[:, :, :both], other[:, :, :both], 2)), both)
+    tail = [rows - both + i for i in _rows(base[:, :, rows - both :], other[:, :, others - both :], 2)]
+    return head, max(head, tail[-1] + 1 if tail else rows - both)
 
 
 def _noise(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:

@@ -7,7 +7,6 @@ P = R x U ranks of the sequence = ring degree x Ulysses degree.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from parafuse.config import Axis
 from parafuse.errors import UnsupportedError
 from parafuse.kernels.attention import Call
 from parafuse.parallel.comm import all_to_all, keeps_order, rank_and_degree
+from parafuse.parallel.kept_rows import own_part, with_everyone
 from parafuse.parallel.layout import Layout, head_range, key_head_range
 from parafuse.parallel.mesh import Mesh
 from parafuse.parallel.pack import join_rows, split_rows
@@ -28,16 +28,19 @@ class SequenceAttention:
 
     def __init__(self, mesh: Mesh):
         self.ulysses_group, self.ring_group = mesh.group_name(Axis.ULYSSES), mesh.group_name(Axis.RING)
+        self.sequence_group = "" if mesh.sequence is None else mesh.sequence.group_name
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call) -> Tensor:
         """q (B, H, S, D), k (B, G, S', D), v (B, G, S', Dv) -> (B, H, S, Dv); filler rows of the result are zero.
 
         Bytes sent: `layout.ulysses_bytes` inside the Ulysses group, `layout.ring_bytes` of the heads held around the
-        ring. Ulysses: Jacobs et al. 2023, arXiv:2309.14509; ring: Liu et al. 2023, arXiv:2310.01889; both together:
-        Fang and Zhao 2024, arXiv:2405.07719."""
+        ring; for kept rows of the queries, one gather of them beside that. Ulysses: Jacobs et al. 2023,
+        arXiv:2309.14509; ring: Liu et al. 2023, arXiv:2310.01889; both together: Fang and Zhao 2024,
+        arXiv:2405.07719."""
         lengths = list(queries.lengths), list(keys.lengths)
-        groups = self.ulysses_group, self.ring_group
-        return sequence_attention(q, k, v, call.mask, *lengths, *groups, call.scale, call.is_causal)
+        groups = self.ulysses_group, self.ring_group, self.sequence_group
+        kept = queries.kept, keys.kept
+        return sequence_attention(q, k, v, call.mask, *lengths, *kept, *groups, call.scale, call.is_causal)
 
 
 @keeps_order
@@ -49,8 +52,11 @@ def sequence_attention(  # noqa: PLR0913, PLR0917 (an operator's arguments are f
     mask: Tensor | None,
     query_lengths: Sequence[int],
     key_lengths: Sequence[int],
+    kept_queries: int | None,
+    kept_keys: int | None,
     ulysses_group: str,
     ring_group: str,
+    sequence_group: str,
     scale: float | None,
     is_causal: bool,
 ) -> Tensor:
@@ -58,14 +64,31 @@ def sequence_attention(  # noqa: PLR0913, PLR0917 (an operator's arguments are f
     lengths that are symbols would make it slow to compile."""
     here = RankAttention(ulysses_group, ring_group)
     degree = here.ulysses * here.ring
-    layouts = Layout(tuple(query_lengths), degree), Layout(tuple(key_lengths), degree)
-    return here(q, k, v, *layouts, Call(mask, scale, is_causal))
+    queries, keys = Layout(tuple(query_lengths), degree, kept_queries), Layout(tuple(key_lengths), degree, kept_keys)
+    for what, x, layout in (("queries", q, queries), ("keys", k, keys)):
+        if x.shape[2] != layout.local:
+            raise UnsupportedError(f"{x.shape[2]} rows of {what}, where {layout} has {layout.local}")
+    rank = here.ring_rank * here.ulysses + here.ulysses_rank
+    q, k, v = own_part(q, queries, rank), own_part(k, keys, rank), own_part(v, keys, rank)
+    out = here(q, k, v, queries.spread, keys.spread, Call(mask, scale, is_causal))
+    return with_everyone(out, queries, sequence_group)
 
 
 @sequence_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Any, b: Any, ulysses_group: str, *_: object) -> Tensor:
+def _(  # noqa: PLR0913, PLR0917
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    kept_queries: int | None,
+    kept_keys: int | None,
+    ulysses_group: str,
+    *_: object,
+) -> Tensor:
     batch, heads, rows, width = *q.shape[:3], v.shape[-1]
-    if ulysses_group:
+    if ulysses_group and kept_queries is None:
         return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
     return q.new_empty((batch, heads, rows, width))
 

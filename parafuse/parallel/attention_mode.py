@@ -61,7 +61,7 @@ def run_on_rows(
         calls = site + 1
         if site >= len(sites):
             raise UnsupportedError("the block made more attention calls than when it was examined")
-        queries, keys = sites[site]
+        queries, keys = (layout and _completed(layout, x) for layout, x in zip(sites[site], (q, k), strict=True))
         if queries is None or keys is None:
             return F.scaled_dot_product_attention(**own_rows(ranks, queries, call, given))
         check_mask(call.mask, queries, keys)
@@ -70,6 +70,11 @@ def run_on_rows(
     with AttentionMode(attend):
         result = forward(*args, **kwargs)
     return result, calls
+
+
+def _completed(layout: Layout, x: Tensor) -> Layout:
+    """With as many kept rows as `x` (B, H, rows, D) has beside the split ones."""
+    return layout if layout.kept is None else layout.with_kept(x.shape[2] - layout.local)
 
 
 def own_rows(ranks: SequenceGroup, queries: Layout | None, call: Call, given: dict[str, Any]) -> dict[str, Any]:

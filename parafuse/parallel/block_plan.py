@@ -18,6 +18,9 @@ from parafuse.parallel.shard import SequenceGroup, Sharded
 
 Atoms = tuple[int, ...]
 
+KEPT = -1
+"""In place of an atom, at an attention: rows that every rank has, however many there are in a call."""
+
 
 @dataclass(frozen=True)
 class TokenDim:
@@ -29,7 +32,8 @@ class TokenDim:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention call of a block. Keys None: they are on every rank (cross-attention), nothing is exchanged."""
+    """One attention call of a block. Keys None: they are on every rank (cross-attention), nothing is exchanged. Atoms
+    of either may hold `KEPT` once."""
 
     queries: Atoms | None
     keys: Atoms | None
@@ -63,7 +67,8 @@ class Prober(Protocol):
 
 Lengths = dict[int, tuple[int, ...]]
 SiteLayouts = tuple[Layout | None, Layout | None]
-"""Of the queries and of the keys of an attention call; None for what every rank has whole."""
+"""Of the queries and of the keys of an attention call; None for what every rank has whole. The length of a kept
+segment is known in the call alone (`Layout.with_kept`); here it is 0."""
 
 
 def bind(plan: BlockPlan, leaves: Sequence[Any]) -> Lengths:
@@ -111,7 +116,13 @@ class Bound:
         return self._slices[key][2]
 
     def layout(self, atoms: Atoms) -> Layout:
-        return Layout(tuple(n for atom in atoms for n in self.lengths[atom]), self.ranks.degree)
+        lengths: list[int] = []
+        kept = None
+        for atom in atoms:
+            if atom == KEPT:
+                kept = len(lengths)
+            lengths += (0,) if atom == KEPT else self.lengths[atom]
+        return Layout(tuple(lengths), self.ranks.degree, kept)
 
     @property
     def sites(self) -> tuple[SiteLayouts, ...]:

@@ -3,7 +3,7 @@
 A *segment* is a run of tokens that is split as one (a stream, or the text or image part of a joint stream). A segment
 of `length` rows over `degree` ranks is cut into contiguous parts of `ceil(length / degree)` rows; the tail of the last
 parts is filler, so that every rank runs the same shapes. A rank holds its part of the first segment, then its part of
-the second, and so on.
+the second, and so on. In the layout of an attention, one segment may be *kept*: all its rows are on every rank.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class Layout:
 
     lengths: tuple[int, ...]
     degree: int
+    kept: int | None = None
+    """The segment that every rank has whole."""
 
     @property
     def total(self) -> int:
@@ -31,7 +33,9 @@ class Layout:
     @property
     def parts(self) -> tuple[int, ...]:
         """Rows of each segment on every rank, filler included."""
-        return tuple(part_rows(length, self.degree) for length in self.lengths)
+        return tuple(
+            length if i == self.kept else part_rows(length, self.degree) for i, length in enumerate(self.lengths)
+        )
 
     @property
     def local(self) -> int:
@@ -41,10 +45,22 @@ class Layout:
     def spans(self, first: int, count: int = 1) -> list[tuple[int, int]]:
         """(start, number) of the true rows, within each segment, held by `count` ranks from rank `first` on."""
         out: list[tuple[int, int]] = []
-        for length, part in zip(self.lengths, self.parts, strict=True):
-            start = min(first * part, length)
+        for i, (length, part) in enumerate(zip(self.lengths, self.parts, strict=True)):
+            start = 0 if i == self.kept else min(first * part, length)
             out.append((start, min((first + count) * part, length) - start))
         return out
+
+    @property
+    def spread(self) -> Layout:
+        """The same segments, none kept."""
+        return Layout(self.lengths, self.degree)
+
+    def with_kept(self, length: int) -> Layout:
+        """The same, where the kept segment has `length` rows; itself where none is kept."""
+        if self.kept is None:
+            return self
+        lengths = (*self.lengths[: self.kept], length, *self.lengths[self.kept + 1 :])
+        return Layout(lengths, self.degree, self.kept)
 
     def select(self, start: int, stop: int) -> tuple[Layout, int, int] | None:
         """Layout, first local row and number of local rows of the segments in [start, stop).

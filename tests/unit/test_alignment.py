@@ -114,3 +114,20 @@ def test_the_same_rows_have_the_same_atoms(lengths: list[int], data: st.DataObje
     assert len({name[0] for name in names}) == len(lengths)
     assert atoms[Q] == atoms[table] == [name[0] for name in names]
     assert atoms[K] == [names[i][0] for i in order]
+
+
+def test_rows_that_come_and_go_belong_to_no_atom() -> None:
+    alignment = joint(13, 35)
+    alignment.unsteady = {Q: [(0, 1), (12, 13)]}
+    atoms = alignment.solve()
+    assert atoms[TEXT] == [None]
+    assert None not in atoms[IMAGE]
+    assert atoms[Q] == atoms[K] == [None, *atoms[IMAGE]]
+
+
+def test_rows_that_may_come_between_atoms_have_their_place() -> None:
+    alignment = joint(13, 35)
+    alignment.unsteady = {Q: [(48, 48)], K: [(13, 13), (13, 13)]}
+    atoms = alignment.solve()
+    assert atoms[Q] == [*atoms[TEXT], *atoms[IMAGE], None]
+    assert atoms[K] == [*atoms[TEXT], None, *atoms[IMAGE]]

@@ -17,7 +17,7 @@ from parafuse.engine.probe import probe
 from parafuse.errors import UnsupportedError
 from parafuse.kernels.attention import Call
 from parafuse.parallel.attention_mode import AttentionMode
-from parafuse.parallel.block_plan import BlockPlan, Bound
+from parafuse.parallel.block_plan import KEPT, BlockPlan, Bound, Site
 from parafuse.parallel.shard import SequenceGroup
 
 D = 8
@@ -100,6 +100,14 @@ class Registers(Good):
         return x + self.attend(torch.cat([self.registers.expand(len(x), -1, -1), x], 1))[:, 4:]
 
 
+class RegistersAround(Good):
+    """Some of them before the stream, some after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.registers.expand(len(x), -1, -1)
+        return x + self.attend(torch.cat([own[:, :1], x, own[:, 1:]], 1))[:, 1:-3]
+
+
 class Positions(Good):
     """Counts the tokens it is given."""
 
@@ -176,7 +184,11 @@ REFUSED: list[tuple[type[Good], tuple[Any, ...], str]] = [
     (ShiftOfResult, (), SIMULATED + "result 0 differs"),
     (NormOverTokens, (), MIX + "argument 0, one row changes 35 rows of q at attention 0"),
     (FirstToken, (), MIX + "argument 0, one row changes 35 rows of q at attention 0"),
-    (Registers, (), "cannot be split over tokens: attention 0 mixes split rows with rows that every rank has"),
+    (
+        RegistersAround,
+        (),
+        "cannot be split over tokens: the queries of attention 0 mix split rows with rows that every rank has",
+    ),
     (Positions, (), SIMULATED + "q of attention 0 differs"),
     (MiddleToken, (), SIMULATED + "q of attention 0 differs"),
     (Reordered, (), SIMULATED + "q of attention 0 differs"),
@@ -206,6 +218,17 @@ def examine(kind: type[Good], *extra: Any, tokens: int = 35) -> BlockPlan:
 
 def test_the_block_that_the_others_are_made_from_is_split() -> None:
     assert examine(Good).splits
+
+
+def test_learned_tokens_are_on_every_rank() -> None:
+    plan = examine(Registers)
+    (atom,) = plan.results[0].atoms
+    assert plan.sites == (Site((KEPT, atom), (KEPT, atom)),)
+
+
+def test_more_learned_tokens_than_others_are_no_gain() -> None:
+    with pytest.raises(UnsupportedError, match="most rows of attention 0 are not the tokens of any argument"):
+        examine(Registers, tokens=3)
 
 
 @pytest.mark.parametrize(("kind", "extra", "seen"), REFUSED, ids=[case[0].__name__ for case in REFUSED])

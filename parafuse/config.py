@@ -80,9 +80,10 @@ class Parallel:
         if product != world_size:
             asked = " x ".join(f"{axis}={degree}" for axis, degree in fixed.items() if degree > 1) or "all axes 1"
             there = "is 1" if world_size == 1 else f"are {world_size}"
+            more = f"{product}, or a multiple of it" if self.ulysses == "auto" and product > 1 else f"{product}"
             raise ConfigError(
                 f"parallel: {asked} makes {product} ranks, but there {there}. "
-                f"Start {product}, or choose degrees whose product is {world_size}, such as ulysses={world_size}."
+                f"Start {more}, or choose degrees whose product is {world_size}, such as ulysses={world_size}."
             )
         return {axis: fixed[axis] for axis in Axis}
 

@@ -36,6 +36,10 @@ def check_call(source: ModelSource, keywords: dict[str, Any]) -> dict[str, Any]:
         if out.get(name) is not None and not _is_number(out[name]):
             raise ConfigError(f"{name}={out[name]!r}: must be a finite number.")
     prompt, negative = out.get("prompt"), out.get("negative_prompt")
+    if isinstance(prompt, list) and isinstance(negative, list):
+        prompts, negatives = cast("list[str]", prompt), cast("list[str]", negative)
+        if len(prompts) != len(negatives):
+            raise ConfigError(f"negative_prompt: {len(negatives)} given for {len(prompts)} prompts; give one for each.")
     if "negative_prompt" not in keywords and isinstance(negative, str) and isinstance(prompt, list):
         out["negative_prompt"] = [negative] * len(cast("list[str]", prompt))
     return out

@@ -41,6 +41,12 @@ def test_no_negative_prompt_is_a_thing_to_ask_for() -> None:
     assert check_call(SOURCE, {"prompt": "x", "negative_prompt": ""})["negative_prompt"] == ""
 
 
+def test_as_many_negative_prompts_as_prompts() -> None:
+    assert check_call(SOURCE, {"prompt": ["a", "b"], "negative_prompt": ["x", "y"]})["negative_prompt"] == ["x", "y"]
+    with pytest.raises(ConfigError, match="negative_prompt: 1 given for 2 prompts; give one for each"):
+        check_call(SOURCE, {"prompt": ["a", "b"], "negative_prompt": ["x"]})
+
+
 def test_another_kind_of_negative_prompt_takes_the_place_of_the_default() -> None:
     assert "negative_prompt" not in check_call(SOURCE, {"prompt": "x", "negative_prompt_embeds": [1]})
 

@@ -18,16 +18,20 @@ from parafuse.engine.stack import block_stack
 from parafuse.errors import ConfigError
 from parafuse.log import note
 from parafuse.parallel.comm import Count, counters, since
-from parafuse.parallel.guidance import GuidanceParallel
+from parafuse.parallel.data import DataParallel
+from parafuse.parallel.guidance import GuidanceParallel, Rounds
 from parafuse.parallel.hooks import is_overridden
 from parafuse.parallel.mesh import Mesh, make_mesh, release
 from parafuse.parallel.sequence import SequenceParallel
 from parafuse.parallel.world import ensure_world
 
-STACKS = ("transformer", "transformer_2")
+STACKS = ("transformer", "transformer_2", "unconditional_transformer")
 """Pipeline components that hold a block stack, where they are present: what sequence parallel splits."""
-DENOISERS = (*STACKS, "unet", "prior")
+DENOISERS = (
+    *STACKS, "unet", "image_unet", "text_unet", "prior", "prior_prior", "decoder", "super_res_first", "super_res_last",
+)  # fmt: skip
 """Components that a pipeline calls in every step."""
+DECODERS = ("vae", "movq", "vqgan", "vqvae")
 
 
 @dataclass
@@ -39,6 +43,9 @@ class Handle:
     mesh: Mesh | None = None
     guidance: dict[str, GuidanceParallel] = field(default_factory=dict[str, GuidanceParallel])
     """Component -> its guidance branches."""
+    data: dict[str, DataParallel] = field(default_factory=dict[str, DataParallel])
+    """Component -> its batch over replicas."""
+    rounds: Rounds = field(default_factory=Rounds)
     _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     _is_off: bool = False
     _before: dict[str, Count] = field(default_factory=dict[str, Count])
@@ -54,6 +61,7 @@ class Handle:
             self._undo.pop()
         self.applied.clear()
         self.guidance.clear()
+        self.data.clear()
         if self.mesh is not None and not self._is_off:
             release(self.mesh)
         self._is_off = True
@@ -83,7 +91,7 @@ def check_components(source: ModelSource, degrees: Mapping[str, int]) -> None:
     if source.components is None or not splits or set(STACKS) & set(source.components):
         return
     raise ConfigError(
-        f"model={source.name!r}: has no {' or '.join(STACKS)} to split over ranks (UNets are not split); use cfg=2 for "
+        f"model={source.name!r}: has no transformer to split over ranks (UNets are not split); use cfg=2 for "
         "its guidance branches, data=N for several pictures, or one rank."
     )
 
@@ -119,6 +127,16 @@ def denoisers(target: Any, names: Sequence[str] = STACKS) -> list[tuple[str, nn.
     return modules
 
 
+def _batched(target: Any, modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, str]]:
+    """(name, module, method) of what a pipeline calls with a batch of samples: its denoisers, and the VAE's decoder."""
+    found = [(name, module, "forward") for name, module in modules]
+    for name in () if isinstance(target, nn.Module) else DECODERS:
+        vae = getattr(target, name, None)
+        if isinstance(vae, nn.Module) and hasattr(vae, "decode"):
+            found.append((f"{name}.decode", vae, "decode"))
+    return found
+
+
 def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None) -> Handle:
     """Makes a pipeline or a transformer run on all ranks. Every rank must call it, with the same config.
 
@@ -152,19 +170,30 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
             note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
     handle = Handle(mesh=mesh)
     try:
-        for (name, module), blocks in zip(modules, stacks, strict=False):
-            parallel = SequenceParallel(module, blocks, mesh, derive)
-            handle._undo.append(parallel.remove)
-            parallel.install()
-            axes = " x ".join(f"{a} {mesh.degree(a)}" for a in (Axis.RING, Axis.ULYSSES) if mesh.degree(a) > 1)
-            handle.applied.append(f"sequence parallel ({axes}) on {name}: {len(blocks)} blocks")
-        for name, module in modules if degrees[Axis.CFG] > 1 else []:
-            guidance = GuidanceParallel(module, mesh)
-            handle._undo.append(guidance.remove)
-            guidance.install()
-            handle.guidance[name] = guidance
-            handle.applied.append(f"guidance parallel (cfg {degrees[Axis.CFG]}) on {name}")
+        _install(handle, mesh, target, modules, stacks)
     except BaseException:
         handle.remove()
         raise
     return handle
+
+
+def _install(
+    handle: Handle, mesh: Mesh, target: Any, modules: list[tuple[str, nn.Module]], stacks: list[list[nn.Module]]
+) -> None:
+    """Sequence parallel inside of data parallel inside of guidance parallel."""
+    for (name, module), blocks in zip(modules, stacks, strict=False):
+        sequence = SequenceParallel(module, blocks, mesh, derive)
+        axes = " x ".join(f"{a} {mesh.degree(a)}" for a in (Axis.RING, Axis.ULYSSES) if mesh.degree(a) > 1)
+        _put_on(handle, sequence, f"sequence parallel ({axes}) on {name}: {len(blocks)} blocks")
+    for name, module, method in _batched(target, modules) if mesh.degree(Axis.DATA) > 1 else []:
+        handle.data[name] = DataParallel(module, mesh, method)
+        _put_on(handle, handle.data[name], f"data parallel (data {mesh.degree(Axis.DATA)}) on {name}")
+    for name, module in modules if mesh.degree(Axis.CFG) > 1 else []:
+        handle.guidance[name] = GuidanceParallel(module, mesh, handle.rounds)
+        _put_on(handle, handle.guidance[name], f"guidance parallel (cfg {mesh.degree(Axis.CFG)}) on {name}")
+
+
+def _put_on(handle: Handle, one: SequenceParallel | DataParallel | GuidanceParallel, line: str) -> None:
+    handle._undo.append(one.remove)
+    one.install()
+    handle.applied.append(line)

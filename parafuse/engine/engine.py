@@ -6,6 +6,7 @@ import inspect
 import os
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,18 +19,16 @@ from parafuse.config import Axis, Config
 from parafuse.engine.apply import DENOISERS, Handle, apply, check_components, denoisers
 from parafuse.engine.guided import check_guided
 from parafuse.engine.loader import load_pipeline
-from parafuse.engine.noise import shared_noise
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
 from parafuse.engine.progress import StepProgress
 from parafuse.engine.receipt import plain, versions
-from parafuse.engine.replicas import merged, share_of
 from parafuse.engine.request import check_call, check_keywords, facts, fresh_seed
 from parafuse.engine.source import ModelSource, locate, source_of
 from parafuse.engine.workers import Workers
 from parafuse.errors import ConfigError, MemoryLimitError, RankError, is_out_of_memory
 from parafuse.log import note
-from parafuse.parallel.comm import all_gather_objects, since
+from parafuse.parallel.comm import since
 from parafuse.parallel.mesh import make_mesh
 from parafuse.parallel.placeholder import settled
 from parafuse.parallel.world import AGREE_S, World, join_world, launched
@@ -200,15 +199,19 @@ class Engine:
         if seed is not None:
             call["generator"] = torch.Generator("cpu").manual_seed(seed)
         begun, before = time.perf_counter(), self.handle.exchanged()
+        seen = {one: Counter(one.seen) for one in (*self.handle.guidance.values(), *self.handle.data.values())}
+        self.handle.rounds.forget()
+        self.world.share_noise()
         with self._progress_of(call) as progress, self._threads(), self.world.request():
-            output = self._paint_share(call) if self.plan.degree(Axis.DATA) > 1 else self._paint(call)
+            output = self._paint(call)
         self.receipt = {
             "plan": self.plan.to_dict(),
             "seed": seed,
             "call": plain(keywords),
             "versions": versions(),
             "applied": list(self.handle.applied),
-            "guidance": {name: one.report() for name, one in self.handle.guidance.items()},
+            "guidance": {name: one.report(seen[one]) for name, one in self.handle.guidance.items()},
+            "data": {name: one.report(seen[one]) for name, one in self.handle.data.items()},
             "exchanged": {
                 name: vars(count) for name, count in since(self.handle.exchanged(), before).items() if count.calls
             },
@@ -219,23 +222,6 @@ class Engine:
             },
         }
         return output
-
-    def _paint_share(self, call: dict[str, Any]) -> Any:
-        """This replica's pictures, and then those of all replicas, in order."""
-        mesh = self.handle.mesh
-        if mesh is None:
-            raise RuntimeError("several replicas without a mesh")
-        share = share_of(call, mesh.degree(Axis.DATA), mesh.rank(Axis.DATA))
-        idle = mesh.degree(Axis.DATA) - share.total
-        if idle > 0:
-            note(f"data {mesh.degree(Axis.DATA)}: more replicas than pictures ({share.total}); {idle} idle")
-        output = None
-        if not share.is_idle:
-            modules = [module for _, module in denoisers(self.pipeline, (*DENOISERS, "controlnet"))]
-            with shared_noise(share, self._paint, call, modules):
-                output = self._paint(share.call)
-        outputs = all_gather_objects((share.is_idle, output), mesh.groups[Axis.DATA])
-        return merged(output for is_idle, output in outputs if not is_idle)
 
     def _paint(self, call: dict[str, Any]) -> Any:
         """The pipeline's own call, with all its values; what its `check_inputs` refuses is a ConfigError."""
@@ -268,8 +254,6 @@ class Engine:
         checked = check_call(self._source, keywords)
         if self.plan.degree(Axis.CFG) > 1:
             check_guided(self.pipeline, checked, self.plan.degree(Axis.CFG))
-        if self.plan.degree(Axis.DATA) > 1:
-            share_of(checked, self.plan.degree(Axis.DATA), 0)  # lengths that do not fit are said here
         return checked
 
     def _progress_of(self, call: dict[str, Any]) -> StepProgress:

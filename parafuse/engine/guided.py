@@ -24,7 +24,9 @@ def check_guided(pipeline: Any, keywords: dict[str, Any], degree: int) -> None:
         )
 
 
-THIRD_BRANCH = ("skip_guidance_layers", "image_guidance_scale", "pag_scale", "stg_scale", "modality_scale")
+THIRD_BRANCH = (
+    "skip_guidance_layers", "image_guidance_scale", "img_guidance_scale", "pag_scale", "stg_scale", "modality_scale",
+)  # fmt: skip
 """Arguments of pipelines that ask for one branch more: layers skipped or perturbed, a picture without its prompt."""
 
 
@@ -52,13 +54,24 @@ def _why_unguided(pipeline: Any, keywords: dict[str, Any]) -> str:
         if given.get("negative_prompt") is None and given.get("negative_prompt_embeds") is None:
             return "no negative_prompt"
         return ""
+    if isinstance(getattr(type(pipeline), "do_classifier_free_guidance", None), property):
+        return _by_its_property(pipeline, given)
     if "guidance_scale" not in parameters:
         return "it takes no guidance_scale"
     scale = given["guidance_scale"]
-    if isinstance(getattr(type(pipeline), "do_classifier_free_guidance", None), property):
-        asked = copy.copy(pipeline)
-        vars(asked)["_guidance_scale"] = scale
-        return "" if asked.do_classifier_free_guidance else f"guidance_scale={scale}"
     if getattr(getattr(getattr(pipeline, "transformer", None), "config", None), "guidance_embeds", False):
         return "the model was distilled: guidance_scale is an input of it"
     return "" if scale is None or scale > 1 else f"guidance_scale={scale}: must be above 1"
+
+
+def _by_its_property(pipeline: Any, given: dict[str, Any]) -> str:
+    """What the pipeline itself says of such a call."""
+    asked = copy.copy(pipeline)
+    vars(asked).update({f"_{name}": value for name, value in given.items()})
+    try:
+        guided = asked.do_classifier_free_guidance
+    except Exception:  # it looks at what the run alone sets
+        return ""
+    scale = given.get("guidance_scale", given.get("max_guidance_scale"))
+    # A tensor of scales, one for each frame, says nothing before the run.
+    return "" if not isinstance(guided, bool) or guided else f"guidance_scale={scale}"

@@ -10,10 +10,8 @@ on every call, compiled or not: the exchanges here, and attention as a whole.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -131,14 +129,6 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
 @all_reduce.register_fake
 def _(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def all_gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
-    """What every rank of `group` gives, pickled, in their order. Collective on `group`; waits for the device."""
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    counters(group).add("all_gather_objects", len(pickle.dumps(value)) * (len(everyone) - 1))
-    dist.all_gather_object(everyone, value, group=group)
-    return everyone
 
 
 class Rotation:

@@ -57,7 +57,7 @@ class Held:
             members.update(values)
 
     def _look(self, value: Any, name: str) -> None:
-        if isinstance(value, ATOMS) or id(value) in self._seen or self.unknown:
+        if isinstance(value, ATOMS) or id(value) in self._seen:
             return
         self._seen[id(value)] = value  # kept alive, so that its identity is its own
         if isinstance(value, Tensor):
@@ -77,14 +77,15 @@ class Held:
         else:
             inner = _inside(value)
             if inner is None:
-                self.unknown = f"{name} ({type(value).__name__})"
+                self.unknown = self.unknown or f"{name} ({type(value).__name__})"
             self._look(inner, name)
 
 
 def _inside(value: Any) -> Any:
     """What an object is made of; None where it does not show."""
     if isinstance(value, MethodType):
-        return value.__self__
+        ours = type(value.__self__).__module__.startswith("parafuse.")  # put on the module, no part of it
+        return () if ours else value.__self__
     if isinstance(value, functools.partial):
         return (value.func, value.args, value.keywords)
     return getattr(value, "__dict__", None)

@@ -7,6 +7,7 @@ open (an exchange that every rank makes at the same point, since all run the sam
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +17,21 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from parafuse.parallel.metadata import METADATA
 
+Family = list["weakref.ref[Placeholder]"]
+
 
 class Placeholder(Tensor):
     """The value of `make()`, which is called once, when it is first needed."""
 
     make: Callable[[], Tensor]
     value: Tensor | None
+    families: list[Family]
+    """All that was recorded from the same results: worked out before one of their values may be written into."""
 
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device, make: Callable[[], Tensor]) -> Placeholder:
         self = Tensor._make_wrapper_subclass(cls, like.shape, like.stride(), dtype=like.dtype, device=device)
-        self.make, self.value = make, None
+        self.make, self.value, self.families = make, None, []
         return self
 
     def needed(self) -> Tensor:
@@ -47,11 +52,27 @@ class Placeholder(Tensor):
                 return func(*args, **kwargs)
         if func.__name__ in _RECORDED and "out" not in kwargs:
             return _record(func, args, kwargs)
+        name = func.__name__
+        if name.startswith("__i") or name == "__setitem__" or not name.endswith("__"):
+            _work_out((args, kwargs))  # it may write into a value
         return func(*settled(args), **settled(kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            _work_out((args, kwargs))
         return func(*settled(args), **settled(kwargs or {}))
+
+
+def _work_out(tree: Any) -> None:
+    """Gives their values to all that was recorded with placeholders of a nest. Collective where one is open."""
+    for x in tree_leaves(tree):
+        for family in x.families if isinstance(x, Placeholder) else ():
+            members = [reference() for reference in family]
+            family.clear()
+            for member in members:
+                if member is not None:
+                    member.needed()
 
 
 def _no_value() -> Tensor:
@@ -78,8 +99,13 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
     mixed = any(isinstance(x, Tensor) and not isinstance(x, Placeholder) and x.ndim for x in leaves)
     first = next((x for x in leaves if is_open(x)), None)
     if mixed or first is None:
+        _work_out((args, kwargs))  # what it gives may share memory with a value
         return func(*settled(args), **settled(kwargs))
-    shapes = func(*tree_map(_shape_only, args), **tree_map(_shape_only, kwargs))
+    args, kwargs = tree_map(_fixed, (args, kwargs))
+    try:
+        shapes = _shapes(func, args, kwargs, first.device)
+    except Exception:  # it needs values, or goes to another device
+        return func(*settled(args), **settled(kwargs))
     whole: list[Any] = []
 
     def result() -> Any:
@@ -88,8 +114,36 @@ def _record(func: Any, args: Any, kwargs: Any) -> Any:
         return whole[0]
 
     if isinstance(shapes, Tensor):
-        return Placeholder(shapes, first.device, result)
-    return type(shapes)([Placeholder(part, first.device, lambda i=i: result()[i]) for i, part in enumerate(shapes)])
+        made = [Placeholder(shapes, first.device, result)]
+    else:
+        made = [Placeholder(part, first.device, lambda i=i: result()[i]) for i, part in enumerate(shapes)]
+    families = {id(f): f for x in leaves if isinstance(x, Placeholder) for f in (x.families or [list[Any]()])}
+    for one in made:
+        one.families = list(families.values())
+    for x in leaves:
+        if isinstance(x, Placeholder) and not x.families:
+            x.families = list(families.values())
+    for family in families.values():
+        family += [weakref.ref(one) for one in made]
+    return made[0] if isinstance(shapes, Tensor) else type(shapes)(made)
+
+
+def _shapes(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
+    """The results of `func` without values. Raises where that takes values, or another device."""
+    if func.__name__ == "to":
+        asked = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, (torch.device, str))]
+        if any(torch.device(x).type != device.type or torch.device(x).index not in (None, device.index) for x in asked):
+            raise ValueError("another device")
+        args = tuple(x for x in args if not isinstance(x, (torch.device, str)))
+        kwargs = {name: x for name, x in kwargs.items() if not isinstance(x, (torch.device, str))}
+        if len(args) == 1 and not kwargs:
+            return _shape_only(args[0])
+    return func(*tree_map(_shape_only, args), **tree_map(_shape_only, kwargs))
+
+
+def _fixed(x: Any) -> Any:
+    """A single number as it is now, should it be written into later."""
+    return x.clone() if isinstance(x, Tensor) and not isinstance(x, Placeholder) else x
 
 
 def _shape_only(x: Any) -> Any:

@@ -167,14 +167,31 @@ class World:
 
     def share(self, topic: str, make: Callable[[], int]) -> int:
         """Rank 0's number, on every rank."""
+        return make() if self.size == 1 else int(self._from_first(topic, lambda: str(make())))
+
+    def share_noise(self) -> None:
+        """Gives every rank the state of rank 0's own generators (of its CPU, and of its device): some schedulers draw
+        from these."""
         if self.size == 1:
-            return make()
+            return
+        on_gpu = self.device.type == "cuda"
+        generators = [torch.default_generator]
+        if on_gpu:
+            generators.append(torch.cuda.default_generators[self.device.index or 0])
+
+        def states() -> str:
+            return json.dumps([generator.get_state().numpy().tobytes().hex() for generator in generators])
+
+        for generator, state in zip(generators, json.loads(self._from_first("noise", states)), strict=True):
+            generator.set_state(torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))
+
+    def _from_first(self, topic: str, make: Callable[[], str]) -> str:
         key = f"{self._key(topic)}/0"
         if self.rank == 0:
-            self.store.set(key, str(make()))
+            self.store.set(key, make())
         if not wait_for(self.store, key, time.monotonic() + self.timeout_s, self.watch):
             raise RankError(f"rank 0 did not report {topic} within {self.timeout_s:.0f} s.")
-        return int(self.store.get(key))
+        return self.store.get(key).decode()
 
     @contextmanager
     def request(self) -> Iterator[None]:

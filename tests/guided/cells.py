@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,15 +32,18 @@ class Cell:
     error: float = 0.0
     """Largest difference from plain diffusers over the largest value, fp32, of two requests."""
     apart: int = 0
-    """Steps of the second request in which several branches ran side by side, or one batch was cut."""
+    """Steps of the second request in which several branches ran side by side, or a batch was cut."""
     alone: int = 0
-    """Steps in which one branch ran and other ranks waited: guidance was off, or its result was needed at once."""
+    """Steps in which one branch ran and other ranks waited (guidance was off, or its result was needed at once), and
+    calls that all ranks made."""
     refused: str = ""
     failed: str = ""
 
     @property
     def faults(self) -> list[str]:
         wrong = [] if self.error <= EXACT else [f"differs by {self.error:.1e}"]
+        if not self.apart and not self.refused:
+            wrong.append("nothing was shared")
         return [self.failed] if self.failed else wrong
 
 
@@ -63,11 +67,13 @@ def measure(name: str, degrees: dict[str, int], prompts: int) -> Cell:
     try:
         with parafuse.Engine.from_pipeline(case.build(), config) as engine:
             cell.error = relative_error(tensors(engine(**seeded(call))), want)
-            before = [dict(one.seen) for one in engine.handle.guidance.values()]
+            shared = engine.handle.guidance or engine.handle.data
+            before = [Counter(one.seen) for one in shared.values()]
             cell.error = max(cell.error, relative_error(tensors(engine(**seeded(call))), want))
-            for one, seen in zip(engine.handle.guidance.values(), before, strict=True):
-                cell.apart += sum(one.seen[key] - seen.get(key, 0) for key in ("cut", "together"))
-                cell.alone += one.seen["alone"] - seen.get("alone", 0)
+            for one, seen in zip(shared.values(), before, strict=True):
+                new = one.seen - seen
+                cell.apart += new["cut"] + new["together"]
+                cell.alone += new["alone"] + new["everywhere"]
     except ParafuseError as refusal:
         cell.refused = str(refusal)
     return cell

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 
 from tests.guided.case import Guided
-from tests.guided.parts import NO_TEXT, STEPS, assemble, legible, made, prompts, rows
+from tests.guided.parts import NO_TEXT, STEPS, assemble, legible, made, picture, prompts, rows
 from tests.pipelines import _t5, _t5_tokenizer
 from tests.zoo.ltx import LTX, LTX2, LTX23
 
@@ -34,13 +34,13 @@ CONNECTORS23 = CONNECTORS | dict(
 )  # fmt: skip
 
 
-def build() -> Any:
+def build(pipeline: str = "LTXPipeline") -> Any:
     vae = diffusers.AutoencoderKLLTXVideo(
         latent_channels=4, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
         layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, timestep_conditioning=False,
     )  # fmt: skip
     return assemble(
-        "LTXPipeline",
+        pipeline,
         transformer=made("LTXVideoTransformer3DModel", LTX, caption_channels=32),
         vae=vae,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
@@ -118,6 +118,12 @@ CASES = [
         build=build,
         call=call,
         source="tests/zoo/ltx.py; diffusers, tests/pipelines/ltx/test_ltx.py for the VAE",
+    ),
+    Guided(
+        name="LTX-Video: image to video",  # each picture is encoded by itself, with noise
+        build=lambda: build("LTXImageToVideoPipeline"),
+        call=lambda count: call(count) | dict(image=[picture(64, 96, seed=i) for i in range(count)]),
+        source="as above",
     ),
     Guided(name="LTX-2", build=build_2, call=call_2, source=SOURCE2),
     Guided(

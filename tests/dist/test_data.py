@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import parafuse
-from parafuse.engine import noise
+from parafuse.parallel import batch_cut, bundle
 from parafuse.parallel.placeholder import Placeholder
 from tests.dist.ranks import run_ranks
 from tests.dist.test_guidance import Denoiser, values
@@ -30,6 +30,9 @@ def config(**degrees: int) -> parafuse.Config:
         ("Stable Diffusion XL: Euler ancestral", "data 2"),
         ("Stable Diffusion XL: inpainting", "data 2"),
         ("Stable Diffusion: LCM", "data 2 x cfg 2"),
+        ("CogView 4", "data 2"),  # text is padded to the longest prompt
+        ("LTX-Video: image to video", "data 2"),  # pictures are encoded one by one, with noise
+        ("Qwen-Image", "data 2 x cfg 2"),  # a call for each branch, each with a batch
         ("Wan 2.1", "cfg 2 x ulysses 2"),
         ("Z-Image", "cfg 2"),
     ],
@@ -59,28 +62,76 @@ def test_four_pictures_of_one_rank_on_four() -> None:
         assert apart > 1e-2
 
 
-def with_other_noise() -> list[float]:
-    """Errors of a stochastic scheduler: right, and with each replica's own noise."""
+def with_rows_swapped() -> list[float]:
+    """Errors of two pictures: right, with each replica's share in the other one's place, and with a share left out."""
     case = cases()["Stable Diffusion XL: Euler ancestral"]
     call, found = case.call(2), []
     (want,) = tensors(case.build()(**seeded(call)))
 
-    def own_noise(self: noise.SharedNoise, sizes: tuple[int, ...], rest: dict[str, Any]) -> torch.Tensor:
-        return torch.randn(sizes, **rest)
+    def swapped(*args: Any) -> Any:
+        return bundle.exchange(*args)[::-1]
 
-    for replacement in (noise.SharedNoise.draw, own_noise):
+    def own_only(mine: list[torch.Tensor], shapes: Any, *_: Any) -> Any:
+        return [[torch.zeros(x.shape, dtype=x.dtype) for x in each] for each in shapes]
+
+    for replacement in (bundle.exchange, swapped, own_only):
         with (
-            patch.object(noise.SharedNoise, "draw", replacement),
+            patch.object(batch_cut, "exchange", replacement),
+            patch.object(batch_cut, "_is_same", lambda *_: True),
             parafuse.Engine.from_pipeline(case.build(), config(data=2)) as engine,
         ):
             found.append(error(tensors(engine(**seeded(call)))[0], want))
     return found
 
 
-def test_a_wrong_slice_of_the_noise_shows() -> None:
-    for right, wrong in run_ranks(with_other_noise, 2):
+def test_swapped_and_dropped_shares_show() -> None:
+    for right, swapped, dropped in run_ranks(with_rows_swapped, 2):
         assert right <= EXACT
-        assert wrong > 1e-2
+        assert swapped > 1e-2
+        assert dropped > 1e-2
+
+
+def with_noise_of_nobody() -> tuple[float, float]:
+    """A scheduler that draws from torch's own generator, which the ranks have seeded differently: (error, and how far
+    another seed is)."""
+    case = cases()["FLUX.1"]
+
+    def painted(seed: int, run: Any) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return tensors(run(**seeded(case.call(1))))[0]
+
+    def build() -> Any:
+        pipeline = case.build()
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, stochastic_sampling=True)
+        return pipeline
+
+    want, other = painted(0, build()), painted(1, build())
+    with parafuse.Engine.from_pipeline(build(), config(cfg=2)) as engine:
+        return error(painted(engine.rank, engine), want), error(other, want)
+
+
+def test_noise_that_has_no_generator_is_that_of_rank_0() -> None:
+    for wrong, apart in run_ranks(with_noise_of_nobody, 2):
+        assert wrong <= EXACT
+        assert apart > 1e-2
+
+
+def generators_again() -> list[float]:
+    """Errors of two requests with the same generators, for one prompt on two replicas too."""
+    case = cases()["Stable Diffusion XL"]
+    found: list[float] = []
+    for count in (2, 1):
+        given = [[torch.Generator().manual_seed(i) for i in range(count)] for _ in range(2)]
+        plain = case.build()
+        wants = [tensors(plain(**case.call(count), generator=given[0]))[0] for _ in range(2)]
+        with parafuse.Engine.from_pipeline(case.build(), config(data=2)) as engine:
+            found += [error(tensors(engine(**case.call(count), generator=given[1]))[0], want) for want in wants]
+    return found
+
+
+def test_generators_go_on_as_on_one_rank() -> None:
+    for found in run_ranks(generators_again, 2):
+        assert max(found) <= EXACT
 
 
 def bad_input() -> list[str]:
@@ -103,7 +154,7 @@ def test_bad_input_is_said_before_anything_runs() -> None:
         assert prompt == "ConfigError: prompt[1]=5: must be a text."
         assert "UNets are not split" in unet
         assert "use cfg=2 for its guidance branches, data=N" in unet
-        assert lengths == "ConfigError: negative_prompt: 3 given for 2 prompts and 2 pictures."
+        assert lengths == "ConfigError: negative_prompt: 3 given for 2 prompts; give one for each."
         assert index == "ConfigError: prompt[1]=None: must be a text."
         assert idle == "1"
 

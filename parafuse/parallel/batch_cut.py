@@ -1,0 +1,244 @@
+"""A call with a batch of independent samples, cut between ranks: which arguments have a row for each is tried on the
+first call of a structure, and held against the whole batch. Nothing here knows a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from parafuse.errors import is_out_of_memory
+from parafuse.parallel.bundle import exchange, with_strides_of, without_values
+from parafuse.parallel.comm import all_gather
+from parafuse.parallel.effects import Watched, all_plain
+from parafuse.parallel.hooks import Forward
+from parafuse.parallel.layout import head_range
+
+MAX_ERROR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Of a batch that was cut against the whole one; a batch that is mixed is far above."""
+TRIES = 3
+"""Calls after which a structure that cannot be cut is tried no more. What a model fills once is no effect of a call."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What has a row (or an item) for each sample."""
+
+    as_lists: bool
+    """Lists of as many tensors are cut as they are."""
+    arguments: tuple[int | None, ...]
+    """By leaf: the dim of the samples, or None."""
+    results: tuple[Any, ...]
+    """By leaf: one sample without values, where there is a row for each, else None."""
+    layout: tuple[Tensor | None, ...]
+    """By leaf: the whole result without values, where it is a tensor of rows."""
+
+
+class BatchCut:
+    """Cuts the calls of one module between the ranks of a group. Collective on the group, once a call is known."""
+
+    def __init__(self, module: nn.Module, degree: int, rank: int, group: str):
+        self.module, self.degree, self.rank, self.group = module, degree, rank, group
+        self._cuts: dict[Any, Cut | int] = {}
+        """By structure: how it is cut, or how often it was tried in vain."""
+
+    def may_cut(self, args: Any, kwargs: Any, samples: Any) -> bool:
+        """Whether such a call can be cut, or has not been tried enough."""
+        cut = self._cuts.get(_key(args, kwargs, rows(samples)), 0)
+        return isinstance(cut, Cut) or cut < TRIES
+
+    def __call__(self, original: Forward, args: Any, kwargs: Any, samples: Any) -> tuple[bool, Any]:
+        """(whether the batch was cut, result). The first call of a structure is computed whole."""
+        batch = rows(samples)
+        key = _key(args, kwargs, batch)
+        cut = self._cuts.get(key, 0)
+        if isinstance(cut, int):
+            return False, self._learn(key, cut, original, args, kwargs, samples)
+        call = _Call(original, args, kwargs, batch, cut.as_lists)
+        part, error = None, None
+        try:
+            part = call.part(cut.arguments, *self._range(batch))
+        except Exception as failure:
+            error = failure
+        return True, self._join(call, cut, part, error)
+
+    def _learn(self, key: Any, tried: int, original: Forward, args: Any, kwargs: Any, samples: Any) -> Any:
+        """The whole result, computed here; on the way, how to cut such calls."""
+        if tried >= TRIES:
+            return original(*args, **kwargs)
+        watched = Watched(self.module, (args, kwargs))
+        whole = original(*args, **kwargs)
+        if watched.has_changed():
+            self._cuts[key] = tried + 1
+            return whole
+        found = None
+        batch = rows(samples)
+        for as_lists in (isinstance(samples, list), not isinstance(samples, list)):
+            call = _Call(original, args, kwargs, batch, as_lists)
+            if all_plain(tree_flatten(whole)[0]):
+                found = self._cut_of(call, whole)
+            if found is not None:
+                break
+        self._cuts[key] = TRIES if found is None else found
+        return whole
+
+    def _range(self, batch: int) -> tuple[int, int]:
+        """The samples that this rank computes; a rank that is left over does the last one again."""
+        first, last = head_range(batch, self.degree, self.rank)
+        return (first, last) if last > first else (batch - 1, batch)
+
+    def _join(self, call: _Call, cut: Cut, part: Any, error: Exception | None = None) -> Any:
+        """The whole result from every rank's part. Collective on the group."""
+        counts = [last - first for first, last in (head_range(call.batch, self.degree, r) for r in range(self.degree))]
+        leaves, spec = call.flat(part, len(range(*self._range(call.batch)))) if error is None else ([], None)
+        cut_leaves = [(i, like) for i, like in enumerate(cut.results) if like is not None]
+        shapes = [[like for _, like in cut_leaves for _ in range(count)] for count in counts]
+        mine = [x for i, _ in cut_leaves for x in list(leaves[i])[: counts[self.rank]]] if error is None else []
+        out: dict[int, list[Tensor]] = {i: [] for i, _ in cut_leaves}
+        everyone = exchange(mine, shapes, call.device, self.group, error)
+        for count, tensors in zip(counts, everyone, strict=True):
+            for number, (i, _) in enumerate(cut_leaves):
+                out[i] += tensors[number * count : (number + 1) * count]
+        for i, pieces in out.items():
+            like = cut.layout[i]
+            leaves[i] = pieces if like is None else with_strides_of(torch.stack(pieces), like)
+        if spec is None:
+            raise RuntimeError("an exchange of a failed part returned")
+        return tree_unflatten(leaves, spec)
+
+    def _cut_of(self, call: _Call, whole: Any) -> Cut | None:
+        """Which arguments to cut, so that the parts give the whole; None: there is no way. Collective on the group."""
+        dims = tuple(_sample_dim(x, call.batch) for x in call.leaves)
+        several = sum(dim is not None for dim in dims) > 1
+        trials = [_told_apart(call, dims, with_numbers) for with_numbers in (True, False)] if several else []
+        for trial in [*trials, call]:  # rows that are equal by chance tell nothing
+            try:
+                want = whole if trial is call else trial.original(*trial.args, **trial.kwargs)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                continue
+            return self._first_that_holds(trial, dims, want)
+        return None
+
+    def _first_that_holds(self, call: _Call, dims: tuple[int | None, ...], want: Any) -> Cut | None:
+        leaves = call.flat(want, call.batch)[0]
+        results = tuple(without_values(x[0]) if rows(x) == call.batch else None for x in leaves)
+        layout = tuple(
+            without_values(x) if like is not None and isinstance(x, Tensor) else None
+            for x, like in zip(leaves, results, strict=True)
+        )
+        if not any(like is not None for like in results):
+            return None
+        for arguments in _candidates(dims):
+            cut, part = Cut(call.as_lists, arguments, results, layout), None
+            try:
+                part = call.part(cut.arguments, *self._range(call.batch))
+                fits = _has_rows(call, cut, part, len(range(*self._range(call.batch))))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                fits = False
+            if self._all_say(fits) and self._all_say(_is_same(self._join(call, cut, part), want)):
+                return cut
+        return None
+
+    def _all_say(self, yes: bool) -> bool:
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        return bool(all_gather(torch.tensor([yes], device=device), self.degree, self.group).all())
+
+
+class _Call:
+    """A call with several samples, by leaves."""
+
+    def __init__(self, original: Forward, args: Any, kwargs: Any, batch: int, as_lists: bool):
+        self.original, self.args, self.kwargs, self.batch, self.as_lists = original, args, kwargs, batch, as_lists
+        self.leaves, self.spec = self.flat((args, kwargs), batch)
+        first = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)), None)
+        self.device = torch.device("cpu") if first is None else first.device
+
+    def flat(self, tree: Any, count: int) -> tuple[list[Any], TreeSpec]:
+        """Leaves of arguments or results; lists of so many tensors are leaves where samples come in lists."""
+
+        def is_leaf(x: Any) -> bool:
+            return self.as_lists and isinstance(x, list) and len(x) == count and all(isinstance(y, Tensor) for y in x)
+
+        return tree_flatten(tree, is_leaf=is_leaf)
+
+    def with_leaves(self, leaves: list[Any]) -> _Call:
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return _Call(self.original, args, kwargs, self.batch, self.as_lists)
+
+    def part(self, dims: tuple[int | None, ...], first: int, last: int) -> Any:
+        """What is given for samples [first, last)."""
+        leaves = [
+            x if dim is None else x[first:last] if dim == 0 else x[:, first:last]
+            for x, dim in zip(self.leaves, dims, strict=True)
+        ]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return self.original(*args, **kwargs)
+
+
+def _key(args: Any, kwargs: Any, batch: int) -> Any:
+    """Equal for calls that are cut alike."""
+    leaves, spec = tree_flatten((args, kwargs))
+    return (str(spec), batch, *((x.shape[:2], x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in leaves))
+
+
+def _sample_dim(x: Any, batch: int) -> int | None:
+    """The first dim of a tensor, or the second one, that may be the samples'; 0 for a list of as many."""
+    if rows(x) == batch:
+        return 0
+    return 1 if isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == batch else None
+
+
+def _candidates(dims: tuple[int | None, ...]) -> Iterator[tuple[int | None, ...]]:
+    """All leaves that may be; without those of a second dim; then without one more, which may fit by chance."""
+    first_dims = tuple(0 if dim == 0 else None for dim in dims)
+    tried = [dims, first_dims]
+    for base in (first_dims, dims):
+        named = [i for i, dim in enumerate(base) if dim is not None]
+        tried += [(*base[:i], None, *base[i + 1 :]) for i in named[1:]]
+    return iter(dict.fromkeys(tried))
+
+
+def _told_apart(call: _Call, dims: tuple[int | None, ...], with_numbers: bool) -> _Call:
+    """The call with rows that differ from each other; whole numbers too, which the model may not like."""
+
+    def spread(x: Any, dim: int | None) -> Any:
+        if dim is None or not isinstance(x, Tensor) or x.dtype == torch.bool:
+            return x
+        steps = torch.arange(call.batch, device=x.device).view([-1 if d == dim else 1 for d in range(x.ndim)])
+        if x.is_floating_point():
+            return (x * (1 + 0.1 * steps) + 0.05 * steps).to(x.dtype)
+        return x - steps.to(x.dtype) if with_numbers and x.ndim == 1 and not x.is_complex() else x
+
+    return call.with_leaves([spread(x, dim) for x, dim in zip(call.leaves, dims, strict=True)])
+
+
+def rows(x: Any) -> int:
+    """Samples of a tensor or list; 0 for what has none."""
+    return len(x) if (isinstance(x, Tensor) and x.ndim) or isinstance(x, list) else 0
+
+
+def _has_rows(call: _Call, cut: Cut, part: Any, count: int) -> bool:
+    leaves = call.flat(part, count)[0]
+    return len(leaves) == len(cut.results) and all(
+        like is None or (rows(x) == count and x[0].shape == like.shape and x[0].dtype == like.dtype)
+        for x, like in zip(leaves, cut.results, strict=True)
+    )
+
+
+def _is_same(found: Any, whole: Any) -> bool:
+    for a, b in zip(tree_flatten(found)[0], tree_flatten(whole)[0], strict=True):
+        if isinstance(b, Tensor) and b.is_floating_point() and b.numel():
+            if a.shape != b.shape:
+                return False
+            error = (a - b).abs().max() / b.abs().max().clamp_min(1e-30)
+            if not error <= MAX_ERROR.get(b.dtype, 1e-4):
+                return False
+    return True

@@ -1,0 +1,71 @@
+"""Data parallel: the samples of a batch (prompts, and pictures of one prompt) spread over replicas, at the boundary of
+the modules that do the work. Every rank runs the whole pipeline, so noise, text and order are those of one rank; each
+denoiser, and the VAE's decoder, gets the rank's share of the batch, and one exchange brings all of the results."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from parafuse.config import Axis
+from parafuse.log import note
+from parafuse.parallel.batch_cut import BatchCut, rows
+from parafuse.parallel.hooks import Forward, override, override_forward
+from parafuse.parallel.mesh import Mesh
+from parafuse.parallel.placeholder import settled
+
+
+class DataParallel:
+    """One method of one module (its forward, or `decode`) on the ranks of the `data` axis. `install` on every rank of
+    its group; calls are collective on it."""
+
+    def __init__(self, module: nn.Module, mesh: Mesh, method: str = "forward"):
+        self.module, self.method = module, method
+        self.degree = mesh.degree(Axis.DATA)
+        self.seen: Counter[str] = Counter()
+        """Calls whose batch was cut, and calls that all replicas made."""
+        self._cut = BatchCut(module, self.degree, mesh.rank(Axis.DATA), mesh.group_name(Axis.DATA))
+        self._said: set[int] = set()
+        self._undo: Callable[[], None] | None = None
+
+    def install(self) -> None:
+        if self.method == "forward":
+            self._undo = override_forward(self.module, self._shared)
+        else:
+            self._undo = override(self.module, self.method, self._shared(getattr(self.module, self.method)))
+
+    def remove(self) -> None:
+        """Puts the method back as it was. No communication."""
+        if self._undo:
+            self._undo()
+            self._undo = None
+
+    def report(self, before: Counter[str] | None = None) -> str:
+        """One line on the calls since `before`; empty without any."""
+        seen = self.seen - (before or Counter())
+        parts = {"cut": "batch cut in {} calls", "everywhere": "{} calls on all replicas"}
+        return ", ".join(text.format(seen[name]) for name, text in parts.items() if seen[name])
+
+    def _shared(self, original: Forward) -> Forward:
+        names = list(inspect.signature(getattr(type(self.module), self.method)).parameters)
+
+        def shared(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = settled(args), settled(kwargs)
+            samples = args[0] if args else kwargs.get(names[1]) if len(names) > 1 else None
+            batch = rows(samples)
+            if batch < self.degree and batch not in self._said and self.method == "forward":
+                self._said.add(batch)
+                idle = self.degree - max(1, batch)
+                note(f"data {self.degree}: more replicas than samples in a batch ({batch}); {idle} idle")
+            if batch < 2 or not self._cut.may_cut(args, kwargs, samples):
+                self.seen["everywhere"] += 1
+                return original(*args, **kwargs)
+            was_cut, result = self._cut(original, args, kwargs, samples)
+            self.seen["cut" if was_cut else "everywhere"] += 1
+            return result
+
+        return shared

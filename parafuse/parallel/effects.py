@@ -1,0 +1,57 @@
+"""Whether a call of a module did more than give a result: then it must not be left out, nor made with a part of it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from parafuse.parallel.held import Held
+
+PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, np.generic, enum.Enum)
+
+
+class Watched:
+    """A module and the arguments of one call, as they are before it. Local."""
+
+    def __init__(self, module: nn.Module, tree: Any):
+        self._module, self._tree = Held(module), tree
+        self._leaves, self._spec = tree_flatten(tree)
+        self._versions = [_state(x) for x in self._leaves]
+
+    def has_changed(self) -> bool:
+        """Whether the call has left something in the module, in an argument, or where it cannot be seen."""
+        leaves, spec = tree_flatten(self._tree)
+        same = spec == self._spec and len(leaves) == len(self._leaves)
+        same = same and all(a is b for a, b in zip(leaves, self._leaves, strict=True))
+        return (
+            not same
+            or any(is_opaque(x) for x in leaves)
+            or any(not _equal(_state(x), before) for x, before in zip(leaves, self._versions, strict=True))
+            or not self._module.is_same()
+        )
+
+
+def is_opaque(x: Any) -> bool:
+    """Whether it may hold what a call changes, unseen: a cache, say."""
+    return not isinstance(x, (Tensor, torch.Generator, *PLAIN))
+
+
+def all_plain(results: Sequence[Any]) -> bool:
+    """Whether results are tensors and what never changes, so that another rank's can stand for them."""
+    return all(isinstance(x, (Tensor, bool, str, type(None))) for x in results)
+
+
+def _state(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return None if x.is_inference() else x._version
+    return x.get_state() if isinstance(x, torch.Generator) else None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b

@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from parafuse.engine.apply import Handle, apply
     from parafuse.engine.engine import Engine
     from parafuse.engine.plan import Plan
+    from parafuse.errors import ParafuseError
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Engine", "Handle", "Parallel", "Plan", "apply"]
+__all__ = ["Config", "Engine", "Handle", "ParafuseError", "Parallel", "Plan", "apply"]
 
 _HOMES = {
     "Config": "parafuse.config",
     "Parallel": "parafuse.config",
+    "ParafuseError": "parafuse.errors",
     "Plan": "parafuse.engine.plan",
     "Engine": "parafuse.engine.engine",
     "Handle": "parafuse.engine.apply",

@@ -7,7 +7,7 @@ import os
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -123,8 +123,8 @@ class Engine:
         size = _launched_size() if launched() or dist.is_initialized() else 1
         if config.dtype != "auto" or config.device != "auto":
             raise ConfigError("config: dtype and device are the pipeline's own here; leave them out.")
-        device = torch.device(pipeline.device).type
-        dtype = str(next(denoisers(pipeline, DENOISERS)[0][1].parameters()).dtype).removeprefix("torch.")
+        parameter = next(denoisers(pipeline, DENOISERS)[0][1].parameters())
+        device, dtype = parameter.device.type, str(parameter.dtype).removeprefix("torch.")
         plan = resolve(replace(config, device=device, dtype=dtype), source, size)
         if size > 1:
             check_components(source, plan.degrees)
@@ -165,16 +165,18 @@ class Engine:
         """This process's global rank; the pictures are the same on all of them."""
         return self.world.rank
 
-    def __call__(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, seed: int | Sequence[int] | None = None, **kwargs: Any) -> Any:
         """The pipeline's own call, on all ranks: same arguments, same output, the same on every rank.
 
-        `seed` makes the noise with a CPU generator, so that it does not depend on the device; without it (and without
-        `generator`) one is drawn and told in the receipt. The model's own defaults fill in what is not given. Under a
+        `seed` makes the noise with a CPU generator, so that it does not depend on the device (several: one for each
+        picture); without it, and without `generator`, one is drawn and told in the receipt. The model's own defaults
+        fill in what is not given. Under a
         launcher every rank calls it with the same arguments. Raises ConfigError before anything runs."""
         if self._closed:
             raise ConfigError("engine: it is closed; make a new one.")
         if self.world.broken:
-            raise ConfigError("engine: a rank was lost in an earlier request; make a new engine.")
+            way_out = "make a new engine" if self._workers else "start all ranks again"
+            raise ConfigError(f"engine: a rank was lost in an earlier request; {way_out}.")
         keywords = self._keywords(args, kwargs)
         if seed is not None and "generator" in keywords:
             raise ConfigError(f"seed={seed}: given beside generator; leave one out.")
@@ -192,18 +194,23 @@ class Engine:
                 self._workers.explain(error)
             raise
 
-    def run(self, keywords: dict[str, Any], seed: int | None) -> Any:
+    def run(self, keywords: dict[str, Any], seed: int | Sequence[int] | None) -> Any:
         """One checked request on this rank. Every rank runs it; an error on one rank is an error on all."""
         self.world.agree("a request", facts(keywords | {"seed": seed}))
         call = dict(keywords)
-        if seed is not None:
+        if isinstance(seed, int):
             call["generator"] = torch.Generator("cpu").manual_seed(seed)
+        elif seed is not None:
+            call["generator"] = [torch.Generator("cpu").manual_seed(one) for one in seed]
         begun, before = time.perf_counter(), self.handle.exchanged()
         seen = {one: Counter(one.seen) for one in (*self.handle.guidance.values(), *self.handle.data.values())}
         self.handle.rounds.forget()
+        for one in seen:
+            one.follow()
         self.world.share_noise()
         with self._progress_of(call) as progress, self._threads(), self.world.request():
             output = self._paint(call)
+        self._say_idle(seen)
         self.receipt = {
             "plan": self.plan.to_dict(),
             "seed": seed,
@@ -222,6 +229,15 @@ class Engine:
             },
         }
         return output
+
+    def _say_idle(self, seen: dict[Any, Counter[str]]) -> None:
+        """One line for an axis on which this request had nothing to share."""
+        for axis, parts in ((Axis.CFG, self.handle.guidance), (Axis.DATA, self.handle.data)):
+            new = sum(((one.seen - seen[one]) for one in parts.values()), Counter[str]())
+            if parts and not new["cut"] and not new["together"]:
+                note(
+                    f"{axis} {self.plan.degree(axis)}: nothing could be shared in this request; its ranks did the same"
+                )
 
     def _paint(self, call: dict[str, Any]) -> Any:
         """The pipeline's own call, with all its values; what its `check_inputs` refuses is a ConfigError."""

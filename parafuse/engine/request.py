@@ -36,6 +36,10 @@ def check_call(source: ModelSource, keywords: dict[str, Any]) -> dict[str, Any]:
         if out.get(name) is not None and not _is_number(out[name]):
             raise ConfigError(f"{name}={out[name]!r}: must be a finite number.")
     prompt, negative = out.get("prompt"), out.get("negative_prompt")
+    for index, text in enumerate(cast("list[Any]", negative) if isinstance(negative, list) else ()):
+        if not isinstance(text, (str, list)):
+            raise ConfigError(f"negative_prompt[{index}]={text!r}: must be a text.")
+    _check_generators(out)
     if isinstance(prompt, list) and isinstance(negative, list):
         prompts, negatives = cast("list[str]", prompt), cast("list[str]", negative)
         if len(prompts) != len(negatives):
@@ -43,6 +47,18 @@ def check_call(source: ModelSource, keywords: dict[str, Any]) -> dict[str, Any]:
     if "negative_prompt" not in keywords and isinstance(negative, str) and isinstance(prompt, list):
         out["negative_prompt"] = [negative] * len(cast("list[str]", prompt))
     return out
+
+
+def _check_generators(keywords: dict[str, Any]) -> None:
+    """A list has one for each picture."""
+    given, prompt = keywords.get("generator"), keywords.get("prompt")
+    if not isinstance(given, list) or not isinstance(prompt, (str, list)):
+        return
+    prompts = len(cast("list[Any]", prompt)) if isinstance(prompt, list) else 1
+    each = next((keywords[name] for name in AT_LEAST_ONE[1:3] if keywords.get(name)), 1)
+    found = len(cast("list[Any]", given))
+    if found != prompts * each:
+        raise ConfigError(f"generator: {found} given for {prompts * each} pictures; give one for each, or one for all.")
 
 
 def _is_count(value: Any) -> bool:

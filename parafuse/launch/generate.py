@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parafuse import log
-from parafuse.config import Config
+from parafuse.config import Axis, Config
 from parafuse.engine.plan import Plan
+from parafuse.engine.request import fresh_seed
 from parafuse.errors import ConfigError, ParafuseError
 from parafuse.launch import quiet
 from parafuse.launch.asked import Asked, number_of_ranks
@@ -177,17 +178,38 @@ def paint(job: Job) -> None:
     takes_type = "output_type" in inspect.signature(type(engine.pipeline).__call__).parameters
     wanted = {**job.call, "output_type": "pil"} if takes_type else job.call  # videos are arrays by default
     each = len(paths) // len(job.prompts)
-    for index, prompt in enumerate(job.prompts):
+    at_once = engine.plan.degree(Axis.DATA) if each == 1 else 1
+    for first in range(0, len(job.prompts), at_once):
+        prompts = job.prompts[first : first + at_once]
         begun = time.perf_counter()
-        output = engine(prompt, seed=picture.seed, **wanted)
-        seconds = time.perf_counter() - begun
+        output = engine(**_request(prompts, engine, picture.seed, wanted))
+        seconds = (time.perf_counter() - begun) / len(prompts)
         if engine.rank == 0:
-            shown = ", ".join(save(engine, output, paths[index * each : (index + 1) * each]))
-            if not picture.quiet:
-                seed = engine.receipt.get("seed", picture.seed)
-                ranks = "1 rank" if job.world_size == 1 else f"{job.world_size} ranks"
-                print(f"{shown}  ({seconds:.1f} s on {ranks}, seed {seed})", flush=True)
+            tell(job, engine, output, paths[first * each : (first + len(prompts)) * each], seconds)
     engine.close()
+
+
+def _request(prompts: tuple[str, ...], engine: Engine, seed: int | None, call: dict[str, Any]) -> dict[str, Any]:
+    """Keywords for one prompt; or for several, each with the noise that it would have had alone."""
+    if len(prompts) == 1:
+        return {**call, "prompt": prompts[0], "seed": seed}
+    negative = call.get("negative_prompt")
+    lists = {"negative_prompt": [negative] * len(prompts)} if isinstance(negative, str) else {}
+    seed = engine.world.share("seed", fresh_seed) if seed is None else seed
+    return {**call, **lists, "prompt": list(prompts), "seed": (seed,) * len(prompts)}
+
+
+def tell(job: Job, engine: Engine, output: Any, paths: list[Path], seconds: float) -> None:
+    """Writes what one request has painted, and prints a line for each prompt."""
+    seed = engine.receipt.get("seed", job.picture.seed)
+    if isinstance(seed, (list, tuple)):  # one for each, all the same
+        seed = engine.receipt["seed"] = seed[0]
+    shown = save(engine, output, paths)
+    if not job.picture.quiet:
+        ranks = "1 rank" if job.world_size == 1 else f"{job.world_size} ranks"
+        lines = shown if job.num_pictures == 1 else [", ".join(shown)]
+        for line in lines:
+            print(f"{line}  ({seconds:.1f} s on {ranks}, seed {seed})", flush=True)
 
 
 def save(engine: Engine, output: Any, paths: list[Path]) -> list[str]:

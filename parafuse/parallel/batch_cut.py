@@ -25,13 +25,21 @@ TRIES = 3
 
 
 @dataclass(frozen=True)
+class Dim:
+    """The dim of an argument that runs over samples, and how many rows there are of each (frames of a video, say)."""
+
+    dim: int
+    each: int = 1
+
+
+@dataclass(frozen=True)
 class Cut:
     """What has a row (or an item) for each sample."""
 
     as_lists: bool
     """Lists of as many tensors are cut as they are."""
-    arguments: tuple[int | None, ...]
-    """By leaf: the dim of the samples, or None."""
+    arguments: tuple[Dim | None, ...]
+    """By leaf: where the samples are, or None."""
     results: tuple[Any, ...]
     """By leaf: one sample without values, where there is a row for each, else None."""
     layout: tuple[Tensor | None, ...]
@@ -45,6 +53,10 @@ class BatchCut:
         self.module, self.degree, self.rank, self.group = module, degree, rank, group
         self._cuts: dict[Any, Cut | int] = {}
         """By structure: how it is cut, or how often it was tried in vain."""
+
+    def forget(self) -> None:
+        """Learns anew: the module was changed."""
+        self._cuts.clear()
 
     def may_cut(self, args: Any, kwargs: Any, samples: Any) -> bool:
         """Whether such a call can be cut, or has not been tried enough."""
@@ -125,7 +137,7 @@ class BatchCut:
             return self._first_that_holds(trial, dims, want)
         return None
 
-    def _first_that_holds(self, call: _Call, dims: tuple[int | None, ...], want: Any) -> Cut | None:
+    def _first_that_holds(self, call: _Call, dims: tuple[Dim | None, ...], want: Any) -> Cut | None:
         leaves = call.flat(want, call.batch)[0]
         results = tuple(without_values(x[0]) if rows(x) == call.batch else None for x in leaves)
         layout = tuple(
@@ -173,11 +185,11 @@ class _Call:
         args, kwargs = tree_unflatten(leaves, self.spec)
         return _Call(self.original, args, kwargs, self.batch, self.as_lists)
 
-    def part(self, dims: tuple[int | None, ...], first: int, last: int) -> Any:
+    def part(self, dims: tuple[Dim | None, ...], first: int, last: int) -> Any:
         """What is given for samples [first, last)."""
         leaves = [
-            x if dim is None else x[first:last] if dim == 0 else x[:, first:last]
-            for x, dim in zip(self.leaves, dims, strict=True)
+            x if at is None else x[first:last] if isinstance(x, list) else _rows_of(x, at, first, last)
+            for x, at in zip(self.leaves, dims, strict=True)
         ]
         args, kwargs = tree_unflatten(leaves, self.spec)
         return self.original(*args, **kwargs)
@@ -189,30 +201,40 @@ def _key(args: Any, kwargs: Any, batch: int) -> Any:
     return (str(spec), batch, *((x.shape[:2], x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in leaves))
 
 
-def _sample_dim(x: Any, batch: int) -> int | None:
-    """The first dim of a tensor, or the second one, that may be the samples'; 0 for a list of as many."""
-    if rows(x) == batch:
-        return 0
-    return 1 if isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == batch else None
+def _rows_of(x: Tensor, at: Dim, first: int, last: int) -> Tensor:
+    return x.narrow(at.dim, first * at.each, (last - first) * at.each)
 
 
-def _candidates(dims: tuple[int | None, ...]) -> Iterator[tuple[int | None, ...]]:
-    """All leaves that may be; without those of a second dim; then without one more, which may fit by chance."""
-    first_dims = tuple(0 if dim == 0 else None for dim in dims)
-    tried = [dims, first_dims]
-    for base in (first_dims, dims):
-        named = [i for i, dim in enumerate(base) if dim is not None]
+def _sample_dim(x: Any, batch: int) -> Dim | None:
+    """Where the samples may be: the first dim of a tensor, or the second one, or several rows each in the first one; a
+    list of as many."""
+    count = rows(x)
+    if count == batch:
+        return Dim(0)
+    if isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == batch:
+        return Dim(1)
+    return Dim(0, count // batch) if isinstance(x, Tensor) and count and count % batch == 0 else None
+
+
+def _candidates(dims: tuple[Dim | None, ...]) -> Iterator[tuple[Dim | None, ...]]:
+    """All leaves that may be, the plain ones first; then without one of these, which may fit by chance."""
+    plain = tuple(at if at == Dim(0) else None for at in dims)
+    no_multiples = tuple(at if at and at.each == 1 else None for at in dims)
+    no_second = tuple(at if at and at.dim == 0 else None for at in dims)
+    tried = [plain, no_multiples, no_second, dims]
+    for base in (plain, no_multiples, no_second):
+        named = [i for i, at in enumerate(base) if at is not None]
         tried += [(*base[:i], None, *base[i + 1 :]) for i in named[1:]]
     return iter(dict.fromkeys(tried))
 
 
-def _told_apart(call: _Call, dims: tuple[int | None, ...], with_numbers: bool) -> _Call:
+def _told_apart(call: _Call, dims: tuple[Dim | None, ...], with_numbers: bool) -> _Call:
     """The call with rows that differ from each other; whole numbers too, which the model may not like."""
 
-    def spread(x: Any, dim: int | None) -> Any:
-        if dim is None or not isinstance(x, Tensor) or x.dtype == torch.bool:
+    def spread(x: Any, at: Dim | None) -> Any:
+        if at is None or not isinstance(x, Tensor) or x.dtype == torch.bool:
             return x
-        steps = torch.arange(call.batch, device=x.device).view([-1 if d == dim else 1 for d in range(x.ndim)])
+        steps = torch.arange(x.shape[at.dim], device=x.device).view([-1 if d == at.dim else 1 for d in range(x.ndim)])
         if x.is_floating_point():
             return (x * (1 + 0.1 * steps) + 0.05 * steps).to(x.dtype)
         return x - steps.to(x.dtype) if with_numbers and x.ndim == 1 and not x.is_complex() else x

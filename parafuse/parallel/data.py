@@ -14,6 +14,7 @@ from torch import nn
 from parafuse.config import Axis
 from parafuse.log import note
 from parafuse.parallel.batch_cut import BatchCut, rows
+from parafuse.parallel.effects import Parts
 from parafuse.parallel.hooks import Forward, override, override_forward
 from parafuse.parallel.mesh import Mesh
 from parafuse.parallel.placeholder import settled
@@ -29,6 +30,7 @@ class DataParallel:
         self.seen: Counter[str] = Counter()
         """Calls whose batch was cut, and calls that all replicas made."""
         self._cut = BatchCut(module, self.degree, mesh.rank(Axis.DATA), mesh.group_name(Axis.DATA))
+        self._parts = Parts(module)
         self._said: set[int] = set()
         self._undo: Callable[[], None] | None = None
 
@@ -44,6 +46,16 @@ class DataParallel:
             self._undo()
             self._undo = None
 
+    def forget_if(self, changed: bool) -> None:
+        """Learns the module anew where it was changed."""
+        if changed:
+            self._parts = Parts(self.module)
+            self._cut.forget()
+
+    def follow(self) -> None:
+        """At the start of a request: looks whether the module is what it was."""
+        self.forget_if(self._parts.have_changed())
+
     def report(self, before: Counter[str] | None = None) -> str:
         """One line on the calls since `before`; empty without any."""
         seen = self.seen - (before or Counter())
@@ -55,12 +67,14 @@ class DataParallel:
 
         def shared(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = settled(args), settled(kwargs)
+            self.forget_if(self._parts.have_other_objects())
             samples = args[0] if args else kwargs.get(names[1]) if len(names) > 1 else None
             batch = rows(samples)
             if batch < self.degree and batch not in self._said and self.method == "forward":
                 self._said.add(batch)
-                idle = self.degree - max(1, batch)
-                note(f"data {self.degree}: more replicas than samples in a batch ({batch}); {idle} idle")
+                note(
+                    f"data {self.degree}: more replicas than samples in a batch ({batch}); some compute what others do"
+                )
             if batch < 2 or not self._cut.may_cut(args, kwargs, samples):
                 self.seen["everywhere"] += 1
                 return original(*args, **kwargs)

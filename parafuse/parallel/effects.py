@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from parafuse.parallel.held import Held
+from parafuse.parallel.held import ATOMS, Held
 
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, np.generic, enum.Enum)
 
@@ -23,6 +23,7 @@ class Watched:
         self._module, self._tree = Held(module), tree
         self._leaves, self._spec = tree_flatten(tree)
         self._versions = [_state(x) for x in self._leaves]
+        self._noise = _noise_states()
 
     def has_changed(self) -> bool:
         """Whether the call has left something in the module, in an argument, or where it cannot be seen."""
@@ -33,8 +34,31 @@ class Watched:
             not same
             or any(is_opaque(x) for x in leaves)
             or any(not _equal(_state(x), before) for x, before in zip(leaves, self._versions, strict=True))
+            or not all(map(torch.equal, _noise_states(), self._noise))
             or not self._module.is_same()
         )
+
+
+class Parts:
+    """What a module is made of, so that what was learned of it is forgotten when that is another. Local."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self._held = Held(module)
+        self._objects = [
+            (vars(part), name, value)
+            for part in module.modules()
+            for name, value in vars(part).items()
+            if not name.startswith("_") and not isinstance(value, ATOMS)
+        ]
+
+    def have_other_objects(self) -> bool:
+        """A quick look at what modules hold beside modules and numbers: attention processors, most of all."""
+        return any(holder.get(name) is not value for holder, name, value in self._objects)
+
+    def have_changed(self) -> bool:
+        """A look at everything; some milliseconds for a large model."""
+        return not self._held.is_same()
 
 
 def is_opaque(x: Any) -> bool:
@@ -51,6 +75,15 @@ def _state(x: Any) -> Any:
     if isinstance(x, Tensor):
         return None if x.is_inference() else x._version
     return x.get_state() if isinstance(x, torch.Generator) else None
+
+
+def _noise_states() -> list[Tensor]:
+    """Of torch's own generators."""
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    generators = [torch.default_generator]
+    if on_gpu:
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    return [generator.get_state() for generator in generators]
 
 
 def _equal(a: Any, b: Any) -> bool:

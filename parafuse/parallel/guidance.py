@@ -22,7 +22,7 @@ from parafuse.config import Axis
 from parafuse.errors import UnsupportedError
 from parafuse.parallel.batch_cut import TRIES, BatchCut, rows
 from parafuse.parallel.bundle import exchange, without_values
-from parafuse.parallel.effects import Watched, all_plain
+from parafuse.parallel.effects import Parts, Watched, all_plain
 from parafuse.parallel.hooks import Forward, override_forward
 from parafuse.parallel.mesh import Mesh
 from parafuse.parallel.placeholder import Placeholder, settled
@@ -36,6 +36,7 @@ class Branch:
     """One call of the denoiser that is open: what its results look like, and these on the rank that computed them."""
 
     shapes: list[Tensor]
+    batch: int = 1
     values: list[Tensor] = field(default_factory=list[Tensor])
     error: Exception | None = None
 
@@ -53,10 +54,12 @@ class Rounds:
     """The round at hand, shared by the denoisers of a pipeline."""
 
     current: Round = field(default_factory=Round)
+    by_all: int = 0
+    """Calls that all ranks have made since a round was settled."""
 
     def forget(self) -> None:
         """Leaves an open round, as at the start of a request: the last one may have failed in it."""
-        self.current = Round()
+        self.current, self.by_all = Round(), 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ class GuidanceParallel:
         self._fewest = self.degree * mesh.degree(Axis.DATA)
         self._cut = BatchCut(root, self.degree, self.rank, self.group)
         self._rounds = rounds or Rounds()
+        self._parts = Parts(root)
+        self._one_call: set[int] = set()
+        """Numbers of samples for which a step is one call: its branches are in the batch."""
         self._known: dict[Any, Known | int] = {}
         """By structure and size: what it gives, or how often it did more than that."""
         self._sizes: dict[Any, dict[Any, Known]] = {}
@@ -101,6 +107,18 @@ class GuidanceParallel:
         if self._undo:
             self._undo()
             self._undo = None
+
+    def forget_if(self, changed: bool) -> None:
+        """Learns the module anew where it was changed."""
+        if changed:
+            self._parts = Parts(self.root)
+            self._known.clear()
+            self._sizes.clear()
+            self._cut.forget()
+
+    def follow(self) -> None:
+        """At the start of a request: looks whether the module is what it was."""
+        self.forget_if(self._parts.have_changed())
 
     def report(self, before: Counter[str] | None = None) -> str:
         """One line on what the branches of the calls did, since `before`; empty without calls."""
@@ -118,27 +136,35 @@ class GuidanceParallel:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = settled(args), settled(kwargs)
+            self.forget_if(self._parts.have_other_objects())
             samples = args[0] if args else kwargs.get(names[1]) if len(names) > 1 else None
-            if rows(samples) >= max(2, self._fewest) and self._cut.may_cut(args, kwargs, samples):
+            if self._is_to_cut(rows(samples)) and self._cut.may_cut(args, kwargs, samples):
                 was_cut, result = self._cut(original, args, kwargs, samples)
                 self.seen["cut" if was_cut else "everywhere"] += 1
                 return result
-            return self._apart(original, args, kwargs)
+            return self._apart(original, args, kwargs, rows(samples))
 
         return forward
 
-    def _apart(self, original: Forward, args: Any, kwargs: Any) -> Any:
+    def _is_to_cut(self, batch: int) -> bool:
+        """Whether to cut a batch, rather than to give a whole call to each rank: where all ranks get as much."""
+        if batch < max(2, self._fewest):
+            return False
+        return batch % self.degree == 0 or batch in self._one_call
+
+    def _apart(self, original: Forward, args: Any, kwargs: Any, batch: int) -> Any:
         """One branch: computed here, or by another rank."""
         leaves, spec = tree_flatten((args, kwargs))
         known = self._foreseen(leaves, spec)
         if isinstance(known, int):
             self.seen["everywhere"] += 1
+            self._rounds.by_all += 1
             return self._learn(known, original, args, kwargs)
         if self._rounds.current.is_settled:
             self._rounds.current = Round()
         here = self._rounds.current
         number = len(here.branches)
-        branch = Branch([x for x in known.leaves if isinstance(x, Tensor)])
+        branch = Branch([x for x in known.leaves if isinstance(x, Tensor)], batch)
         here.branches.append(branch)
         if number % self.degree == self.rank:
             self._compute(branch, original, args, kwargs)
@@ -203,6 +229,9 @@ class GuidanceParallel:
         """One exchange that brings every branch of a round to all ranks. Collective on the group."""
         here.is_settled = True
         self.seen["together" if len(here.branches) > 1 else "alone"] += 1
+        if len(here.branches) == 1 and not self._rounds.by_all and here.branches[0].batch >= max(2, self._fewest):
+            self._one_call.add(here.branches[0].batch)
+        self._rounds.by_all = 0
         owned = [here.branches[rank :: self.degree] for rank in range(self.degree)]
         shapes = [[x for branch in branches for x in branch.shapes] for branches in owned]
         mine = [x for branch in owned[self.rank] for x in branch.values]

@@ -116,6 +116,23 @@ def test_noise_that_has_no_generator_is_that_of_rank_0() -> None:
         assert apart > 1e-2
 
 
+def two_by_two(seeds: tuple[int, ...]) -> tuple[list[float], int]:
+    """(errors of pictures with a seed each, calls in which the batch was cut)."""
+    case, plain = cases()["Stable Diffusion XL"], cases()["Stable Diffusion XL"].build()
+    call = case.call(len(seeds))
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    (want,) = tensors(plain(**call, generator=generators))
+    with parafuse.Engine.from_pipeline(case.build(), config(data=2)) as engine:
+        (got,) = tensors(engine(**call, seed=seeds))
+        return [error(a, b) for a, b in zip(got, want, strict=True)], engine.handle.data["unet"].seen["cut"]
+
+
+def test_a_seed_for_each_picture() -> None:
+    for found, cut in run_ranks(two_by_two, 2, (3, 3, 5)):
+        assert max(found) <= EXACT
+        assert cut > 0
+
+
 def generators_again() -> list[float]:
     """Errors of two requests with the same generators, for one prompt on two replicas too."""
     case = cases()["Stable Diffusion XL"]

@@ -243,6 +243,70 @@ class Counting(Denoiser):
         return super().forward(x * (1 + step), text)
 
 
+class Noisy(Denoiser):
+    """Draws from torch's own generator."""
+
+    def forward(self, x: Tensor, text: Tensor, table: Tensor | None = None) -> Any:  # type: ignore[override]
+        return super().forward(x + torch.randn_like(x), text)
+
+
+class Framed(Denoiser):
+    """Has a text for each of three frames of every sample."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, text.unflatten(0, (-1, 3)).mean(1))
+
+
+class Mixing(Denoiser):
+    """Has a part that can be another one, as attention processors can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processor: Any = Apart()
+
+    def forward(self, x: Tensor, text: Tensor, table: Tensor | None = None) -> Any:  # type: ignore[override]
+        return super().forward(self.processor(x), text)
+
+
+class Apart:
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Together(Apart):
+    def __call__(self, x: Tensor) -> Tensor:
+        return x - x[:1]
+
+
+def noisy(model: Any) -> Tensor:
+    torch.manual_seed(3)
+    return torch.cat([two_calls(model, 3).expand(6, -1, -1), stacked(model)])
+
+
+def framed(model: Any) -> Tensor:
+    x, a, b = values(2)
+    for _ in range(3):
+        uncond, cond = model(torch.cat([x, x]), torch.cat([b, a]).repeat_interleave(3, 0))[0].chunk(2)
+        x = x - 0.1 * (uncond + 3.0 * (cond - uncond))
+    return x + 0
+
+
+def mixing(model: Any) -> Tensor:
+    model.processor = Apart()
+    first = stacked(model)
+    model.processor = Together()
+    return torch.cat([first, stacked(model)])
+
+
+def three_samples(model: Any) -> Tensor:
+    """Each branch whole on a rank is less than two of three samples on one."""
+    x, a, b = values(3)
+    for _ in range(3):
+        cond, uncond = model(x, a)[0], model(x, b)[0]
+        x = x - 0.1 * (uncond + 3.0 * (cond - uncond))
+    return x + 0
+
+
 def coupled(model: Any) -> Tensor:
     x, a, b = values(2)
     for _ in range(4):
@@ -324,6 +388,18 @@ ODD_ONES: dict[str, tuple[type[Denoiser], Callable[[Any], Tensor], str]] = {
         Counting,
         counting,
         "branches side by side in 10 steps, one branch at a time in 2 steps, 2 calls on all ranks",
+    ),
+    "noise of its own": (Noisy, noisy, "18 calls on all ranks"),
+    "rows for each frame": (Framed, framed, "batch cut in 5 calls, 1 calls on all ranks"),
+    "a part that is replaced": (
+        Mixing,
+        mixing,
+        "batch cut in 4 calls, one branch at a time in 2 steps, 6 calls on all ranks",
+    ),
+    "three samples": (
+        Denoiser,
+        three_samples,
+        "branches side by side in 5 steps, one branch at a time in 1 steps, 1 calls on all ranks",
     ),
     "written into": (Denoiser, written_into, "one branch at a time in 11 steps, 1 calls on all ranks"),
 }

@@ -14,7 +14,7 @@ import pytest
 import parafuse
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["Config", "Engine", "Handle", "Parallel", "Plan", "apply"]
+NAMES = sorted(["Config", "Engine", "Handle", "ParafuseError", "Parallel", "Plan", "apply"])
 STATE = """
 import asyncio, atexit, json, locale, logging, os, random, signal, sys, threading, warnings
 def state():

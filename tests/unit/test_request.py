@@ -47,6 +47,15 @@ def test_as_many_negative_prompts_as_prompts() -> None:
         check_call(SOURCE, {"prompt": ["a", "b"], "negative_prompt": ["x"]})
 
 
+def test_what_is_given_for_each_picture_is_checked() -> None:
+    with pytest.raises(ConfigError, match=r"negative_prompt\[1\]=None: must be a text"):
+        check_call(SOURCE, {"prompt": ["a", "b"], "negative_prompt": ["x", None]})
+    with pytest.raises(ConfigError, match="generator: 1 given for 2 pictures; give one for each, or one for all"):
+        check_call(SOURCE, {"prompt": ["a", "b"], "generator": [object()]})
+    two = {"prompt": "a", "num_images_per_prompt": 2, "generator": [object()] * 2}
+    assert check_call(SOURCE, two)["generator"] == two["generator"]
+
+
 def test_another_kind_of_negative_prompt_takes_the_place_of_the_default() -> None:
     assert "negative_prompt" not in check_call(SOURCE, {"prompt": "x", "negative_prompt_embeds": [1]})
 

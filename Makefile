@@ -8,7 +8,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test support support-ci format guidance bench-scaling clean
+.PHONY: help setup demo check test support support-ci format guidance bench bench-scaling clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,11 @@ format: setup ## Format, and fix what can be fixed
 
 guidance: setup ## Measure every pipeline with guidance in every layout: docs/guidance.md (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.guided
+
+bench: setup ## Time every option on emoji, 1 and 2 ranks, and its first pictures: benchmarks/results, out/bench (ten minutes)
+	$(BIN)/parafuse bench --case emoji --ranks 2 --starts $(BENCH)
+	$(BIN)/parafuse bench --case emoji-batch --ranks 2 $(BENCH)
+	$(BIN)/parafuse bench report benchmarks/results/*.json --out out/bench
 
 bench-scaling: setup ## Measure 2 ranks against 1 on this machine's CPU: one sequence, two branches
 	$(BIN)/python -m benchmarks.scaling_cpu

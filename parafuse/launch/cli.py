@@ -25,6 +25,8 @@ from parafuse.launch import generate as generating
 from parafuse.launch import quiet
 from parafuse.launch import verify as verifying
 from parafuse.launch.asked import Asked, start_ranks
+from parafuse.launch.bench import command as benching
+from parafuse.launch.bench.starts import STARTS_ENV
 from parafuse.launch.options import build, given, options_of, with_options
 from parafuse.parallel import rank_entry
 
@@ -38,6 +40,7 @@ FIRST_RANK_TELLS_S = 2.0
 """How long a rank waits with its line under another launcher, in case rank 0 has the same one to tell."""
 PICTURE_OPTIONS = options_of(generating.Picture)
 CONFIG_OPTIONS = options_of(Config, panel="Configuration")
+BENCH_OPTIONS = options_of(benching.Bench)
 TRIAL_OPTIONS = options_of(verifying.Trial)
 EXPORT_OPTIONS = [option for option in options_of(exporting.Export) if option.name != "ranks"]
 LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1]
@@ -85,7 +88,7 @@ def generate(
 
 
 @app.command()
-@with_options(*TRIAL_OPTIONS, *LOADING_OPTIONS)
+@with_options(*TRIAL_OPTIONS, *CONFIG_OPTIONS)
 def verify(
     ctx: typer.Context,
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="For a model that takes one.")] = None,
@@ -93,13 +96,14 @@ def verify(
 ) -> int:
     """Hold a model on several ranks against itself alone, in every layout of these ranks. Exit code 1: they differ.
 
-    The calls of its denoiser in one run (of one step, if --steps does not say otherwise) are compared, not pictures."""
+    The calls of its denoiser in one run (of one step, if --steps does not say otherwise) are compared, not pictures;
+    with --quality, the pictures of one layout over a set of prompts."""
     trial = build(verifying.Trial(), given(TRIAL_OPTIONS, options))
     _hush(trial)
-    job = verifying.prepare(prompt, trial, LOADING_OPTIONS, options)
+    job = verifying.prepare(prompt, trial, CONFIG_OPTIONS, options)
     if "RANK" not in os.environ:
         return start_ranks(job.world_size, ctx.obj.argv)
-    verifying.run(job)
+    (verifying.run_quality if trial.quality else verifying.run)(job)
     return 0
 
 
@@ -117,7 +121,51 @@ def export_plan(
     exporting.run(exporting.prepare(prompt, export, LOADING_OPTIONS, options))
 
 
-def _hush(asked: Asked) -> None:
+bench_app = typer.Typer(invoke_without_command=True, no_args_is_help=False)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
+@with_options(*BENCH_OPTIONS, *LOADING_OPTIONS)
+def bench(ctx: typer.Context, **options: Any) -> int:
+    """Time a case's variants in turns, against its baseline, and write a record; `report` and `compare` read these."""
+    if ctx.invoked_subcommand is not None:
+        return 0
+    asked = build(benching.Bench(), given(BENCH_OPTIONS, options))
+    _hush(asked)
+    job = benching.prepare(asked, LOADING_OPTIONS, options)
+    if "RANK" not in os.environ:
+        starts = benching.starts_for(job)
+        if starts:
+            os.environ[STARTS_ENV] = starts
+        if job.world_size > 1:
+            return start_ranks(job.world_size, ctx.obj.argv)
+    benching.run(job)
+    return 0
+
+
+@bench_app.command("report")
+def bench_report(
+    records: Annotated[list[str], typer.Argument(metavar="RECORD", help="JSON files that bench has written.")],
+    out: Annotated[str, typer.Option(help="Folder for the pages and plots.")] = "out/bench",
+    page: Annotated[
+        str | None, typer.Option(help="Instead: put each ladder into this page, between two <!-- bench:CASE -->.")
+    ] = None,
+) -> None:
+    """Write records as Markdown, and plots of them (SVG and PNG)."""
+    benching.report(records, out, page)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="JSON file that bench has written.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one, of the same case.")],
+) -> None:
+    """Say what moved between two records of one case, beyond the spread of both."""
+    benching.compare(first, second)
+
+
+def _hush(asked: Asked | benching.Bench) -> None:
     if not asked.verbose:
         quiet.silence_libraries()
     if asked.quiet:

@@ -81,7 +81,7 @@ class Option:
         if self.is_switch:
             return None
         if self.is_many:
-            return "KEY=VALUE"
+            return "KEY=VALUE" if self.name == "set" else "TEXT"
         shown = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
         return "|".join([self.unit.upper() if self.unit else shown[kind] for kind in self.scalars[:1]] + self.words)
 

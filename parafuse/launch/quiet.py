@@ -24,6 +24,7 @@ def silence_libraries() -> None:
         warnings.simplefilter("ignore")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("NCCL_DEBUG", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells when it starts and stops
     if log.rank() != 0:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,10 +15,14 @@ from parafuse.config import Config, Parallel
 from parafuse.errors import ConfigError, MismatchError
 from parafuse.launch import quiet
 from parafuse.launch.asked import Asked, number_of_ranks
-from parafuse.launch.keywords import one_step_call
+from parafuse.launch.keywords import call_keywords, one_step_call, refuse_unknown
 from parafuse.launch.options import Option, build, given
 
+OWN_PROMPTS = "prompts.txt"
+"""In a model's folder: its prompts for comparing pictures."""
+
 if TYPE_CHECKING:
+    from parafuse.engine.source import ModelSource
     from parafuse.engine.verify import Verdict
 
 
@@ -29,6 +34,24 @@ class Trial(Asked):
     """Of the noise. (Default: 0)"""
     json: bool = False
     """As one JSON object."""
+    quality: bool = False
+    """Compare pictures instead: those of one configuration (the options below) with those of one rank."""
+    prompts: str | None = None
+    """With --quality: a file with a prompt in each line. Not given: the model's own set, which emoji has."""
+    first: int | None = None
+    """With --quality: only so many of the prompts."""
+    out: str | None = None
+    """With --quality: folder for the table, the plot and the worst pictures. (Default: out/quality)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("prompts", "first", "out") if getattr(self, name) is not None]
+        if given and not self.quality:
+            raise ConfigError(f"--{given[0]}: is for --quality; give that too, or leave it out.")
+        if self.quality and self.json:
+            raise ConfigError("--json: --quality writes quality.json to --out; leave it out.")
+        if self.first is not None and self.first < 1:
+            raise ConfigError(f"--first {self.first}: must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +63,68 @@ class TrialJob:
     world_size: int
     call: dict[str, Any]
     """Keywords for the pipeline's call."""
+    prompts: tuple[str, ...] = ()
+    """Of a comparison of pictures."""
 
 
 def prepare(prompt: str | None, trial: Trial, options: list[Option], typed: dict[str, Any]) -> TrialJob:
     """Checks the request, torch-free and without loading weights. Raises ConfigError at the first fault."""
     from parafuse.engine.planner import resolve
+    from parafuse.engine.request import check_call
     from parafuse.engine.source import locate
 
     config = build(Config.from_file(trial.config) if trial.config else Config(), given(options, typed))
-    if config.parallel != Parallel():
+    if config.parallel != Parallel() and not trial.quality:
+        where = f"--config {trial.config!r}: has" if trial.config else "verify: got"
         raise ConfigError(
-            f"--config {trial.config!r}: has parallel degrees, but every layout is tried; leave them out."
+            f"{where} parallel degrees, but every layout is tried; leave them out, or give --quality for one layout."
         )
     world_size = number_of_ranks(trial)
     if world_size == 1:
         raise ConfigError("--ranks 1: one rank has nothing to be compared with; give --ranks 2 or more.")
     source = locate(trial.model, allow_pickle=config.allow_pickle)
+    if trial.quality:
+        resolve(config, source, world_size)
+        call, _ = call_keywords(trial, source)
+        refuse_unknown(source, call)
+        prompts = _prompts(prompt, trial, source)
+        for text in prompts:
+            check_call(source, call | {"prompt": text})
+        return TrialJob(trial=trial, config=config, world_size=world_size, call=call, prompts=prompts)
     call = one_step_call(trial, source, prompt)
     config = dataclasses.replace(config, parallel=Parallel(ulysses=world_size))
     resolve(config, source, world_size)
     return TrialJob(trial=trial, config=config, world_size=world_size, call=call)
+
+
+def _prompts(prompt: str | None, trial: Trial, source: ModelSource) -> tuple[str, ...]:
+    """The one that was given, or those of a file."""
+    if prompt is not None:
+        return (prompt,)
+    path = Path(trial.prompts) if trial.prompts else Path(source.path) / OWN_PROMPTS
+    if not path.is_file():
+        what = f"--prompts {trial.prompts!r}: does not exist" if trial.prompts else f"{source.name}: has no prompts.txt"
+        raise ConfigError(f"{what}; give --prompts FILE with a prompt in each line, or one prompt.")
+    found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not found:
+        raise ConfigError(f"--prompts {str(path)!r}: has no line with a prompt.")
+    return tuple(found[: trial.first])
+
+
+def run_quality(job: TrialJob) -> None:
+    """Compares pictures on the ranks of this world. Collective; rank 0 writes and tells."""
+    from parafuse.launch.bench.model import load
+    from parafuse.launch.bench.quality import judge, markdown, write
+
+    if not job.trial.verbose:
+        quiet.hide_loading_bars()
+    loaded = load(job.trial.model, job.config)
+    config = dataclasses.replace(job.config, dtype="auto", device="auto")  # they are the pipeline's now
+    verdict, pairs = judge(loaded, config, list(job.prompts), job.call, job.trial.seed or 0)
+    if pairs:
+        print(markdown(verdict), flush=True)
+        for path in write(verdict, pairs, Path(job.trial.out or "out/quality")):
+            print(path, flush=True)
 
 
 def run(job: TrialJob) -> None:

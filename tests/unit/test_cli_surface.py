@@ -19,6 +19,8 @@ def surface() -> str:
     lines: list[str] = []
     root: Any = typer.main.get_command(app)
     commands = {"parafuse": root} | {f"parafuse {name}": cmd for name, cmd in sorted(root.commands.items())}
+    for name, command in list(commands.items())[1:]:
+        commands |= {f"{name} {sub}": one for sub, one in sorted(getattr(command, "commands", {}).items())}
     for name, command in commands.items():
         lines.append(f"{name}: {' '.join((command.help or '').split())}")
         for parameter in command.params:

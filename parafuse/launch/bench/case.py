@@ -1,0 +1,145 @@
+"""What is measured, as data: a model, one call of it, and the variants that run it. Imports no torch."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from parafuse.config import Axis, Parallel
+from parafuse.errors import ConfigError, nearest, reject_unknown
+
+CASES = Path(__file__).parent / "cases"
+ALL = "all"
+"""As a degree: every rank there is."""
+WAYS = {
+    "plain": "the pipeline as diffusers runs it",
+    "parafuse": "under parafuse, with the degrees in `parallel`",
+    "diffusers context parallel": "diffusers' own, Ulysses over all ranks",
+    "diffusers first-block cache": "diffusers' own, at its default threshold",
+    "cache-dit": "its default cache",
+    "para-attn": "its first-block cache, and its context parallel on several ranks",
+    "xfuser": "its Ulysses, and on one rank its first-block cache",
+}
+ALONE = ("plain", "diffusers first-block cache", "cache-dit")
+"""Ways that use one rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to run the case."""
+
+    name: str
+    way: str = "parafuse"
+    parallel: dict[str, int | str] = field(default_factory=dict[str, int | str])
+    """Degrees by axis; "all": as many as there are ranks. Of what is not named, ulysses takes the rest."""
+    compile: bool = False
+    """The repeated blocks, by torch.compile, in full graphs."""
+    needs_ranks: int = 1
+    """Left out where there are fewer."""
+    call: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Keywords of the call beside the case's."""
+
+    def __post_init__(self) -> None:
+        if self.way not in WAYS:
+            raise ConfigError(f"variant {self.name!r}: way={self.way!r}: must be one of {', '.join(WAYS)}.")
+        reject_unknown(f"variant {self.name!r}: parallel", self.parallel, [str(axis) for axis in Axis])
+        if self.parallel and self.way != "parafuse":
+            raise ConfigError(f"variant {self.name!r}: parallel is for way='parafuse', not for {self.way!r}.")
+
+    def config(self, ranks: int) -> Parallel:
+        """The degrees for so many ranks. Raises ConfigError where they do not fit."""
+        degrees: dict[str, Any] = {a: ranks if degree == ALL else degree for a, degree in self.parallel.items()}
+        parallel = Parallel(**degrees)
+        parallel.degrees(ranks)
+        return parallel
+
+    def ranks(self, there: int) -> int:
+        """How many of the ranks it uses."""
+        alone = self.way in ALONE or (self.way == "parafuse" and self.needs_ranks == 1 and not self.parallel)
+        return 1 if alone else there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, one call of it, and who runs it."""
+
+    name: str
+    theme: str
+    """What its records are about, first in their names."""
+    model: str
+    """The built-in emoji, a diffusers folder, a hub id, or `random:` and an architecture."""
+    baseline: str
+    """The variant that others are held against."""
+    variants: tuple[Variant, ...]
+    call: dict[str, Any] = field(default_factory=dict[str, Any])
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = [variant.name for variant in self.variants]
+        double = next((name for name in names if names.count(name) > 1), None)
+        if double is not None:
+            raise ConfigError(f"case {self.name!r}: two variants are named {double!r}.")
+        if self.baseline not in names:
+            raise ConfigError(
+                f"case {self.name!r}: baseline={self.baseline!r}: must be one of its variants, {', '.join(names)}."
+            )
+
+    def only(self, chosen: tuple[str, ...]) -> Case:
+        """The same with these variants and the baseline. Raises ConfigError for a name that is none of them."""
+        names = [variant.name for variant in self.variants]
+        for name in chosen:
+            if name not in names:
+                raise ConfigError(
+                    f"--variant {name!r}: {self.name} has {', '.join(names)}{nearest(name, names) or '.'}"
+                )
+        kept = tuple(v for v in self.variants if not chosen or v.name in (*chosen, self.baseline))
+        return Case(**{**vars(self), "variants": kept})
+
+
+def load_case(name: str) -> Case:
+    """A case by name, or from a TOML file. Raises ConfigError with what is wrong in it."""
+    known = sorted(path.stem for path in CASES.glob("*.toml"))
+    path = CASES / f"{name}.toml" if name in known else Path(name)
+    if path.suffix != ".toml" or not path.is_file():
+        raise ConfigError(
+            f"--case {name!r}: must be one of {', '.join(known)}, or a .toml file{nearest(name, known) or '.'}"
+        )
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--case {name!r}: is no readable TOML ({error}).") from error
+    return _case(path.stem, values)
+
+
+def _case(name: str, values: dict[str, Any]) -> Case:
+    given = {"name": name, "theme": name, **values}
+    variants = given.pop("variant", [])
+    _check(f"case {name!r}", given | {"variants": ()}, Case)
+    if not isinstance(variants, list) or not variants:
+        raise ConfigError(f"case {name!r}: has no [[variant]].")
+    made: list[Variant] = []
+    for entry in cast("list[dict[str, Any]]", variants):
+        _check(f"case {name!r}: variant {entry.get('name')!r}", entry, Variant)
+        made.append(Variant(**entry))
+    return Case(**given, variants=tuple(made))
+
+
+KINDS = {"str": str, "bool": bool, "int": int}
+
+
+def _check(where: str, values: dict[str, Any], kind: type) -> None:
+    """Raises ConfigError for keys that `kind` does not have, those that it needs, and values of other types."""
+    fields: dict[str, Any] = kind.__dataclass_fields__
+    reject_unknown(where, values, list(fields))
+    for name, one in fields.items():
+        required = one.default_factory is one.default  # both are MISSING
+        if name not in values and required:
+            raise ConfigError(f"{where}: {name} is missing.")
+        wanted = KINDS.get(str(one.type))
+        if name in values and wanted is not None and type(values[name]) is not wanted:
+            raise ConfigError(f"{where}: {name}={values[name]!r}: must be of type {wanted.__name__}.")
+        if name in values and str(one.type).startswith("dict") and not isinstance(values[name], dict):
+            raise ConfigError(f"{where}: {name}={values[name]!r}: must be a table.")

@@ -1,0 +1,119 @@
+"""The pipelines that are timed: each variant has denoisers of its own over the same weights, so all are run in turn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from parafuse.config import Config
+from parafuse.engine.apply import DENOISERS
+from parafuse.engine.engine import Engine
+from parafuse.errors import ConfigError
+from parafuse.launch.bench.case import Variant
+from parafuse.launch.bench.peers import CACHES, PEERS, watch_blocks
+
+Counts = dict[str, int]
+"""What shows that an option acted: graphs run, calls and bytes exchanged by axis, calls whose blocks were skipped."""
+
+
+class Contestant:
+    """One variant, ready to paint. Made, called and closed on all ranks that it uses."""
+
+    def __init__(self, variant: Variant, pipeline: Any, ranks: int):
+        self.variant, self.ranks = variant, ranks
+        self.counts: Counts = {}
+        self._engine: Engine | None = None
+        pipeline = twin(pipeline)
+        if variant.way == "parafuse" and ranks > 1:
+            self._engine = Engine.from_pipeline(pipeline, Config(parallel=variant.config(ranks)))
+            self.run: Callable[..., Any] = self._engine
+        elif variant.way in PEERS:
+            watch_blocks(pipeline, self.count)
+            self.run = PEERS[variant.way](pipeline, ranks)
+        else:
+            self.run = pipeline
+        if variant.compile:
+            self._compile(pipeline)
+
+    def paint(self, call: dict[str, Any]) -> Any:
+        """One request. Collective on the ranks that it uses."""
+        before = self._engine.handle.exchanged() if self._engine else {}
+        output = self.run(**call)
+        for name, now in (self._engine.handle.exchanged() if self._engine else {}).items():
+            old = before.get(name)
+            self.count(f"{name} calls", now.calls - (old.calls if old else 0))
+            self.count(f"{name} bytes", now.bytes - (old.bytes if old else 0))
+        return output
+
+    def count(self, name: str, number: int = 1) -> None:
+        if number or name in self.counts:
+            self.counts[name] = self.counts.get(name, 0) + number
+
+    def missing(self, exchanges: int) -> list[str]:
+        """Options that were asked for and did nothing, by the counters. `exchanges`: seen in the profiled step."""
+        sent = [name.partition(".")[0] for name, count in self.counts.items() if count and name.endswith(" bytes")]
+        found = [f"{axis}: no byte was exchanged" for axis in self.degrees if axis not in sent]
+        if self.variant.compile and not self.counts.get("graphs run"):
+            found.append("compile: no graph was run")
+        way, skipped = self.variant.way, self.counts.get("denoiser calls", 0)
+        skipped -= self.counts.get("calls that ran the last block", 0)
+        if way in CACHES and self.ranks == 1 and skipped <= 0:
+            found.append(f"{way}: no block was skipped")
+        if way in PEERS and self.ranks > 1 and not exchanges:
+            found.append(f"{way}: nothing was exchanged")
+        return found
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Of the axes that are split."""
+        plan = self._engine.plan.degrees if self._engine else {}
+        return {axis: degree for axis, degree in plan.items() if degree > 1}
+
+    def close(self) -> None:
+        if self._engine:
+            self._engine.close()
+
+    def _compile(self, pipeline: Any) -> None:
+        for name in DENOISERS:
+            module = getattr(pipeline, name, None)
+            if isinstance(module, nn.Module):
+                if not getattr(module, "_repeated_blocks", None):
+                    raise ConfigError(
+                        f"variant {self.variant.name!r}: {type(module).__name__} names no repeated blocks to compile."
+                    )
+                model: Any = module
+                model.compile_repeated_blocks(fullgraph=True, backend=self._backend)
+
+    def _backend(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        """Inductor, counting the graphs that are run."""
+        from torch._inductor.compile_fx import compile_fx
+
+        compiled: Any = compile_fx(graph, inputs)
+
+        def run(*args: Any) -> Any:
+            self.count("graphs run")
+            return compiled(*args)
+
+        return run
+
+
+def twin(pipeline: Any) -> Any:
+    """The same pipeline with denoisers and a scheduler of its own, over the same weights."""
+    made = copy.copy(pipeline)
+    for name in DENOISERS:
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            tensors = [*module.parameters(), *module.buffers()]
+            setattr(made, name, copy.deepcopy(module, {id(x): x for x in tensors}))
+    made.scheduler = copy.deepcopy(pipeline.scheduler)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def call_of(keywords: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Keywords of one request, with noise of its own."""
+    return keywords | {"generator": torch.Generator("cpu").manual_seed(seed)}

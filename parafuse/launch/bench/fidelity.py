@@ -1,0 +1,68 @@
+"""Pictures against pictures: in float, by a kept library. A video counts frame by frame, and by its worst one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from parafuse.errors import ConfigError
+
+SAME_DB = 99.0
+"""Stands for the infinite ratio of equal pictures, which JSON cannot hold."""
+
+
+def pictures(output: Any) -> Tensor:
+    """(N, 3, H, W) in 0..1 of a pipeline's output: pictures, or the frames of videos. Empty where there are none."""
+    found = getattr(output, "images", None)
+    if found is None:
+        found = getattr(output, "frames", None)
+    if found is None and isinstance(output, (list, tuple, np.ndarray, Tensor)):
+        found = output
+    if found is None or (isinstance(found, (list, tuple)) and not found):
+        return torch.empty(0, 3, 0, 0)
+    if isinstance(found, Tensor):
+        return found.float().flatten(0, -4) if found.ndim > 3 else found.float()[None]
+    if isinstance(found, np.ndarray):
+        values = torch.from_numpy(np.ascontiguousarray(found))
+        values = values.float() / 255 if values.dtype == torch.uint8 else values.float()
+        return values.flatten(0, -4).movedim(-1, 1) if values.ndim > 3 else values.movedim(-1, 0)[None]
+    flat = [frame for item in found for frame in (item if isinstance(item, (list, tuple)) else [item])]
+    arrays = [np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture) for picture in flat]
+    scaled = [array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1) for array in arrays]
+    if len({array.shape for array in scaled}) > 1:
+        raise ConfigError(f"pictures: have different sizes, {sorted({array.shape[:2] for array in scaled})}.")
+    return torch.from_numpy(np.stack(scaled)).movedim(-1, 1)
+
+
+def compare(found: Tensor, want: Tensor) -> dict[str, float]:
+    """Figures of the mean and of the worst picture: PSNR in dB, SSIM, the largest difference of 255.
+
+    Both (N, 3, H, W) in 0..1. Raises ConfigError where they have different sizes."""
+    if found.shape != want.shape:
+        raise ConfigError(f"pictures: {tuple(found.shape)} cannot be compared with {tuple(want.shape)}; sizes differ.")
+    if not len(want):
+        return {}
+    found, want = found.float().cpu().clamp(0, 1), want.float().cpu().clamp(0, 1)
+    psnr = [psnr_db(a, b) for a, b in zip(found, want, strict=True)]
+    ssim = [_ssim(a[None], b[None]) for a, b in zip(found, want, strict=True)]
+    return {
+        "psnr_db": float(np.mean(psnr)),
+        "worst_psnr_db": min(psnr),
+        "ssim": float(np.mean(ssim)),
+        "worst_ssim": min(ssim),
+        "largest_of_255": float((found - want).abs().max()) * 255,
+    }
+
+
+def psnr_db(a: Tensor, b: Tensor) -> float:
+    """Peak signal to noise, in dB, of values in 0..1; black against white is 0. Equal pictures: `SAME_DB`."""
+    return min(SAME_DB, float(peak_signal_noise_ratio(a, b, data_range=1.0)))
+
+
+def _ssim(a: Tensor, b: Tensor) -> float:
+    found: Any = structural_similarity_index_measure(a, b, data_range=1.0)
+    return float(found)

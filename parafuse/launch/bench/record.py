@@ -1,0 +1,142 @@
+"""Records of measurements: JSON files, never overwritten, never written for what did not happen. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from parafuse.errors import ConfigError, ParafuseError, reject_unknown
+
+SCHEMA = 1
+
+
+class NotAppliedError(ParafuseError):
+    """What was measured is not what was asked for."""
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One variant, as it was measured."""
+
+    name: str
+    way: str
+    ranks: int
+    degrees: dict[str, int] = field(default_factory=dict[str, int])
+    compile: bool = False
+    error: str = ""
+    """Why there are no figures."""
+    first_s: float = 0.0
+    """From a loaded pipeline to the first picture: applying, examining, compiling, painting."""
+    total_s: list[float] = field(default_factory=list[float])
+    """A request, by round."""
+    step_s: list[float] = field(default_factory=list[float])
+    """Median step, by round, of the slowest rank."""
+    memory_bytes: list[int] = field(default_factory=list[int])
+    """By rank: the most that was allocated on a GPU; on a CPU, what the process held after a request."""
+    counts: dict[str, float] = field(default_factory=dict[str, float])
+    """What shows that it acted, for each request: graphs run, bytes and calls exchanged."""
+    shares: dict[str, float] = field(default_factory=dict[str, float])
+    """Where the time of a step went."""
+    quality: dict[str, float] = field(default_factory=dict[str, float])
+    """Its pictures against the baseline's."""
+
+
+@dataclass(kw_only=True)
+class Record:
+    """One case on one machine at one commit."""
+
+    schema: int = SCHEMA
+    theme: str
+    case: str
+    model: str
+    baseline: str
+    call: dict[str, Any]
+    hardware: str
+    """In short: `cpu2`, `h200x1`."""
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    commit: str
+    dirty: bool
+    date: str
+    ranks: int
+    threads: int
+    """Of each rank."""
+    device: str
+    dtype: str
+    work: dict[str, float]
+    """Of one step: floating-point operations of products and attention, bytes that these read and write."""
+    rates: dict[str, float]
+    """What one rank's device does alone, each a second."""
+    starts_s: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    """Variant -> from the start of its processes to its first picture, with empty caches and with filled ones."""
+    rows: list[Row] = field(default_factory=list[Row])
+
+    @property
+    def name(self) -> str:
+        stem = f"{self.theme}_{self.hardware}_{self.date[:10]}_{self.commit}"
+        return f"{stem}-dirty" if self.dirty else stem
+
+    def row(self, name: str) -> Row | None:
+        return next((row for row in self.rows if row.name == name), None)
+
+
+def save(record: Record, folder: Path) -> Path:
+    """Writes `<folder>/<name>.json`. Raises ConfigError where that exists already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record.name}.json"
+    number = 2
+    while path.exists():
+        path = folder / f"{record.name}-{number}.json"
+        number += 1
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(asdict(record), indent=1) + "\n")
+    part.replace(path)
+    return path
+
+
+def load(path: Path) -> Record:
+    """Raises ConfigError for what is no record of this schema."""
+    try:
+        values: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: is no readable JSON ({error}).") from error
+    found = values.get("schema") if isinstance(values, dict) else None
+    if found != SCHEMA:
+        raise ConfigError(f"{path}: schema={found!r}: must be {SCHEMA}; measure again with this version.")
+    try:
+        reject_unknown(str(path), values, list(Record.__dataclass_fields__))
+        return Record(**{**values, "rows": [Row(**row) for row in values["rows"]]})
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"{path}: is no whole record ({error}).") from error
+
+
+def commit() -> tuple[str, bool]:
+    """(commit of this source, whether it was changed since); its version where it is not in a repository."""
+    import parafuse
+
+    root = Path(parafuse.__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        inside = git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "--short=7", "HEAD"), bool(inside) and bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return f"v{parafuse.__version__}", False
+
+
+def today() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ")
+
+
+def short_hardware(machine: dict[str, Any], ranks: int, device: str) -> str:
+    """`cpu2` for two cores, `h200x1` for one GPU of that name."""
+    if device != "cuda":
+        return f"cpu{machine['cores']}"
+    words = machine["gpus"][0]["name"].lower().replace("nvidia", "").split()
+    return f"{'-'.join(words[:1])}x{ranks}"

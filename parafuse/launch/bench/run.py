@@ -1,0 +1,217 @@
+"""Measures the variants of a case, interleaved: each round runs every one of them once, in another order."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from parafuse.config import Config
+from parafuse.engine.apply import DENOISERS, denoisers
+from parafuse.engine.receipt import plain, versions
+from parafuse.engine.request import check_call
+from parafuse.hardware import cores, hardware
+from parafuse.launch.bench.case import Case, Variant
+from parafuse.launch.bench.clock import Times, timed
+from parafuse.launch.bench.contestant import Contestant, call_of
+from parafuse.launch.bench.fidelity import compare, pictures
+from parafuse.launch.bench.model import Loaded
+from parafuse.launch.bench.peers import PEERS
+from parafuse.launch.bench.profiled import shares
+from parafuse.launch.bench.record import NotAppliedError, Record, Row, commit, short_hardware, today
+from parafuse.launch.bench.work import Rates, Work, counted, rates
+from parafuse.log import note
+from parafuse.parallel.world import ensure_world
+
+WARM_UPS = 2
+"""Requests before timing, the first one included."""
+
+
+@dataclass
+class Entry:
+    """One variant while it is measured; `contestant` None on ranks that it does not use, and where it failed."""
+
+    variant: Variant
+    row: Row
+    contestant: Contestant | None = None
+    output: Any = None
+
+
+class Run:
+    """One case on the ranks of this world. Made and used by every rank alike."""
+
+    def __init__(self, case: Case, loaded: Loaded, rounds: int, config: Config):
+        self.case, self.loaded, self.rounds = case, loaded, rounds
+        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = loaded.device
+        self.threads = max(1, cores() // self.ranks)
+        torch.set_num_threads(self.threads)
+        if self.ranks > 1:
+            ensure_world(self.device.type, config.timeout_s)
+        self.rank = dist.get_rank() if self.ranks > 1 else 0
+        self.entries = [
+            Entry(v, Row(name=v.name, way=v.way, ranks=v.ranks(self.ranks), compile=v.compile)) for v in case.variants
+        ]
+
+    def measure(self, starts_s: dict[str, dict[str, float]]) -> Record:
+        """The record, the same on rank 0 alone as anywhere; others get one without figures of their own."""
+        work, speeds = self._work()
+        for entry in self.entries:
+            self._begin(entry)
+        for number in range(self.rounds):
+            alive = [entry for entry in self.entries if not entry.row.error]
+            for entry in alive[number % len(alive) :] + alive[: number % len(alive)]:
+                self._time(entry)
+        self._finish()
+        for entry in self.entries:
+            if entry.contestant:
+                entry.contestant.close()
+        return self._record(work, speeds, starts_s)
+
+    def first_picture(self) -> None:
+        """Paints with the one variant. Collective."""
+        (entry,) = self.entries
+        contestant = Contestant(entry.variant, self.loaded.pipeline, entry.row.ranks)
+        contestant.paint(self._call(entry))
+        contestant.close()
+
+    def _call(self, entry: Entry) -> dict[str, Any]:
+        keywords = check_call(self.loaded.source, self.case.call | entry.variant.call)
+        return call_of(keywords, self.case.seed)
+
+    def _uses(self, entry: Entry) -> bool:
+        return self.rank < entry.row.ranks
+
+    def _together(self, value: Any) -> list[Any]:
+        """What every rank says. Collective."""
+        if self.ranks == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.ranks
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def _guarded(self, entry: Entry, part: Callable[[], Any]) -> Any:
+        """Runs a part of an entry where it is used; an error on any rank ends the entry on all. Collective."""
+        error, found = "", None
+        if self._uses(entry):
+            try:
+                found = part()
+            except Exception as failure:
+                error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:300]
+        errors = [text for text in self._together(error) if text]
+        if errors:
+            if entry.variant.way in ("plain", "parafuse"):
+                raise NotAppliedError(f"variant {entry.variant.name!r}: {errors[0]}")
+            entry.row.error, entry.contestant = errors[0], None
+            note(f"{entry.variant.name}: {errors[0]}")
+        return found
+
+    def _work(self) -> tuple[Work, Rates]:
+        """Of one step of the case as plain torch does it, and of this device. The others wait."""
+        work, speeds = Work(), Rates(1.0, 1.0, 1.0)
+        if self.rank == 0:
+            modules = [module for _, module in denoisers(self.loaded.pipeline, DENOISERS)]
+            call = call_of(check_call(self.loaded.source, self.case.call | {"num_inference_steps": 1}), 0)
+            with counted(modules) as work:
+                self.loaded.pipeline(**call)
+            speeds = rates(self.device, self.loaded.dtype)
+        self._together(None)
+        return work, speeds
+
+    def _begin(self, entry: Entry) -> None:
+        """Makes an entry ready and paints its first pictures, which are not timed."""
+
+        def begin() -> None:
+            begun = time.perf_counter()
+            entry.contestant = Contestant(entry.variant, self.loaded.pipeline, entry.row.ranks)
+            entry.output = entry.contestant.paint(self._call(entry))
+            entry.row.first_s = time.perf_counter() - begun
+            for _ in range(WARM_UPS - 1):
+                entry.contestant.paint(self._call(entry))
+            entry.contestant.counts.clear()
+
+        self._guarded(entry, begin)
+
+    def _time(self, entry: Entry) -> None:
+        def once() -> tuple[Times, int]:
+            if entry.contestant is None:
+                raise RuntimeError("nothing to time")
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            _, times = timed(entry.contestant.paint, self._call(entry), self.device, self.loaded.calls_back)
+            return times, self._memory()
+
+        found = [x for x in self._together(self._guarded(entry, once)) if x is not None]
+        if entry.row.error:
+            return
+        entry.row.total_s.append(max(times.total for times, _ in found))
+        if all(times.steps for times, _ in found):
+            entry.row.step_s.append(max(statistics.median(times.steps) for times, _ in found))
+        before = entry.row.memory_bytes or [0] * len(found)
+        entry.row.memory_bytes = [max(old, new) for old, (_, new) in zip(before, found, strict=True)]
+
+    def _memory(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return psutil.Process().memory_info().rss
+
+    def _finish(self) -> None:
+        """Counters, profiles and pictures, and whether every option did what it was asked for. Collective."""
+        missing: list[str] = []
+        want = pictures(self.entries[[e.variant.name for e in self.entries].index(self.case.baseline)].output)
+        for entry in [entry for entry in self.entries if not entry.row.error]:
+            if entry.contestant:
+                counts = entry.contestant.counts
+                entry.row.counts = {name: number / self.rounds for name, number in counts.items()}
+            profile = self._guarded(entry, lambda entry=entry: self._profile(entry))
+            if not entry.contestant or profile is None:
+                continue
+            entry.row.shares, exchanges = profile
+            entry.row.degrees = entry.contestant.degrees
+            idle = entry.contestant.missing(exchanges)
+            if entry.variant.way in PEERS and idle:  # another engine's affair: it has no figures to show
+                entry.row.error = f"did not act: {'; '.join(idle)}"
+                continue
+            missing += [f"{entry.variant.name}: {why}" for why in idle]
+            if self.rank == 0 and entry.variant.name != self.case.baseline:
+                entry.row.quality = compare(pictures(entry.output), want)
+        everyone = [why for found in self._together(missing) for why in found]
+        if everyone:
+            raise NotAppliedError(f"nothing is recorded, since what was asked for did not act: {'; '.join(everyone)}")
+
+    def _profile(self, entry: Entry) -> tuple[dict[str, float], int]:
+        if entry.contestant is None:
+            raise RuntimeError("nothing to profile")
+        return shares(entry.contestant.paint, self._call(entry), self.device, self.loaded.calls_back)
+
+    def _record(self, work: Work, speeds: Rates, starts_s: dict[str, dict[str, float]]) -> Record:
+        machine = asdict(hardware())
+        number, dirty = commit()
+        return Record(
+            theme=self.case.theme,
+            case=self.case.name,
+            model=self.case.model,
+            baseline=self.case.baseline,
+            call=plain(self.case.call),
+            hardware=short_hardware(machine, self.ranks, self.device.type),
+            machine=machine,
+            versions=versions(),
+            commit=number,
+            dirty=dirty,
+            date=today(),
+            ranks=self.ranks,
+            threads=self.threads,
+            device=self.device.type,
+            dtype=str(self.loaded.dtype).removeprefix("torch."),
+            work=asdict(work),
+            rates=asdict(speeds),
+            starts_s=starts_s,
+            rows=[entry.row for entry in self.entries],
+        )

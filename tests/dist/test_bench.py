@@ -1,0 +1,128 @@
+"""A case measured on two ranks; options that do nothing are caught; peers that fail are rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from parafuse.config import Config, Parallel
+from parafuse.launch.bench import contestant as contestant_module
+from parafuse.launch.bench.case import Case, Variant
+from parafuse.launch.bench.contestant import Contestant
+from parafuse.launch.bench.model import load
+from parafuse.launch.bench.quality import judge, write
+from parafuse.launch.bench.record import NotAppliedError, Record
+from parafuse.launch.bench.run import Run
+from parafuse.parallel import bundle, guidance
+from tests.dist.ranks import run_ranks
+from tests.dist.test_sequence import attempt
+
+PLAIN = Variant(name="plain", way="plain")
+CFG = Variant(name="cfg", parallel={"cfg": 2}, needs_ranks=2)
+PEER = Variant(name="peer", way="xfuser", needs_ranks=2)
+CACHE = Variant(name="cache", way="diffusers first-block cache")
+
+
+def case(*variants: Variant) -> Case:
+    call: dict[str, Any] = {"prompt": "a red apple", "num_inference_steps": 2}
+    return Case(name="small", theme="test", model="emoji", baseline="plain", variants=variants, call=call)
+
+
+def measured(*variants: Variant) -> Record:
+    return Run(case(*variants), load("emoji", Config()), 2, Config(timeout_s=60)).measure({})
+
+
+def whole() -> dict[str, Any]:
+    return dataclasses.asdict(measured(PLAIN, CFG, PEER))
+
+
+def test_a_case_on_two_ranks() -> None:
+    record, _ = run_ranks(whole, 2)
+    plain, cfg, peer = record["rows"]
+    assert [len(row["step_s"]) for row in (plain, cfg)] == [2, 2]
+    assert cfg["counts"]["cfg.all_gather calls"] == 2
+    assert cfg["counts"]["cfg.all_gather bytes"] > 0
+    assert (cfg["degrees"], len(cfg["memory_bytes"])) == ({"cfg": 2}, 2)
+    assert cfg["quality"]["largest_of_255"] <= 1
+    assert plain["shares"]["GEMM"] > 0.1
+    assert cfg["shares"]["communication"] > 0
+    assert abs(sum(plain["shares"].values()) - 1) < 0.02
+    assert record["work"]["gemm"] > record["work"]["attention"] > 0
+    assert peer["error"].startswith("ModuleNotFoundError")
+    assert peer["step_s"] == []
+
+
+def judged() -> tuple[int, list[dict[str, float]], list[int], dict[str, bool], list[str]]:
+    loaded = load("emoji", Config())
+    config = Config(parallel=Parallel(cfg=2))
+    verdict, pairs = judge(loaded, config, ["red apple", "no such thing"], {"num_inference_steps": 6}, 3)
+    if not pairs:
+        return 0, [], [], {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        names = sorted(path.name for path in write(verdict, pairs, Path(folder)))
+        json.loads((Path(folder) / "quality.json").read_text())
+    figures = [one.quality for one in verdict.judged]
+    return len(pairs), figures, [len(one.step_errors) for one in verdict.judged], verdict.judged[1].right, names
+
+
+def test_pictures_of_a_configuration_against_one_rank() -> None:
+    (count, figures, steps, unknown, names), other = run_ranks(judged, 2)
+    assert count == 2
+    assert max(one["largest_of_255"] for one in figures) <= 1
+    assert (steps, unknown) == ([6, 6], {})
+    assert names == ["quality.json", "quality.md", "step_error.png", "step_error.svg", "worst.png"]
+    assert other[0] == 0
+
+
+def changed() -> tuple[float, float]:
+    """Worst ratio and last error where the second rank's branch is scaled: what is not the same must show."""
+    exchange = bundle.exchange
+
+    def scaled(*args: Any) -> Any:
+        found = exchange(*args)
+        return [found[0], [x * 1.05 for x in found[1]]]
+
+    with patch.object(guidance, "exchange", scaled):
+        config = Config(parallel=Parallel(cfg=2))
+        verdict, pairs = judge(load("emoji", Config()), config, ["red apple"], {"num_inference_steps": 6}, 3)
+    return (verdict.judged[0].quality["worst_psnr_db"], verdict.judged[0].step_errors[-1]) if pairs else (0.0, 0.0)
+
+
+def test_a_changed_branch_shows_in_every_figure() -> None:
+    psnr, error = run_ranks(changed, 2)[0]
+    assert psnr < 45
+    assert error > 1e-3
+
+
+def no_ops() -> list[str]:
+    """An axis that exchanges nothing."""
+    found = []
+    with patch.object(Contestant, "count", lambda *_: None):
+        found.append(attempt(measured, PLAIN, CFG))
+    return found
+
+
+def alone() -> list[Any]:
+    """A compile that compiles nothing; another engine's cache that never skips, which is a row without figures."""
+    found: list[Any] = []
+    with patch.object(Contestant, "_compile", lambda *_: None):
+        found.append(attempt(measured, PLAIN, Variant(name="compiled", way="plain", compile=True)))
+    ways = {**contestant_module.PEERS, CACHE.way: lambda pipeline, _: pipeline}
+    with patch.object(contestant_module, "PEERS", ways):
+        found.append(measured(PLAIN, CACHE).rows[1].error)
+    return found
+
+
+def test_an_option_that_does_nothing_leaves_no_record() -> None:
+    for (text,) in run_ranks(no_ops, 2):
+        assert text.startswith(
+            "NotAppliedError: nothing is recorded, since what was asked for did not act: cfg: cfg: no byte"
+        )
+    compiled, cache = run_ranks(alone, 1)[0]
+    assert "compiled: compile: no graph was run" in compiled
+    assert NotAppliedError.__name__ in compiled
+    assert cache == "did not act: diffusers first-block cache: no block was skipped"

@@ -21,7 +21,7 @@ from parafuse.launch import quiet
 from parafuse.launch.asked import number_of_ranks
 from parafuse.launch.bench.case import Case, load_case
 from parafuse.launch.bench.compare import compared
-from parafuse.launch.bench.record import commit, load, save
+from parafuse.launch.bench.record import FOLDER, commit, load, save
 from parafuse.launch.bench.starts import measure_starts, read_starts
 from parafuse.launch.options import Option, build, given
 from parafuse.log import note
@@ -41,7 +41,7 @@ class Bench:
     """Processes to start on this machine, one for each GPU. Not given: 1, or torchrun's."""
     rounds: int = 5
     """How often each variant is timed, in turns."""
-    out: str = "benchmarks/results"
+    out: str = FOLDER
     """Folder for the record (JSON)."""
     dirty: bool = False
     """Write a record although the source has changes since its commit; its name says so."""

@@ -12,6 +12,8 @@ from typing import Any
 from parafuse.errors import ConfigError, ParafuseError, reject_unknown
 
 SCHEMA = 1
+FOLDER = "benchmarks/results"
+"""Where records go; new ones there are no change of the source."""
 
 
 class NotAppliedError(ParafuseError):
@@ -125,7 +127,9 @@ def commit() -> tuple[str, bool]:
 
     try:
         inside = git("ls-files", "--error-unmatch", "__init__.py")
-        return git("rev-parse", "--short=7", "HEAD"), bool(inside) and bool(git("status", "--porcelain"))
+        return git("rev-parse", "--short=7", "HEAD"), bool(inside) and bool(
+            git("status", "--porcelain", "--", ":(top)", f":(top,exclude){FOLDER}")
+        )
     except (OSError, subprocess.CalledProcessError):
         return f"v{parafuse.__version__}", False
 

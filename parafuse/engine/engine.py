@@ -205,8 +205,9 @@ class Engine:
         begun, before = time.perf_counter(), self.handle.exchanged()
         seen = {one: Counter(one.seen) for one in (*self.handle.guidance.values(), *self.handle.data.values())}
         self.handle.rounds.forget()
-        for one in seen:
-            one.follow()
+        changed = self.world.any_says("modules", [one.has_changed() for one in seen]) if seen else []
+        for one, has_changed in zip(seen, changed, strict=True):
+            one.forget_if(has_changed)
         self.world.share_noise()
         with self._progress_of(call) as progress, self._threads(), self.world.request():
             output = self._paint(call)

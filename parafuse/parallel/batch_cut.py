@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from parafuse.errors import is_out_of_memory
-from parafuse.parallel.bundle import exchange, with_strides_of, without_values
-from parafuse.parallel.comm import all_gather
+from parafuse.parallel.bundle import all_say, exchange, with_strides_of, without_values
 from parafuse.parallel.effects import Watched, all_plain
 from parafuse.parallel.hooks import Forward
 from parafuse.parallel.layout import head_range
@@ -84,7 +83,7 @@ class BatchCut:
             return original(*args, **kwargs)
         watched = Watched(self.module, (args, kwargs))
         whole = original(*args, **kwargs)
-        if watched.has_changed():
+        if not self._all_say(not watched.has_changed()):  # what was run before may differ by rank
             self._cuts[key] = tried + 1
             return whole
         found = None
@@ -160,8 +159,7 @@ class BatchCut:
         return None
 
     def _all_say(self, yes: bool) -> bool:
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        return bool(all_gather(torch.tensor([yes], device=device), self.degree, self.group).all())
+        return all_say(yes, self.module, self.degree, self.group)
 
 
 class _Call:

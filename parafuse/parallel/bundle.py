@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parafuse.errors import RankError
 from parafuse.parallel.comm import all_gather
@@ -41,6 +41,12 @@ def exchange(
     if device.type == "cpu":  # elsewhere a look would wait for the device, in every step
         _refuse_failed(received)
     return [_unpacked(received[rank, HEAD:], each) for rank, each in enumerate(shapes)]
+
+
+def all_say(yes: bool, module: nn.Module, degree: int, group: str) -> bool:
+    """Whether every rank of `group` says yes. Collective; waits for the module's device."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return bool(all_gather(torch.tensor([yes], device=device), degree, group).all())
 
 
 def _refuse_failed(received: Tensor) -> None:

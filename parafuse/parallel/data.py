@@ -52,9 +52,9 @@ class DataParallel:
             self._parts = Parts(self.module)
             self._cut.forget()
 
-    def follow(self) -> None:
-        """At the start of a request: looks whether the module is what it was."""
-        self.forget_if(self._parts.have_changed())
+    def has_changed(self) -> bool:
+        """Whether the module is no longer what it was; some milliseconds for a large one."""
+        return self._parts.have_changed()
 
     def report(self, before: Counter[str] | None = None) -> str:
         """One line on the calls since `before`; empty without any."""

@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from parafuse.config import Axis
 from parafuse.errors import UnsupportedError
 from parafuse.parallel.batch_cut import TRIES, BatchCut, rows
-from parafuse.parallel.bundle import exchange, without_values
+from parafuse.parallel.bundle import all_say, exchange, without_values
 from parafuse.parallel.effects import Parts, Watched, all_plain
 from parafuse.parallel.hooks import Forward, override_forward
 from parafuse.parallel.mesh import Mesh
@@ -116,9 +116,9 @@ class GuidanceParallel:
             self._sizes.clear()
             self._cut.forget()
 
-    def follow(self) -> None:
-        """At the start of a request: looks whether the module is what it was."""
-        self.forget_if(self._parts.have_changed())
+    def has_changed(self) -> bool:
+        """Whether the module is no longer what it was; some milliseconds for a large one."""
+        return self._parts.have_changed()
 
     def report(self, before: Counter[str] | None = None) -> str:
         """One line on what the branches of the calls did, since `before`; empty without calls."""
@@ -200,7 +200,8 @@ class GuidanceParallel:
         if len(self._known) >= MAX_KNOWN:
             self._known.clear()
             self._sizes.clear()
-        if watched.has_changed() or not all_plain(found):
+        can_be_left_out = all_plain(found) and not watched.has_changed()
+        if not all_say(can_be_left_out, self.root, self.degree, self.group):  # what was run before may differ by rank
             self._known[key] = tried + 1
             return result
         known = Known(result_spec, tuple(without_values(x) if isinstance(x, Tensor) else x for x in found))

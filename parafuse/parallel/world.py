@@ -169,6 +169,17 @@ class World:
         """Rank 0's number, on every rank."""
         return make() if self.size == 1 else int(self._from_first(topic, lambda: str(make())))
 
+    def any_says(self, topic: str, flags: list[bool]) -> list[bool]:
+        """For each flag, whether it is set on some rank."""
+        if self.size == 1:
+            return flags
+        said = self._collect(self._key(topic), json.dumps(flags), self.timeout_s)
+        silent = [rank for rank in range(self.size) if rank not in said]
+        if silent:
+            self.broken = True
+            raise RankError(f"{_ranks(silent)} did not report {topic} within {self.timeout_s:.0f} s.")
+        return [any(column) for column in zip(*map(json.loads, said.values()), strict=True)]
+
     def share_noise(self) -> None:
         """Gives every rank the state of rank 0's own generators (of its CPU, and of its device): some schedulers draw
         from these."""

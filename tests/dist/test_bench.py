@@ -56,6 +56,17 @@ def test_a_case_on_two_ranks() -> None:
     assert peer["step_s"] == []
 
 
+def two_prompts() -> float:
+    """How far the pictures of replicas are from those of the plain pipeline, which runs between their requests."""
+    both = {"prompt": ["a red apple", "a rocket"]}
+    data = Variant(name="data", parallel={"data": 2}, needs_ranks=2, call=both)
+    return measured(dataclasses.replace(PLAIN, call=both), data).rows[1].quality.get("largest_of_255", 0.0)
+
+
+def test_variants_have_nothing_of_each_other() -> None:
+    assert max(run_ranks(two_prompts, 2)) <= 1
+
+
 def judged() -> tuple[int, list[dict[str, float]], list[int], dict[str, bool], list[str]]:
     loaded = load("emoji", Config())
     config = Config(parallel=Parallel(cfg=2))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from parafuse.config import Config
-from parafuse.engine.apply import DENOISERS
+from parafuse.engine.apply import DECODERS, DENOISERS
 from parafuse.engine.engine import Engine
 from parafuse.errors import ConfigError
 from parafuse.launch.bench.case import Variant
@@ -102,9 +102,9 @@ class Contestant:
 
 
 def twin(pipeline: Any) -> Any:
-    """The same pipeline with denoisers and a scheduler of its own, over the same weights."""
+    """The same pipeline with all that parafuse puts something on of its own, over the same weights."""
     made = copy.copy(pipeline)
-    for name in DENOISERS:
+    for name in (*DENOISERS, *DECODERS):
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
             tensors = [*module.parameters(), *module.buffers()]

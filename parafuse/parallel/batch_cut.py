@@ -17,6 +17,7 @@ from parafuse.parallel.effects import Watched, all_plain
 from parafuse.parallel.hooks import Forward
 from parafuse.parallel.layout import head_range
 
+STACKS = (1, 2, 3)
 MAX_ERROR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Of a batch that was cut against the whole one; a batch that is mixed is far above."""
 TRIES = 3
@@ -40,9 +41,12 @@ class Cut:
     arguments: tuple[Dim | None, ...]
     """By leaf: where the samples are, or None."""
     results: tuple[Any, ...]
-    """By leaf: one sample without values, where there is a row for each, else None."""
+    """By leaf: one sample (its rows of all stacks) without values, where there is a row for each, else None."""
     layout: tuple[Tensor | None, ...]
     """By leaf: the whole result without values, where it is a tensor of rows."""
+    stacks: int = 1
+    """The batch is so many batches on top of each other (branches), and a part has its samples of each: for models that
+    take the batch apart themselves."""
 
 
 class BatchCut:
@@ -72,7 +76,7 @@ class BatchCut:
         call = _Call(original, args, kwargs, batch, cut.as_lists)
         part, error = None, None
         try:
-            part = call.part(cut.arguments, *self._range(batch))
+            part = call.part(cut, *self._range(batch // cut.stacks))
         except Exception as failure:
             error = failure
         return True, self._join(call, cut, part, error)
@@ -104,11 +108,13 @@ class BatchCut:
 
     def _join(self, call: _Call, cut: Cut, part: Any, error: Exception | None = None) -> Any:
         """The whole result from every rank's part. Collective on the group."""
-        counts = [last - first for first, last in (head_range(call.batch, self.degree, r) for r in range(self.degree))]
-        leaves, spec = call.flat(part, len(range(*self._range(call.batch)))) if error is None else ([], None)
+        samples = call.batch // cut.stacks
+        counts = [last - first for first, last in (head_range(samples, self.degree, r) for r in range(self.degree))]
+        own = len(range(*self._range(samples)))
+        leaves, spec = call.flat(part, own) if error is None else ([], None)
         cut_leaves = [(i, like) for i, like in enumerate(cut.results) if like is not None]
         shapes = [[like for _, like in cut_leaves for _ in range(count)] for count in counts]
-        mine = [x for i, _ in cut_leaves for x in list(leaves[i])[: counts[self.rank]]] if error is None else []
+        mine = [x for i, _ in cut_leaves if error is None for x in _samples(leaves[i], own, cut)[: counts[self.rank]]]
         out: dict[int, list[Tensor]] = {i: [] for i, _ in cut_leaves}
         everyone = exchange(mine, shapes, call.device, self.group, error)
         for count, tensors in zip(counts, everyone, strict=True):
@@ -116,7 +122,7 @@ class BatchCut:
                 out[i] += tensors[number * count : (number + 1) * count]
         for i, pieces in out.items():
             like = cut.layout[i]
-            leaves[i] = pieces if like is None else with_strides_of(torch.stack(pieces), like)
+            leaves[i] = pieces if like is None else with_strides_of(_rows_together(pieces, cut), like)
         if spec is None:
             raise RuntimeError("an exchange of a failed part returned")
         return tree_unflatten(leaves, spec)
@@ -133,12 +139,19 @@ class BatchCut:
                 if is_out_of_memory(error):
                     raise
                 continue
-            return self._first_that_holds(trial, dims, want)
+            found = (self._first_that_holds(trial, dims, want, stacks) for stacks in STACKS)
+            return next((cut for cut in found if cut is not None), None)
         return None
 
-    def _first_that_holds(self, call: _Call, dims: tuple[Dim | None, ...], want: Any) -> Cut | None:
+    def _first_that_holds(self, call: _Call, dims: tuple[Dim | None, ...], want: Any, stacks: int) -> Cut | None:
+        samples = call.batch // stacks
+        if stacks > 1 and (call.as_lists or call.batch % stacks or samples < 2):
+            return None
         leaves = call.flat(want, call.batch)[0]
-        results = tuple(without_values(x[0]) if rows(x) == call.batch else None for x in leaves)
+        blank = Cut(call.as_lists, (), (), (), stacks)
+        results = tuple(
+            without_values(_samples(x, samples, blank)[0]) if rows(x) == call.batch else None for x in leaves
+        )
         layout = tuple(
             without_values(x) if like is not None and isinstance(x, Tensor) else None
             for x, like in zip(leaves, results, strict=True)
@@ -146,10 +159,10 @@ class BatchCut:
         if not any(like is not None for like in results):
             return None
         for arguments in _candidates(dims):
-            cut, part = Cut(call.as_lists, arguments, results, layout), None
+            cut, part = Cut(call.as_lists, arguments, results, layout, stacks), None
             try:
-                part = call.part(cut.arguments, *self._range(call.batch))
-                fits = _has_rows(call, cut, part, len(range(*self._range(call.batch))))
+                part = call.part(cut, *self._range(samples))
+                fits = _has_rows(call, cut, part, len(range(*self._range(samples))))
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -183,11 +196,11 @@ class _Call:
         args, kwargs = tree_unflatten(leaves, self.spec)
         return _Call(self.original, args, kwargs, self.batch, self.as_lists)
 
-    def part(self, dims: tuple[Dim | None, ...], first: int, last: int) -> Any:
+    def part(self, cut: Cut, first: int, last: int) -> Any:
         """What is given for samples [first, last)."""
         leaves = [
-            x if at is None else x[first:last] if isinstance(x, list) else _rows_of(x, at, first, last)
-            for x, at in zip(self.leaves, dims, strict=True)
+            x if at is None else x[first:last] if isinstance(x, list) else _rows_of(x, at, first, last, cut.stacks)
+            for x, at in zip(self.leaves, cut.arguments, strict=True)
         ]
         args, kwargs = tree_unflatten(leaves, self.spec)
         return self.original(*args, **kwargs)
@@ -199,8 +212,20 @@ def _key(args: Any, kwargs: Any, batch: int) -> Any:
     return (str(spec), batch, *((x.shape[:2], x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in leaves))
 
 
-def _rows_of(x: Tensor, at: Dim, first: int, last: int) -> Tensor:
-    return x.narrow(at.dim, first * at.each, (last - first) * at.each)
+def _rows_of(x: Tensor, at: Dim, first: int, last: int, stacks: int) -> Tensor:
+    if stacks == 1:
+        return x.narrow(at.dim, first * at.each, (last - first) * at.each)
+    apart = x.unflatten(at.dim, (stacks, -1))
+    return apart.narrow(at.dim + 1, first * at.each, (last - first) * at.each).flatten(at.dim, at.dim + 1)
+
+
+def _samples(x: Any, count: int, cut: Cut) -> list[Any]:
+    """The rows of a result, by sample."""
+    return list(x) if cut.stacks == 1 else list(x.unflatten(0, (cut.stacks, count)).unbind(1))
+
+
+def _rows_together(pieces: list[Tensor], cut: Cut) -> Tensor:
+    return torch.stack(pieces) if cut.stacks == 1 else torch.stack(pieces, 1).flatten(0, 1)
 
 
 def _sample_dim(x: Any, batch: int) -> Dim | None:
@@ -247,10 +272,16 @@ def rows(x: Any) -> int:
 
 def _has_rows(call: _Call, cut: Cut, part: Any, count: int) -> bool:
     leaves = call.flat(part, count)[0]
-    return len(leaves) == len(cut.results) and all(
-        like is None or (rows(x) == count and x[0].shape == like.shape and x[0].dtype == like.dtype)
-        for x, like in zip(leaves, cut.results, strict=True)
-    )
+    if len(leaves) != len(cut.results):
+        return False
+    for x, like in zip(leaves, cut.results, strict=True):
+        if like is not None:
+            if rows(x) != count * cut.stacks:
+                return False
+            first = _samples(x, count, cut)[0]
+            if (first.shape, first.dtype) != (like.shape, like.dtype):
+                return False
+    return True
 
 
 def _is_same(found: Any, whole: Any) -> bool:

@@ -127,6 +127,22 @@ def three_samples(model: Any) -> Tensor:
     return x + 0
 
 
+class TakenApart(Denoiser):
+    """Takes the batch for three branches on top of each other, as perturbed-attention guidance does."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Any:  # type: ignore[override]
+        uncond, cond, perturbed = x.chunk(3)
+        return super().forward(torch.cat([uncond, cond, perturbed.mean(1, keepdim=True).expand_as(perturbed)]), text)
+
+
+def taken_apart(model: Any) -> Tensor:
+    x, a, b = values(2)
+    for _ in range(3):
+        uncond, cond, perturbed = model(torch.cat([x] * 3), torch.cat([b, a, a]))[0].chunk(3)
+        x = x - 0.1 * (uncond + 3.0 * (cond - uncond) + cond - perturbed)
+    return x + 0
+
+
 def coupled(model: Any) -> Tensor:
     x, a, b = values(2)
     for _ in range(4):
@@ -211,6 +227,7 @@ ODD_ONES: dict[str, tuple[type[Denoiser], Callable[[Any], Tensor], str]] = {
     ),
     "noise of its own": (Noisy, noisy, "18 calls on all ranks"),
     "rows for each frame": (Framed, framed, "batch cut in 5 calls, 1 calls on all ranks"),
+    "a batch that the model takes apart": (TakenApart, taken_apart, "batch cut in 5 calls, 1 calls on all ranks"),
     "a part that is replaced": (
         Mixing,
         mixing,

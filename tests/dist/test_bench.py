@@ -11,12 +11,14 @@ from unittest.mock import patch
 
 from parafuse.config import Config, Parallel
 from parafuse.launch.bench import contestant as contestant_module
+from parafuse.launch.bench import run as run_module
 from parafuse.launch.bench.case import Case, Variant
 from parafuse.launch.bench.contestant import Contestant
 from parafuse.launch.bench.model import load
 from parafuse.launch.bench.quality import judge, write
 from parafuse.launch.bench.record import NotAppliedError, Record
 from parafuse.launch.bench.run import Run
+from parafuse.launch.bench.work import Rates
 from parafuse.parallel import bundle, guidance
 from tests.dist.ranks import run_ranks
 from tests.dist.test_sequence import attempt
@@ -33,6 +35,12 @@ def case(*variants: Variant) -> Case:
 
 
 def measured(*variants: Variant) -> Record:
+    """Without the rates of this machine, which take time and are not looked at here."""
+    with patch.object(run_module, "rates", lambda *_: Rates(1e11, 1e11, 1e10)):
+        return _measured(*variants)
+
+
+def _measured(*variants: Variant) -> Record:
     return Run(case(*variants), load("emoji", Config()), 2, Config(timeout_s=60)).measure({})
 
 

@@ -28,11 +28,8 @@ from tests.unit.test_probe_refusals import D, Good, Mean
     [
         ("FluxTransformer2DModel", "Ulysses 3"),  # two kinds of block
         ("LatteTransformer3DModel", "Ulysses 2"),  # blocks in which nothing is split
-        ("Lumina2Transformer2DModel", "ring 2"),  # grouped keys, streams of several lengths
         ("SanaTransformer2DModel", "Ulysses 2"),  # linear attention and convolutions, on whole shapes
         ("MochiTransformer3DModel", "Ulysses 2"),  # lengths that only the device knows
-        ("WanTransformer3DModel", "ring 3"),  # cross-attention
-        ("QwenImageTransformer2DModel", "ring 2 x Ulysses 2"),  # masks made in the block, on whole shapes
     ],
 )
 def test_blocks_compile_to_whole_graphs_once(name: str, column: str) -> None:

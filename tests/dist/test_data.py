@@ -28,8 +28,6 @@ def config(**degrees: int) -> parafuse.Config:
     [
         ("Stable Diffusion 3: skipped layers", "cfg 2"),
         ("Stable Diffusion XL: Euler ancestral", "data 2"),
-        ("Stable Diffusion XL: inpainting", "data 2"),
-        ("Stable Diffusion: LCM", "data 2 x cfg 2"),
         ("CogView 4", "data 2"),  # text is padded to the longest prompt
         ("LTX-Video: image to video", "data 2"),  # pictures are encoded one by one, with noise
         ("Qwen-Image", "data 2 x cfg 2"),  # a call for each branch, each with a batch

@@ -49,8 +49,7 @@ def errors(layout: tuple[int, int], order: str, sees_rows_go: bool = True) -> tu
         return found, gathers(since(handle.exchanged(), before))
 
 
-@pytest.mark.parametrize("layout", [(1, 3), (2, 2)], ids=str)
-@pytest.mark.parametrize("order", MASKS)
+@pytest.mark.parametrize(("layout", "order"), list(zip([(1, 3), (2, 2), (1, 2)], MASKS, strict=True)))
 def test_the_values_of_a_mask_may_change_between_calls_of_one_size(layout: tuple[int, int], order: str) -> None:
     for found in run_ranks(errors, layout[0] * layout[1], layout, order):
         assert max(found[0]) <= EXACT

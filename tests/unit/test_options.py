@@ -57,7 +57,7 @@ def test_names_flags_and_metavars() -> None:
         "wait_s": ("--wait", "SECONDS"),
         "mode": ("--mode", "INTEGER|auto|off"),
         "name": ("--name", "TEXT"),
-        "many": ("--many", "KEY=VALUE"),
+        "many": ("--many", "TEXT"),
         "switch": ("--switch", None),
     }
 

@@ -5,8 +5,6 @@ denoiser, and the VAE's decoder, gets the rank's share of the batch, and one exc
 from __future__ import annotations
 
 import inspect
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -14,25 +12,24 @@ from torch import nn
 from parafuse.config import Axis
 from parafuse.log import note
 from parafuse.parallel.batch_cut import BatchCut, rows
-from parafuse.parallel.effects import Parts
 from parafuse.parallel.hooks import Forward, override, override_forward
 from parafuse.parallel.mesh import Mesh
+from parafuse.parallel.on_module import OnModule
 from parafuse.parallel.placeholder import settled
 
 
-class DataParallel:
+class DataParallel(OnModule):
     """One method of one module (its forward, or `decode`) on the ranks of the `data` axis. `install` on every rank of
     its group; calls are collective on it."""
 
+    WORDS = {"cut": "batch cut in {} calls", "everywhere": "{} calls on all replicas"}  # noqa: RUF012
+
     def __init__(self, module: nn.Module, mesh: Mesh, method: str = "forward"):
-        self.module, self.method = module, method
+        super().__init__(module)
+        self.method = method
         self.degree = mesh.degree(Axis.DATA)
-        self.seen: Counter[str] = Counter()
-        """Calls whose batch was cut, and calls that all replicas made."""
         self._cut = BatchCut(module, self.degree, mesh.rank(Axis.DATA), mesh.group_name(Axis.DATA))
-        self._parts = Parts(module)
         self._said: set[int] = set()
-        self._undo: Callable[[], None] | None = None
 
     def install(self) -> None:
         if self.method == "forward":
@@ -40,27 +37,8 @@ class DataParallel:
         else:
             self._undo = override(self.module, self.method, self._shared(getattr(self.module, self.method)))
 
-    def remove(self) -> None:
-        """Puts the method back as it was. No communication."""
-        if self._undo:
-            self._undo()
-            self._undo = None
-
-    def forget_if(self, changed: bool) -> None:
-        """Learns the module anew where it was changed."""
-        if changed:
-            self._parts = Parts(self.module)
-            self._cut.forget()
-
-    def has_changed(self) -> bool:
-        """Whether the module is no longer what it was; some milliseconds for a large one."""
-        return self._parts.have_changed()
-
-    def report(self, before: Counter[str] | None = None) -> str:
-        """One line on the calls since `before`; empty without any."""
-        seen = self.seen - (before or Counter())
-        parts = {"cut": "batch cut in {} calls", "everywhere": "{} calls on all replicas"}
-        return ", ".join(text.format(seen[name]) for name, text in parts.items() if seen[name])
+    def _forget(self) -> None:
+        self._cut.forget()
 
     def _shared(self, original: Forward) -> Forward:
         names = list(inspect.signature(getattr(type(self.module), self.method)).parameters)

@@ -9,8 +9,6 @@ result (fills a cache, say) is made on all ranks. Nothing here knows a pipeline.
 from __future__ import annotations
 
 import inspect
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +20,10 @@ from parafuse.config import Axis
 from parafuse.errors import UnsupportedError
 from parafuse.parallel.batch_cut import TRIES, BatchCut, rows
 from parafuse.parallel.bundle import all_say, exchange, without_values
-from parafuse.parallel.effects import Parts, Watched, all_plain
+from parafuse.parallel.effects import Watched, all_plain
 from parafuse.parallel.hooks import Forward, override_forward
 from parafuse.parallel.mesh import Mesh
+from parafuse.parallel.on_module import OnModule
 from parafuse.parallel.placeholder import Placeholder, settled
 
 MAX_KNOWN = 256
@@ -77,62 +76,41 @@ class Known:
         )
 
 
-class GuidanceParallel:
+class GuidanceParallel(OnModule):
     """The guidance branches of one denoiser on the ranks of the `cfg` axis. `install` on every rank of its group; calls
     are collective on it."""
 
+    WORDS = {  # noqa: RUF012
+        "cut": "batch cut in {} calls",
+        "together": "branches side by side in {} steps",
+        "alone": "one branch at a time in {} steps",
+        "everywhere": "{} calls on all ranks",
+    }
+
     def __init__(self, root: nn.Module, mesh: Mesh, rounds: Rounds | None = None):
-        self.root = root
+        super().__init__(root)
         self.degree, self.rank = mesh.degree(Axis.CFG), mesh.rank(Axis.CFG)
         self.group = mesh.group_name(Axis.CFG)
-        self.seen: Counter[str] = Counter()
-        """Calls whose batch was cut, calls that all ranks made, rounds of several branches, and rounds of one."""
         self._fewest = self.degree * mesh.degree(Axis.DATA)
         self._cut = BatchCut(root, self.degree, self.rank, self.group)
         self._rounds = rounds or Rounds()
-        self._parts = Parts(root)
         self._one_call: set[int] = set()
         """Numbers of samples for which a step is one call: its branches are in the batch."""
         self._known: dict[Any, Known | int] = {}
         """By structure and size: what it gives, or how often it did more than that."""
         self._sizes: dict[Any, dict[Any, Known]] = {}
         """By structure and size without whole numbers: what calls with other numbers gave."""
-        self._undo: Callable[[], None] | None = None
 
     def install(self) -> None:
-        self._undo = override_forward(self.root, self._forward)
+        self._undo = override_forward(self.module, self._forward)
 
-    def remove(self) -> None:
-        """Puts the forward back as it was. No communication."""
-        if self._undo:
-            self._undo()
-            self._undo = None
-
-    def forget_if(self, changed: bool) -> None:
-        """Learns the module anew where it was changed."""
-        if changed:
-            self._parts = Parts(self.root)
-            self._known.clear()
-            self._sizes.clear()
-            self._cut.forget()
-
-    def has_changed(self) -> bool:
-        """Whether the module is no longer what it was; some milliseconds for a large one."""
-        return self._parts.have_changed()
-
-    def report(self, before: Counter[str] | None = None) -> str:
-        """One line on what the branches of the calls did, since `before`; empty without calls."""
-        seen = self.seen - (before or Counter())
-        parts = {
-            "cut": "batch cut in {} calls",
-            "together": "branches side by side in {} steps",
-            "alone": "one branch at a time in {} steps",
-            "everywhere": "{} calls on all ranks",
-        }
-        return ", ".join(text.format(seen[name]) for name, text in parts.items() if seen[name])
+    def _forget(self) -> None:
+        self._known.clear()
+        self._sizes.clear()
+        self._cut.forget()
 
     def _forward(self, original: Forward) -> Forward:
-        names = list(inspect.signature(type(self.root).forward).parameters)
+        names = list(inspect.signature(type(self.module).forward).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = settled(args), settled(kwargs)
@@ -192,7 +170,7 @@ class GuidanceParallel:
         """A call on all ranks, to see what it gives."""
         if tried >= TRIES:
             return original(*args, **kwargs)
-        watched = Watched(self.root, (args, kwargs))
+        watched = Watched(self.module, (args, kwargs))
         leaves, spec = tree_flatten((args, kwargs))
         key = _key(leaves, spec)
         result = original(*args, **kwargs)
@@ -201,7 +179,7 @@ class GuidanceParallel:
             self._known.clear()
             self._sizes.clear()
         can_be_left_out = all_plain(found) and not watched.has_changed()
-        if not all_say(can_be_left_out, self.root, self.degree, self.group):  # what was run before may differ by rank
+        if not all_say(can_be_left_out, self.module, self.degree, self.group):  # what was run before may differ by rank
             self._known[key] = tried + 1
             return result
         known = Known(result_spec, tuple(without_values(x) if isinstance(x, Tensor) else x for x in found))
@@ -215,7 +193,7 @@ class GuidanceParallel:
             branch.values = [x for x in tree_flatten(original(*args, **kwargs))[0] if isinstance(x, Tensor)]
             if [(x.shape, x.dtype) for x in branch.values] != [(x.shape, x.dtype) for x in branch.shapes]:
                 raise UnsupportedError(
-                    f"{type(self.root).__name__}: its results have other shapes than for such arguments before, so "
+                    f"{type(self.module).__name__}: its results have other shapes than for such arguments before, so "
                     "guidance parallel cannot foresee them. Run it with cfg=1."
                 )
         except Exception as error:

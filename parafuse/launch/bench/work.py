@@ -117,10 +117,3 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
         wait(device)
         found.append(time.perf_counter() - begun)
     return statistics.median(found[2:])
-
-
-def least_seconds(work: Work, rates: Rates, ranks: int) -> float:
-    """If all ranks share the work evenly and nothing else took time. The larger of computing and moving: they overlap
-    inside of each product."""
-    compute = work.gemm / rates.gemm + work.attention / rates.attention
-    return max(compute, work.bytes / rates.bytes) / ranks

@@ -38,10 +38,16 @@ class Variant:
     """The repeated blocks, by torch.compile, in full graphs."""
     needs_ranks: int = 1
     """Left out where there are fewer."""
+    share_of: int = 1
+    """Above 1: one rank's share of a world of so many, on one device; the wire is modelled (see `share`)."""
     call: dict[str, Any] = field(default_factory=dict[str, Any])
     """Keywords of the call beside the case's."""
 
     def __post_init__(self) -> None:
+        if self.share_of < 1 or (self.share_of > 1 and (self.way != "parafuse" or self.needs_ranks > 1)):
+            raise ConfigError(
+                f"variant {self.name!r}: share_of={self.share_of}: must be at least 1, for way='parafuse' on one rank."
+            )
         if self.way not in WAYS:
             raise ConfigError(f"variant {self.name!r}: way={self.way!r}: must be one of {', '.join(WAYS)}.")
         reject_unknown(f"variant {self.name!r}: parallel", self.parallel, [str(axis) for axis in Axis])
@@ -58,7 +64,7 @@ class Variant:
     def ranks(self, there: int) -> int:
         """How many of the ranks it uses."""
         alone = self.way in ALONE or (self.way == "parafuse" and self.needs_ranks == 1 and not self.parallel)
-        return 1 if alone else there
+        return 1 if alone or self.share_of > 1 else there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +82,20 @@ class Case:
     call: dict[str, Any] = field(default_factory=dict[str, Any])
     dtype: str = "auto"
     seed: int = 0
+    rounds: int = 5
+    """How often each variant is timed, unless --rounds says otherwise."""
+    warm_ups: int = 2
+    """Requests before timing, the first one included."""
+    whole_steps: int = 0
+    """Above 0: a request of so many steps is extrapolated from the steps that are timed, and marked so."""
+    link: dict[str, float] = field(default_factory=dict[str, float])
+    """Of shares: bytes_per_s and latency_s of the modelled wire."""
 
     def __post_init__(self) -> None:
+        for name, least in (("rounds", 2), ("warm_ups", 1), ("whole_steps", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"case {self.name!r}: {name}={getattr(self, name)}: must be at least {least}.")
+        reject_unknown(f"case {self.name!r}: link", self.link, ("bytes_per_s", "latency_s"))
         names = [variant.name for variant in self.variants]
         double = next((name for name in names if names.count(name) > 1), None)
         if double is not None:
@@ -86,6 +104,11 @@ class Case:
             raise ConfigError(
                 f"case {self.name!r}: baseline={self.baseline!r}: must be one of its variants, {', '.join(names)}."
             )
+
+    @property
+    def largest_share(self) -> int:
+        """The largest world of which a share is measured; 1: none is."""
+        return max(variant.share_of for variant in self.variants)
 
     def only(self, chosen: tuple[str, ...]) -> Case:
         """The same with these variants and the baseline. Raises ConfigError for a name that is none of them."""

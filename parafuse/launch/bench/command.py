@@ -39,8 +39,8 @@ class Bench:
     """Only this one and the baseline. May be repeated. Not given: all that the ranks allow."""
     ranks: int | None = None
     """Processes to start on this machine, one for each GPU. Not given: 1, or torchrun's."""
-    rounds: int = 5
-    """How often each variant is timed, in turns."""
+    rounds: int | None = None
+    """How often each variant is timed, in turns. Not given: as the case says, mostly 5."""
     out: str = FOLDER
     """Folder for the record (JSON)."""
     dirty: bool = False
@@ -57,7 +57,7 @@ class Bench:
     def __post_init__(self) -> None:
         if self.ranks is not None and self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks}: must be at least 1.")
-        if self.rounds < 2:
+        if self.rounds is not None and self.rounds < 2:
             raise ConfigError(f"--rounds {self.rounds}: must be at least 2, or there is no spread.")
         if self.first_picture and len(self.variant) != 1:
             raise ConfigError("--first-picture: needs one --variant.")
@@ -92,14 +92,26 @@ def prepare(bench: Bench, options: list[Option], typed: dict[str, object]) -> Be
     if lacking and "RANK" not in os.environ:
         note(f"left out, they need more ranks: {', '.join(lacking)}")
     case = dataclasses.replace(case, variants=tuple(v for v in case.variants if v.name not in lacking))
-    for variant in case.variants:
-        if variant.way == "parafuse" and variant.ranks(world_size) > 1:
-            variant.config(world_size)
+    _check_layouts(case, world_size)
     locate(case.model, allow_pickle=config.allow_pickle)
     number, changed = commit()
     if changed and not (bench.dirty or bench.first_picture):
         raise ConfigError(f"--out {bench.out!r}: the source has changes since {number}; commit them, or give --dirty.")
     return BenchJob(bench=bench, case=case, config=config, world_size=world_size)
+
+
+def _check_layouts(case: Case, world_size: int) -> None:
+    """Raises ConfigError for degrees that do not fit the ranks, and for shares on several of them."""
+    for variant in case.variants:
+        if variant.share_of > 1:
+            if world_size > 1 or "RANK" in os.environ:
+                raise ConfigError(
+                    f"--ranks {world_size}: variant {variant.name!r} is a share, measured in one process without a "
+                    "launcher; leave --ranks out, or name other variants."
+                )
+            variant.config(variant.share_of)
+        elif variant.way == "parafuse" and variant.ranks(world_size) > 1:
+            variant.config(world_size)
 
 
 def starts_for(job: BenchJob) -> str:
@@ -119,7 +131,7 @@ def run(job: BenchJob) -> None:
 
     if not job.bench.verbose:
         quiet.hide_loading_bars()
-    measuring = Run(job.case, load_model(job.case.model, job.config), job.bench.rounds, job.config)
+    measuring = Run(job.case, load_model(job.case.model, job.config), job.bench.rounds or job.case.rounds, job.config)
     if job.bench.first_picture:
         measuring.first_picture()
         if measuring.rank == 0:

@@ -3,47 +3,60 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from parafuse.config import Config
-from parafuse.engine.apply import DECODERS, DENOISERS
+from parafuse.config import Axis, Config
+from parafuse.engine.apply import DECODERS, DENOISERS, Handle, apply
 from parafuse.engine.engine import Engine
 from parafuse.errors import ConfigError
+from parafuse.launch.bench import share
 from parafuse.launch.bench.case import Variant
+from parafuse.launch.bench.parts import PartClock
 from parafuse.launch.bench.peers import CACHES, PEERS, watch_blocks
 
 Counts = dict[str, int]
 """What shows that an option acted: graphs run, calls and bytes exchanged by axis, calls whose blocks were skipped."""
 
 
+SHARE_TIMEOUT_S = 60.0
+"""Of groups in which nobody is waited for."""
+
+
 class Contestant:
     """One variant, ready to paint. Made, called and closed on all ranks that it uses."""
 
-    def __init__(self, variant: Variant, pipeline: Any, ranks: int):
+    def __init__(self, variant: Variant, pipeline: Any, ranks: int, device: torch.device):
         self.variant, self.ranks = variant, ranks
         self.counts: Counts = {}
+        self.compile_s = 0.0
         self._engine: Engine | None = None
+        self._handle = Handle()
         pipeline = twin(pipeline)
-        if variant.way == "parafuse" and ranks > 1:
+        self.parts = PartClock(pipeline, device)
+        self.run: Callable[..., Any] = pipeline
+        if variant.share_of > 1:
+            degrees = variant.config(variant.share_of).degrees(variant.share_of)
+            self._handle = apply(pipeline, mesh=share.mesh_of(degrees, device.type, SHARE_TIMEOUT_S))
+        elif variant.way == "parafuse" and ranks > 1:
             self._engine = Engine.from_pipeline(pipeline, Config(parallel=variant.config(ranks)))
-            self.run: Callable[..., Any] = self._engine
+            self._handle, self.run = self._engine.handle, self._engine
         elif variant.way in PEERS:
             watch_blocks(pipeline, self.count)
             self.run = PEERS[variant.way](pipeline, ranks)
-        else:
-            self.run = pipeline
         if variant.compile:
             self._compile(pipeline)
 
     def paint(self, call: dict[str, Any]) -> Any:
         """One request. Collective on the ranks that it uses."""
-        before = self._engine.handle.exchanged() if self._engine else {}
+        before = self._handle.exchanged()
+        self.parts.forget()
         output = self.run(**call)
-        for name, now in (self._engine.handle.exchanged() if self._engine else {}).items():
+        for name, now in self._handle.exchanged().items():
             old = before.get(name)
             self.count(f"{name} calls", now.calls - (old.calls if old else 0))
             self.count(f"{name} bytes", now.bytes - (old.bytes if old else 0))
@@ -70,12 +83,14 @@ class Contestant:
     @property
     def degrees(self) -> dict[str, int]:
         """Of the axes that are split."""
-        plan = self._engine.plan.degrees if self._engine else {}
-        return {axis: degree for axis, degree in plan.items() if degree > 1}
+        mesh = self._handle.mesh
+        return {str(axis): mesh.degree(axis) for axis in Axis if mesh.degree(axis) > 1} if mesh else {}
 
     def close(self) -> None:
         if self._engine:
             self._engine.close()
+        self._handle.remove()
+        self.parts.remove()
 
     def _compile(self, pipeline: Any) -> None:
         for name in DENOISERS:
@@ -92,7 +107,9 @@ class Contestant:
         """Inductor, counting the graphs that are run."""
         from torch._inductor.compile_fx import compile_fx
 
+        begun = time.perf_counter()
         compiled: Any = compile_fx(graph, inputs)
+        self.compile_s += time.perf_counter() - begun
 
         def run(*args: Any) -> Any:
             self.count("graphs run")

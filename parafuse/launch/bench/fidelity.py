@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from parafuse.errors import ConfigError
@@ -36,6 +37,21 @@ def pictures(output: Any) -> Tensor:
     if len({array.shape for array in scaled}) > 1:
         raise ConfigError(f"pictures: have different sizes, {sorted({array.shape[:2] for array in scaled})}.")
     return torch.from_numpy(np.stack(scaled)).movedim(-1, 1)
+
+
+def compare_outputs(found: Any, want: Any, call: dict[str, Any]) -> dict[str, float]:
+    """Figures of one output against another of the same call: of pictures; of latents where the call asked for them."""
+    if call.get("output_type") != "latent":
+        return compare(pictures(found), pictures(want))
+    mine, other = (tree_leaves(vars(output) if hasattr(output, "__dict__") else output) for output in (found, want))
+    errors = [relative_error(a, b) for a, b in zip(mine, other, strict=True) if isinstance(b, Tensor)]
+    return {"latent_error": max(errors)} if errors else {}
+
+
+def relative_error(found: Tensor, want: Tensor) -> float:
+    """Largest difference over the largest value."""
+    found, want = found.float(), want.float()
+    return float((found - want).abs().max() / want.abs().max().clamp_min(1e-30))
 
 
 def compare(found: Tensor, want: Tensor) -> dict[str, float]:

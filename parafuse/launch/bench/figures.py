@@ -43,6 +43,8 @@ class Figures:
     """A second, of each rank."""
     bytes: float | None
     """A second, of each rank."""
+    whole_s: Spread | None = None
+    """A request of as many steps as the record extrapolates to."""
 
     @property
     def ratio(self) -> Spread:
@@ -54,21 +56,38 @@ def figures_of(record: Record, row: Row) -> Figures | None:
     base = record.row(record.baseline)
     if row.error or base is None or not row.total_s:
         return None
-    step = Spread.of(row.step_s) if row.step_s else None
+    step_s, total_s = _with_wire(record, row)
+    step = Spread.of(step_s) if step_s else None
     work, rates = record.work, record.rates
     compute = sum(work[kind] / rates[kind] for kind in OVERLAP)
-    least = max(compute, work["bytes"] / rates["bytes"]) / row.ranks
+    sharing = row.ranks * row.share_of
+    least = max(compute, work["bytes"] / rates["bytes"]) / sharing
     median = step.median if step else None
     return Figures(
         step_s=step,
-        total_s=Spread.of(row.total_s),
-        step_ratio=_ratio(base.step_s, row.step_s),
-        total_ratio=Spread.of([b / mine for b, mine in zip(base.total_s, row.total_s, strict=True)]),
+        total_s=Spread.of(total_s),
+        step_ratio=_ratio(base.step_s, step_s),
+        total_ratio=Spread.of([b / mine for b, mine in zip(base.total_s, total_s, strict=True)]),
         least_s=least,
         fraction=least / median if median else None,
-        flops=sum(work[kind] for kind in OVERLAP) / row.ranks / median if median else None,
-        bytes=work["bytes"] / row.ranks / median if median else None,
+        flops=sum(work[kind] for kind in OVERLAP) / sharing / median if median else None,
+        bytes=work["bytes"] / sharing / median if median else None,
+        whole_s=_whole(record, step_s, total_s),
     )
+
+
+def _with_wire(record: Record, row: Row) -> tuple[list[float], list[float]]:
+    """(steps, requests) by round; those of a share with its modelled wire, the same in each step."""
+    wire_s = row.wire_s / record.steps if record.steps else 0.0
+    return [s + wire_s for s in row.step_s], [s + row.wire_s for s in row.total_s]
+
+
+def _whole(record: Record, step_s: list[float], total_s: list[float]) -> Spread | None:
+    """What was run, and as many more steps as are lacking."""
+    if not record.whole_steps or not step_s:
+        return None
+    more = record.whole_steps - record.steps
+    return Spread.of([total + more * step for total, step in zip(total_s, step_s, strict=True)])
 
 
 def _ratio(base: list[float], mine: list[float]) -> Spread | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from parafuse.engine.apply import DENOISERS, denoisers
 from parafuse.engine.loader import load_pipeline
 from parafuse.engine.source import ModelSource, locate
 from parafuse.hardware import num_cuda_devices
+from parafuse.launch.bench.clock import wait
 
 CALLBACK = "callback_on_step_end"
 
@@ -26,6 +28,8 @@ class Loaded:
     source: ModelSource
     device: torch.device
     dtype: torch.dtype
+    load_s: float = 0.0
+    """Until it was there."""
 
     @property
     def calls_back(self) -> bool:
@@ -41,9 +45,11 @@ def load(model: str, config: Config) -> Loaded:
     if kind == "cuda":
         torch.cuda.set_device(device)
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if kind == "cuda" else "float32")
+    begun = time.perf_counter()
     source = locate(model, allow_pickle=config.allow_pickle)
     pipeline = load_pipeline(source, allow_pickle=config.allow_pickle, dtype=name)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     parameter = next(denoisers(pipeline, DENOISERS)[0][1].parameters())
-    return Loaded(pipeline, source, device, parameter.dtype)
+    wait(device)
+    return Loaded(pipeline, source, device, parameter.dtype, time.perf_counter() - begun)

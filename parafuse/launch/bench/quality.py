@@ -19,7 +19,7 @@ from parafuse.engine.engine import Engine
 from parafuse.engine.receipt import versions
 from parafuse.engine.request import check_call
 from parafuse.launch.bench.contestant import call_of, twin
-from parafuse.launch.bench.fidelity import compare, pictures
+from parafuse.launch.bench.fidelity import compare, pictures, relative_error
 from parafuse.launch.bench.model import CALLBACK, Loaded
 
 EMOJI = "emoji"
@@ -77,7 +77,7 @@ def judge(
             dist.barrier()
             if exact is not None:
                 want, want_steps = _painted(exact, call_of(keywords, seed + number))
-                errors = [_relative(a, b) for a, b in zip(found_steps, want_steps, strict=True)]
+                errors = [relative_error(a, b) for a, b in zip(found_steps, want_steps, strict=True)]
                 pair = pictures(found), pictures(want)
                 judged.append(Judged(prompt=prompt, quality=compare(*pair), step_errors=errors))
                 pairs.append(pair)
@@ -98,10 +98,6 @@ def _painted(run: Any, call: dict[str, Any]) -> tuple[Any, list[Tensor]]:
         return values
 
     return run(**call | {CALLBACK: keep}), latents
-
-
-def _relative(found: Tensor, want: Tensor) -> float:
-    return float((found - want).abs().max() / want.abs().max().clamp_min(1e-30))
 
 
 def _tell_emoji(judged: list[Judged], pairs: list[Any], folder: Path) -> None:

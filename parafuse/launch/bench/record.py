@@ -31,8 +31,16 @@ class Row:
     compile: bool = False
     error: str = ""
     """Why there are no figures."""
+    share_of: int = 1
+    """Above 1: one rank's share of so many was run, on one device; `wire_s` is modelled."""
+    wire_s: float = 0.0
+    """Of a share: seconds on the wire in each request, from bytes and calls."""
     first_s: float = 0.0
     """From a loaded pipeline to the first picture: applying, examining, compiling, painting."""
+    compile_s: float = 0.0
+    """Of that, in the compiler's back end."""
+    parts_s: dict[str, float] = field(default_factory=dict[str, float])
+    """Part of a request (text, denoising, VAE, file) -> median of the rounds, on rank 0."""
     total_s: list[float] = field(default_factory=list[float])
     """A request, by round."""
     step_s: list[float] = field(default_factory=list[float])
@@ -73,6 +81,14 @@ class Record:
     """Of one step: floating-point operations of products and attention, bytes that these read and write."""
     rates: dict[str, float]
     """What one rank's device does alone, each a second."""
+    load_s: float = 0.0
+    """Until the pipeline was on its device."""
+    steps: int = 0
+    """Of a request, as it was run; 0: not known."""
+    whole_steps: int = 0
+    """Above 0: requests of so many steps are extrapolated."""
+    link: dict[str, float] = field(default_factory=dict[str, float])
+    """The modelled wire of shares: bytes_per_s, latency_s."""
     starts_s: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     """Variant -> from the start of its processes to its first picture, with empty caches and with filled ones."""
     rows: list[Row] = field(default_factory=list[Row])

@@ -11,6 +11,11 @@ from parafuse.launch.bench.figures import Figures, Spread, figures_of
 from parafuse.launch.bench.record import Record, Row
 
 SAID = {"communication": "exchange"}
+MODELLED = "modelled"
+SAID_OF_SHARES = (
+    "one rank's share was run on this device, with messages of the same size from itself; the wire is added, at "
+    "{bytes_per_s:.3g} bytes a second and {latency_s:.2g} s for each exchange, nothing of it hidden."
+)
 LADDER = ("variant", "ranks", "step", "times as fast", "request", "of the least time", "TFLOP/s", "GB/s", "memory")
 
 
@@ -29,6 +34,8 @@ def markdown(record: Record) -> str:
         "",
         *acted(record),
         "",
+        *parts(record),
+        "",
         *starts(record),
     ]
     return "\n".join(lines).rstrip() + "\n"
@@ -41,30 +48,43 @@ def _conditions(record: Record) -> list[str]:
     changed = ", with changes since" if record.dirty else ""
     return [
         f"- {ranks} of {threads}, {record.dtype} on {record.device} ({record.machine.get('cpu', '')})",
-        f"- commit {record.commit}{changed}, {record.date}",
+        f"- commit {record.commit}{changed}, {record.date}; the pipeline was on its device after {record.load_s:.1f} s",
         f"- call: {', '.join(f'{name}={value!r}' for name, value in record.call.items())}",
         f"- versions: {', '.join(f'{name} {version}' for name, version in record.versions.items())}",
     ]
 
 
 def ladder(record: Record) -> list[str]:
-    """The table of times."""
-    lines = [_line(LADDER), "|---|" + "---:|" * (len(LADDER) - 1)]
+    """The table of times, and what is modelled in it."""
+    heads = [head if head != "request" else _request_head(record) for head in LADDER]
+    lines = [_line(heads), "|---|" + "---:|" * (len(LADDER) - 1)]
     for row in record.rows:
         found = figures_of(record, row)
         lines.append(
             _line(_times(record, row, found)) if found else f"| {row.name} | {row.ranks} | {row.error} |" + " |" * 6
         )
+    shares = [row for row in record.rows if row.share_of > 1 and not row.error]
+    if shares:
+        lines += ["", f"{MODELLED}: {SAID_OF_SHARES.format(**record.link)}"]
     return lines
+
+
+def _request_head(record: Record) -> str:
+    return f"request of {record.whole_steps} steps, extrapolated" if record.whole_steps else "request"
+
+
+def _ranks(row: Row) -> str:
+    """How many; of a share, how many it is one of, marked."""
+    return str(row.ranks) if row.share_of == 1 else f"1 of {row.share_of}, {MODELLED}"
 
 
 def _times(record: Record, row: Row, found: Figures) -> list[str]:
     return [
         row.name,
-        str(row.ranks),
+        _ranks(row),
         _ms(found.step_s),
         "1" if row.name == record.baseline else _times_as_fast(found.ratio),
-        _ms(found.total_s),
+        _ms(found.whole_s or found.total_s),
         _percent(found.fraction),
         _scaled(found.flops, 1e12),
         _scaled(found.bytes, 1e9),
@@ -82,6 +102,23 @@ def acted(record: Record) -> list[str]:
             shares = [_percent(row.shares.get(kind)) for kind in kinds]
             lines.append(_line([row.name, *shares, _counters(row), _quality(row)]))
     return lines
+
+
+def parts(record: Record) -> list[str]:
+    """The table of what a request is made of, and of what the first one takes besides."""
+    kinds = list(dict.fromkeys(part for row in record.rows for part in row.parts_s))
+    if not kinds:
+        return []
+    lines = [_line(["variant", *kinds, "first request", "of that, the compiler"]), "|---|" + "---:|" * (len(kinds) + 2)]
+    for row in record.rows:
+        if not row.error:
+            cells = [_s(row.parts_s.get(kind)) for kind in kinds]
+            lines.append(_line([row.name, *cells, _s(row.first_s), _s(row.compile_s or None)]))
+    return lines
+
+
+def _s(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g} s"
 
 
 def starts(record: Record) -> list[str]:
@@ -105,6 +142,8 @@ def _counters(row: Row) -> str:
 def _quality(row: Row) -> str:
     if not row.quality:
         return ""
+    if "latent_error" in row.quality:
+        return f"latents within {row.quality['latent_error']:.1e} of the largest"
     if row.quality["largest_of_255"] < 0.5:
         return "the same picture"
     return f"PSNR {row.quality['worst_psnr_db']:.1f} dB, SSIM {row.quality['worst_ssim']:.3f}"
@@ -156,9 +195,8 @@ def _draw_ladder(axes: Any, records: list[Record]) -> bool:
         for row in record.rows:
             found = figures_of(record, row)
             if found and row.name != record.baseline:
-                names.append(
-                    f"{row.name} ({record.case}, {row.ranks})" if len(records) > 1 else f"{row.name} ({row.ranks})"
-                )
+                said = [record.case] * (len(records) > 1) + [_ranks(row)]
+                names.append(f"{row.name} ({', '.join(said)})")
                 bars.append(found.ratio)
     if not bars:
         return False
@@ -176,8 +214,8 @@ def _draw_scaling(axes: Any, records: list[Record]) -> bool:
         for row in record.rows:
             found = figures_of(record, row)
             if found and row.degrees and not row.compile:
-                axis = " x ".join(row.degrees)
-                lines.setdefault(f"{record.case}: {axis}", {})[row.ranks] = found.ratio.median
+                axis = " x ".join(row.degrees) + (f", {MODELLED}" if row.share_of > 1 else "")
+                lines.setdefault(f"{record.case}: {axis}", {})[row.ranks * row.share_of] = found.ratio.median
     for name, points in lines.items():
         ranks = [1, *sorted(points)]
         axes.plot(ranks, [1.0, *(points[r] for r in ranks[1:])], marker="o", label=name)
@@ -194,7 +232,7 @@ def _draw_quality(axes: Any, records: list[Record]) -> bool:
         (found.ratio.median, row.quality["worst_psnr_db"], row.name)
         for record in records
         for row in record.rows
-        if (found := figures_of(record, row)) and row.quality
+        if (found := figures_of(record, row)) and "worst_psnr_db" in row.quality
     ]
     for x, y, name in points:
         axes.plot(x, y, marker="o", color="C0")

@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import psutil
@@ -18,10 +18,12 @@ from parafuse.engine.apply import DENOISERS, denoisers
 from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import check_call
 from parafuse.hardware import cores, hardware
+from parafuse.launch.bench import share
 from parafuse.launch.bench.case import Case, Variant
-from parafuse.launch.bench.clock import Times, timed
+from parafuse.launch.bench.clock import Times, timed, wait
 from parafuse.launch.bench.contestant import Contestant, call_of
-from parafuse.launch.bench.fidelity import compare, pictures
+from parafuse.launch.bench.fidelity import compare_outputs
+from parafuse.launch.bench.files import write_file
 from parafuse.launch.bench.model import Loaded
 from parafuse.launch.bench.peers import PEERS
 from parafuse.launch.bench.profiled import shares
@@ -29,9 +31,6 @@ from parafuse.launch.bench.record import NotAppliedError, Record, Row, commit, s
 from parafuse.launch.bench.work import Rates, Work, counted, rates
 from parafuse.log import note
 from parafuse.parallel.world import ensure_world
-
-WARM_UPS = 2
-"""Requests before timing, the first one included."""
 
 
 @dataclass
@@ -42,6 +41,8 @@ class Entry:
     row: Row
     contestant: Contestant | None = None
     output: Any = None
+    parts_s: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    """By round, on this rank."""
 
 
 class Run:
@@ -49,15 +50,24 @@ class Run:
 
     def __init__(self, case: Case, loaded: Loaded, rounds: int, config: Config):
         self.case, self.loaded, self.rounds = case, loaded, rounds
+        self.link = share.Link(**case.link)
         self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self.device = loaded.device
         self.threads = max(1, cores() // self.ranks)
         torch.set_num_threads(self.threads)
         if self.ranks > 1:
             ensure_world(self.device.type, config.timeout_s)
+        if case.largest_share > 1:
+            share.enter(case.largest_share, config.timeout_s)
         self.rank = dist.get_rank() if self.ranks > 1 else 0
+        self.steps = 0
+        """Of a request, as the pipeline called back."""
         self.entries = [
-            Entry(v, Row(name=v.name, way=v.way, ranks=v.ranks(self.ranks), compile=v.compile)) for v in case.variants
+            Entry(
+                v,
+                Row(name=v.name, way=v.way, ranks=v.ranks(self.ranks), compile=v.compile, share_of=v.share_of),
+            )
+            for v in case.variants
         ]
 
     def measure(self, starts_s: dict[str, dict[str, float]]) -> Record:
@@ -73,12 +83,14 @@ class Run:
         for entry in self.entries:
             if entry.contestant:
                 entry.contestant.close()
+        if self.case.largest_share > 1:
+            share.leave()
         return self._record(work, speeds, starts_s)
 
     def first_picture(self) -> None:
         """Paints with the one variant. Collective."""
         (entry,) = self.entries
-        contestant = Contestant(entry.variant, self.loaded.pipeline, entry.row.ranks)
+        contestant = Contestant(entry.variant, self.loaded.pipeline, entry.row.ranks, self.device)
         contestant.paint(self._call(entry))
         contestant.close()
 
@@ -130,10 +142,12 @@ class Run:
 
         def begin() -> None:
             begun = time.perf_counter()
-            entry.contestant = Contestant(entry.variant, self.loaded.pipeline, entry.row.ranks)
+            entry.contestant = Contestant(entry.variant, self.loaded.pipeline, entry.row.ranks, self.device)
             entry.output = entry.contestant.paint(self._call(entry))
+            wait(self.device)
             entry.row.first_s = time.perf_counter() - begun
-            for _ in range(WARM_UPS - 1):
+            entry.row.compile_s = entry.contestant.compile_s
+            for _ in range(self.case.warm_ups - 1):
                 entry.contestant.paint(self._call(entry))
             entry.contestant.counts.clear()
 
@@ -145,7 +159,16 @@ class Run:
                 raise RuntimeError("nothing to time")
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            _, times = timed(entry.contestant.paint, self._call(entry), self.device, self.loaded.calls_back)
+            parts = entry.contestant.parts
+            output, times = timed(
+                entry.contestant.paint,
+                self._call(entry),
+                self.device,
+                steps=self.loaded.calls_back,
+                first_step=lambda: parts.first_step,
+            )
+            entry.parts_s.append(parts.seconds() | (write_file(output) if self.rank == 0 else {}))
+            self.steps = times.number
             return times, self._memory()
 
         found = [x for x in self._together(self._guarded(entry, once)) if x is not None]
@@ -165,11 +188,16 @@ class Run:
     def _finish(self) -> None:
         """Counters, profiles and pictures, and whether every option did what it was asked for. Collective."""
         missing: list[str] = []
-        want = pictures(self.entries[[e.variant.name for e in self.entries].index(self.case.baseline)].output)
+        want = self.entries[[e.variant.name for e in self.entries].index(self.case.baseline)].output
         for entry in [entry for entry in self.entries if not entry.row.error]:
             if entry.contestant:
                 counts = entry.contestant.counts
                 entry.row.counts = {name: number / self.rounds for name, number in counts.items()}
+                entry.row.parts_s = {
+                    part: statistics.median(found[part] for found in entry.parts_s) for part in entry.parts_s[0]
+                }
+            if entry.row.share_of > 1:
+                entry.row.wire_s = self.link.seconds(entry.row.counts)
             profile = self._guarded(entry, lambda entry=entry: self._profile(entry))
             if not entry.contestant or profile is None:
                 continue
@@ -180,8 +208,8 @@ class Run:
                 entry.row.error = f"did not act: {'; '.join(idle)}"
                 continue
             missing += [f"{entry.variant.name}: {why}" for why in idle]
-            if self.rank == 0 and entry.variant.name != self.case.baseline:
-                entry.row.quality = compare(pictures(entry.output), want)
+            if self.rank == 0 and entry.variant.name != self.case.baseline and entry.row.share_of == 1:
+                entry.row.quality = compare_outputs(entry.output, want, self._call(entry))
         everyone = [why for found in self._together(missing) for why in found]
         if everyone:
             raise NotAppliedError(f"nothing is recorded, since what was asked for did not act: {'; '.join(everyone)}")
@@ -212,6 +240,10 @@ class Run:
             dtype=str(self.loaded.dtype).removeprefix("torch."),
             work=asdict(work),
             rates=asdict(speeds),
+            load_s=self.loaded.load_s,
+            steps=self.steps,
+            whole_steps=self.case.whole_steps,
+            link=asdict(self.link) if self.case.largest_share > 1 else {},
             starts_s=starts_s,
             rows=[entry.row for entry in self.entries],
         )

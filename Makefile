@@ -8,7 +8,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test support support-ci format guidance bench bench-scaling clean
+.PHONY: help setup demo check test support support-ci format guidance bench bench-scaling losses clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: setup ## Time every option on emoji, 1 and 2 ranks, and its first picture
 	$(BIN)/parafuse bench --case emoji --ranks 2 --starts $(BENCH)
 	$(BIN)/parafuse bench --case emoji-batch --ranks 2 $(BENCH)
 	$(BIN)/parafuse bench report benchmarks/results/*.json --out out/bench
+
+losses: setup ## Measure every lossy option on emoji: what the help quotes (ten minutes)
+	$(BIN)/python -m benchmarks.losses
 
 bench-scaling: setup ## Measure 2 ranks against 1 on this machine's CPU: one sequence, two branches
 	$(BIN)/python -m benchmarks.scaling_cpu

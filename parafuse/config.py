@@ -31,6 +31,9 @@ SEQUENCE_AXES = (Axis.RING, Axis.ULYSSES)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 Auto = Literal["auto"]
+LOSSY = "lossy"
+"""In a field's metadata: the values of it that change pictures by more than the order of sums. Each has a measured
+loss, which its help quotes (`make losses`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,7 @@ class Config:
 
     parallel: Parallel = field(default_factory=Parallel)
     """Degrees of the mesh axes."""
-    dtype: str = "auto"
+    dtype: str = field(default="auto", metadata={LOSSY: ("bfloat16", "float16")})
     """float32, bfloat16 or float16; "auto": bfloat16 on CUDA, float32 on the CPU."""
     device: str = "auto"
     """cpu or cuda; "auto": cuda where there is one for each local rank."""

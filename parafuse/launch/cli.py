@@ -22,6 +22,7 @@ from parafuse.config import Config
 from parafuse.errors import ParafuseError, nearest
 from parafuse.launch import export as exporting
 from parafuse.launch import generate as generating
+from parafuse.launch import prove as proving
 from parafuse.launch import quiet
 from parafuse.launch import verify as verifying
 from parafuse.launch.asked import Asked, start_ranks
@@ -41,6 +42,7 @@ FIRST_RANK_TELLS_S = 2.0
 PICTURE_OPTIONS = options_of(generating.Picture)
 CONFIG_OPTIONS = options_of(Config, panel="Configuration")
 BENCH_OPTIONS = options_of(benching.Bench)
+PROOF_OPTIONS = options_of(proving.Proof)
 TRIAL_OPTIONS = options_of(verifying.Trial)
 EXPORT_OPTIONS = [option for option in options_of(exporting.Export) if option.name != "ranks"]
 LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1]
@@ -101,9 +103,28 @@ def verify(
     trial = build(verifying.Trial(), given(TRIAL_OPTIONS, options))
     _hush(trial)
     job = verifying.prepare(prompt, trial, CONFIG_OPTIONS, options)
-    if "RANK" not in os.environ:
+    if job.world_size > 1 and "RANK" not in os.environ:
         return start_ranks(job.world_size, ctx.obj.argv)
     (verifying.run_quality if trial.quality else verifying.run)(job)
+    return 0
+
+
+@app.command()
+@with_options(*PROOF_OPTIONS, *CONFIG_OPTIONS)
+def prove(
+    ctx: typer.Context,
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="In place of a set of them.")] = None,
+    **options: Any,
+) -> int:
+    """Time a model's own pipeline, parafuse's plan for these ranks, and other engines, side by side, end to end.
+
+    Writes one report with figures, parts and pictures, to keep or to send: HTML and JSON."""
+    proof = build(proving.Proof(), given(PROOF_OPTIONS, options))
+    _hush(proof)
+    job = proving.prepare(prompt, proof, CONFIG_OPTIONS, options)
+    if job.world_size > 1 and "RANK" not in os.environ:
+        return start_ranks(job.world_size, ctx.obj.argv)
+    proving.run(job)
     return 0
 
 

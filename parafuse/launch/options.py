@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast
 import typer
 
 from parafuse.errors import ConfigError
+from parafuse.launch.losses import said
 
 UNITS = {"_s": "seconds", "_bytes": "bytes", "_tokens": "tokens"}
 FLAT_GROUPS = ("parallel",)
@@ -147,7 +148,8 @@ def _walk(cls: type, path: tuple[str, ...], panel: str | None) -> Iterator[Optio
         if _is_union(kind):
             some = tuple(part for part in typing.get_args(kind) if part is not NoneType)
             kind = some[0] if len(some) == 1 else kind
-        yield Option(path=(*path, field.name), kind=kind, default=field.default, help=docs[field.name], panel=panel)
+        text = " ".join(part for part in (docs[field.name], said(field)) if part)
+        yield Option(path=(*path, field.name), kind=kind, default=field.default, help=text, panel=panel)
 
 
 def with_options(*options: Option) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

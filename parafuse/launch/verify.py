@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from parafuse.config import Config, Parallel
+from parafuse import log
+from parafuse.config import DTYPES, Config, Parallel
 from parafuse.errors import ConfigError, MismatchError
 from parafuse.launch import quiet
 from parafuse.launch.asked import Asked, number_of_ranks
 from parafuse.launch.keywords import call_keywords, one_step_call, refuse_unknown
 from parafuse.launch.options import Option, build, given
-
-OWN_PROMPTS = "prompts.txt"
-"""In a model's folder: its prompts for comparing pictures."""
+from parafuse.launch.prompts import prompts_of
 
 if TYPE_CHECKING:
-    from parafuse.engine.source import ModelSource
     from parafuse.engine.verify import Verdict
 
 
@@ -40,16 +38,21 @@ class Trial(Asked):
     """With --quality: a file with a prompt in each line. Not given: the model's own set, which emoji has."""
     first: int | None = None
     """With --quality: only so many of the prompts."""
+    against: str | None = None
+    """With --quality: dtype of the run on one rank that it is held against. Not given: the configuration's."""
     out: str | None = None
     """With --quality: folder for the table, the plot and the worst pictures. (Default: out/quality)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in ("prompts", "first", "out") if getattr(self, name) is not None]
+        given = [name for name in ("prompts", "first", "against", "out") if getattr(self, name) is not None]
         if given and not self.quality:
             raise ConfigError(f"--{given[0]}: is for --quality; give that too, or leave it out.")
         if self.quality and self.json:
             raise ConfigError("--json: --quality writes quality.json to --out; leave it out.")
+        allowed = [name for name in DTYPES if name != "auto"]
+        if self.against is not None and self.against not in allowed:
+            raise ConfigError(f"--against {self.against!r}: must be one of {', '.join(allowed)}.")
         if self.first is not None and self.first < 1:
             raise ConfigError(f"--first {self.first}: must be at least 1.")
 
@@ -80,14 +83,17 @@ def prepare(prompt: str | None, trial: Trial, options: list[Option], typed: dict
             f"{where} parallel degrees, but every layout is tried; leave them out, or give --quality for one layout."
         )
     world_size = number_of_ranks(trial)
-    if world_size == 1:
-        raise ConfigError("--ranks 1: one rank has nothing to be compared with; give --ranks 2 or more.")
+    if world_size == 1 and trial.against is None:
+        way_out = ", or another dtype with --against" if trial.quality else ""
+        raise ConfigError(f"--ranks 1: one rank has nothing to be compared with; give --ranks 2 or more{way_out}.")
     source = locate(trial.model, allow_pickle=config.allow_pickle)
     if trial.quality:
-        resolve(config, source, world_size)
+        plan = resolve(config, source, world_size)
+        if world_size == 1 and plan.dtype == trial.against:
+            raise ConfigError(f"--against {trial.against!r}: is what one rank would run too; give another --dtype.")
         call, _ = call_keywords(trial, source)
         refuse_unknown(source, call)
-        prompts = _prompts(prompt, trial, source)
+        prompts = prompts_of(source, prompt, trial.prompts, trial.first)
         for text in prompts:
             check_call(source, call | {"prompt": text})
         return TrialJob(trial=trial, config=config, world_size=world_size, call=call, prompts=prompts)
@@ -95,20 +101,6 @@ def prepare(prompt: str | None, trial: Trial, options: list[Option], typed: dict
     config = dataclasses.replace(config, parallel=Parallel(ulysses=world_size))
     resolve(config, source, world_size)
     return TrialJob(trial=trial, config=config, world_size=world_size, call=call)
-
-
-def _prompts(prompt: str | None, trial: Trial, source: ModelSource) -> tuple[str, ...]:
-    """The one that was given, or those of a file."""
-    if prompt is not None:
-        return (prompt,)
-    path = Path(trial.prompts) if trial.prompts else Path(source.path) / OWN_PROMPTS
-    if not path.is_file():
-        what = f"--prompts {trial.prompts!r}: does not exist" if trial.prompts else f"{source.name}: has no prompts.txt"
-        raise ConfigError(f"{what}; give --prompts FILE with a prompt in each line, or one prompt.")
-    found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not found:
-        raise ConfigError(f"--prompts {str(path)!r}: has no line with a prompt.")
-    return tuple(found[: trial.first])
 
 
 def run_quality(job: TrialJob) -> None:
@@ -119,8 +111,11 @@ def run_quality(job: TrialJob) -> None:
     if not job.trial.verbose:
         quiet.hide_loading_bars()
     loaded = load(job.trial.model, job.config)
+    exact = loaded.pipeline
+    if job.trial.against and log.rank() == 0:
+        exact = load(job.trial.model, dataclasses.replace(job.config, dtype=job.trial.against)).pipeline
     config = dataclasses.replace(job.config, dtype="auto", device="auto")  # they are the pipeline's now
-    verdict, pairs = judge(loaded, config, list(job.prompts), job.call, job.trial.seed or 0)
+    verdict, pairs = judge(loaded, exact, config, list(job.prompts), job.call, seed=job.trial.seed or 0)
     if pairs:
         print(markdown(verdict), flush=True)
         for path in write(verdict, pairs, Path(job.trial.out or "out/quality")):

@@ -78,7 +78,9 @@ def test_variants_have_nothing_of_each_other() -> None:
 def judged() -> tuple[int, list[dict[str, float]], list[int], dict[str, bool], list[str]]:
     loaded = load("emoji", Config())
     config = Config(parallel=Parallel(cfg=2))
-    verdict, pairs = judge(loaded, config, ["red apple", "no such thing"], {"num_inference_steps": 6}, 3)
+    verdict, pairs = judge(
+        loaded, loaded.pipeline, config, ["red apple", "no such thing"], {"num_inference_steps": 6}, seed=3
+    )
     if not pairs:
         return 0, [], [], {}, []
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +109,8 @@ def changed() -> tuple[float, float]:
 
     with patch.object(guidance, "exchange", scaled):
         config = Config(parallel=Parallel(cfg=2))
-        verdict, pairs = judge(load("emoji", Config()), config, ["red apple"], {"num_inference_steps": 6}, 3)
+        loaded = load("emoji", Config())
+        verdict, pairs = judge(loaded, loaded.pipeline, config, ["red apple"], {"num_inference_steps": 6}, seed=3)
     return (verdict.judged[0].quality["worst_psnr_db"], verdict.judged[0].step_errors[-1]) if pairs else (0.0, 0.0)
 
 

@@ -126,7 +126,9 @@ def test_a_share_is_measured_and_marked() -> None:
     calls, sent = half.counts["ulysses.all_to_all calls"], half.counts["ulysses.all_to_all bytes"]
     assert half.wire_s >= calls * 1e-3 + sent / 1e8 > 0.1
     found = figures_of(record, half)
-    assert found and found.step_s and found.whole_s
+    assert found is not None
+    assert found.step_s is not None
+    assert found.whole_s is not None
     assert found.step_s.median == pytest.approx(
         sorted(half.step_s)[0] / 2 + sorted(half.step_s)[1] / 2 + half.wire_s / 2
     )

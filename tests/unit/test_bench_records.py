@@ -15,6 +15,7 @@ from parafuse.launch.bench import report
 from parafuse.launch.bench.case import CASES, Case, Variant, load_case
 from parafuse.launch.bench.compare import compared
 from parafuse.launch.bench.figures import Spread, figures_of
+from parafuse.launch.bench.plots import plots
 from parafuse.launch.bench.record import Record, Row, load, save
 
 CASE = """model = "emoji"
@@ -166,13 +167,13 @@ def test_two_records_are_compared_by_their_spread() -> None:
 
 
 def test_plots_are_written_in_both_formats(tmp_path: Path) -> None:
-    made = report.plots([record(PLAIN, TWO, LOSSY)], tmp_path)
+    made = plots([record(PLAIN, TWO, LOSSY)], tmp_path)
     assert sorted(path.name for path in made) == sorted(
         f"{name}{suffix}" for name in ("ladder", "scaling", "quality") for suffix in (".svg", ".png")
     )
     assert all(path.stat().st_size > 1000 for path in made)
     before = (tmp_path / "ladder.svg").read_bytes()
-    report.plots([record(PLAIN, TWO, LOSSY)], tmp_path)
+    plots([record(PLAIN, TWO, LOSSY)], tmp_path)
     assert (tmp_path / "ladder.svg").read_bytes() == before
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +19,15 @@ WAYS = {
     "diffusers context parallel": "diffusers' own, Ulysses over all ranks",
     "diffusers first-block cache": "diffusers' own, at its default threshold",
     "cache-dit": "its default cache",
-    "para-attn": "its first-block cache, and its context parallel on several ranks",
+    "para-attn first-block cache": "at its default threshold",
+    "para-attn context parallel": "over all ranks",
     "xfuser": "its Ulysses, and on one rank its first-block cache",
 }
-ALONE = ("plain", "diffusers first-block cache", "cache-dit")
+PACKAGES = {"cache-dit": "cache_dit", "xfuser": "xfuser"} | dict.fromkeys(
+    ("para-attn first-block cache", "para-attn context parallel"), "para_attn"
+)
+"""Ways -> the package that each needs beside parafuse's own."""
+ALONE = ("plain", "diffusers first-block cache", "cache-dit", "para-attn first-block cache")
 """Ways that use one rank."""
 
 
@@ -40,6 +45,8 @@ class Variant:
     """Left out where there are fewer."""
     share_of: int = 1
     """Above 1: one rank's share of a world of so many, on one device; the wire is modelled (see `share`)."""
+    may_fail: bool = False
+    """Its failure is a row with the reason, as another engine's is; otherwise it ends the measurement."""
     call: dict[str, Any] = field(default_factory=dict[str, Any])
     """Keywords of the call beside the case's."""
 
@@ -110,6 +117,10 @@ class Case:
         """The largest world of which a share is measured; 1: none is."""
         return max(variant.share_of for variant in self.variants)
 
+    def without(self, names: list[str]) -> Case:
+        """The same without these variants."""
+        return replace(self, variants=tuple(v for v in self.variants if v.name not in names))
+
     def only(self, chosen: tuple[str, ...]) -> Case:
         """The same with these variants and the baseline. Raises ConfigError for a name that is none of them."""
         names = [variant.name for variant in self.variants]
@@ -119,7 +130,7 @@ class Case:
                     f"--variant {name!r}: {self.name} has {', '.join(names)}{nearest(name, names) or '.'}"
                 )
         kept = tuple(v for v in self.variants if not chosen or v.name in (*chosen, self.baseline))
-        return Case(**{**vars(self), "variants": kept})
+        return replace(self, variants=kept)
 
 
 def load_case(name: str) -> Case:

@@ -19,14 +19,14 @@ from parafuse.config import Config
 from parafuse.errors import ConfigError
 from parafuse.launch import quiet
 from parafuse.launch.asked import number_of_ranks
-from parafuse.launch.bench.case import Case, load_case
+from parafuse.launch.bench.case import PACKAGES, Case, load_case
 from parafuse.launch.bench.compare import compared
 from parafuse.launch.bench.record import FOLDER, commit, load, save
 from parafuse.launch.bench.starts import measure_starts, read_starts
 from parafuse.launch.options import Option, build, given
 from parafuse.log import note
 
-NEEDED = ("torchmetrics", "matplotlib", "psutil")
+NEEDED = ("torchmetrics", "matplotlib", "psutil", "jinja2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +77,7 @@ def prepare(bench: Bench, options: list[Option], typed: dict[str, object]) -> Be
     """Checks the request without loading weights. Raises ConfigError at the first fault."""
     from parafuse.engine.source import locate
 
-    lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if lacking:
-        raise ConfigError(f"bench: needs {', '.join(lacking)}; pip install 'parafuse[bench]'.")
+    check_packages("bench")
     config = build(Config(), given(options, typed))
     world_size = number_of_ranks(bench)  # pyright: ignore[reportArgumentType]
     case = load_case(bench.case).only(bench.variant)
@@ -91,13 +89,29 @@ def prepare(bench: Bench, options: list[Option], typed: dict[str, object]) -> Be
         raise ConfigError(f"--variant {lacking[0]!r}: needs more ranks than {world_size}; give --ranks 2 or more.")
     if lacking and "RANK" not in os.environ:
         note(f"left out, they need more ranks: {', '.join(lacking)}")
-    case = dataclasses.replace(case, variants=tuple(v for v in case.variants if v.name not in lacking))
+    case = _installed(case.without(lacking), bench.variant)
     _check_layouts(case, world_size)
     locate(case.model, allow_pickle=config.allow_pickle)
     number, changed = commit()
     if changed and not (bench.dirty or bench.first_picture):
         raise ConfigError(f"--out {bench.out!r}: the source has changes since {number}; commit them, or give --dirty.")
     return BenchJob(bench=bench, case=case, config=config, world_size=world_size)
+
+
+def check_packages(command: str) -> None:
+    """Raises ConfigError where what measuring needs is not installed."""
+    lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise ConfigError(f"{command}: needs {', '.join(lacking)}; pip install 'parafuse[bench]'.")
+
+
+def _installed(case: Case, chosen: tuple[str, ...]) -> Case:
+    """Without other engines that are not here, unless they were asked for by name: then they are rows that say so."""
+    lacking = [v for v in case.variants if v.name not in chosen and v.way in PACKAGES]
+    lacking = [v for v in lacking if importlib.util.find_spec(PACKAGES[v.way]) is None]
+    if lacking and "RANK" not in os.environ:
+        note(f"left out, they are not installed: {', '.join(v.name for v in lacking)}")
+    return case.without([v.name for v in lacking])
 
 
 def _check_layouts(case: Case, world_size: int) -> None:
@@ -149,7 +163,8 @@ def run(job: BenchJob) -> None:
 
 def report(paths: Sequence[str], out: str, page: str | None) -> None:
     """Writes a page for each record, and plots of all; puts ladders into a page that has marks for their cases."""
-    from parafuse.launch.bench.report import into_page, markdown, plots
+    from parafuse.launch.bench.plots import plots
+    from parafuse.launch.bench.report import into_page, markdown
 
     records = [load(Path(path)) for path in paths]
     if page is not None:

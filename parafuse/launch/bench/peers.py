@@ -46,14 +46,17 @@ def cache_dit(pipeline: Any, ranks: int) -> Any:
     return pipeline
 
 
-def para_attn(pipeline: Any, ranks: int) -> Any:
+def para_attn_context_parallel(pipeline: Any, ranks: int) -> Any:
     """https://github.com/chengzeyi/ParaAttention"""
-    if ranks > 1:
-        from para_attn.context_parallel import init_context_parallel_mesh  # pyright: ignore[reportMissingImports]
-        from para_attn.context_parallel.diffusers_adapters import parallelize_pipe  # pyright: ignore
+    from para_attn.context_parallel import init_context_parallel_mesh  # pyright: ignore[reportMissingImports]
+    from para_attn.context_parallel.diffusers_adapters import parallelize_pipe  # pyright: ignore
 
-        parallelize_pipe(pipeline, mesh=init_context_parallel_mesh(pipeline.device.type))
-        return pipeline
+    parallelize_pipe(pipeline, mesh=init_context_parallel_mesh(pipeline.device.type))
+    return pipeline
+
+
+def para_attn_first_block_cache(pipeline: Any, ranks: int) -> Any:
+    """https://github.com/chengzeyi/ParaAttention"""
     from para_attn.first_block_cache.diffusers_adapters import apply_cache_on_pipe  # pyright: ignore
 
     apply_cache_on_pipe(pipeline)
@@ -73,10 +76,11 @@ PEERS: dict[str, Switch] = {
     "diffusers context parallel": diffusers_context_parallel,
     "diffusers first-block cache": diffusers_first_block_cache,
     "cache-dit": cache_dit,
-    "para-attn": para_attn,
+    "para-attn first-block cache": para_attn_first_block_cache,
+    "para-attn context parallel": para_attn_context_parallel,
     "xfuser": xfuser,
 }
-CACHES = ("diffusers first-block cache", "cache-dit", "para-attn", "xfuser")
+CACHES = ("diffusers first-block cache", "cache-dit", "para-attn first-block cache", "xfuser")
 """Ways that skip blocks on one rank; on several they exchange."""
 
 

@@ -15,12 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from parafuse.config import Config
+from parafuse.engine.apply import DENOISERS, denoisers
 from parafuse.engine.engine import Engine
 from parafuse.engine.receipt import versions
 from parafuse.engine.request import check_call
+from parafuse.hardware import hardware
 from parafuse.launch.bench.contestant import call_of, twin
 from parafuse.launch.bench.fidelity import compare, pictures, relative_error
 from parafuse.launch.bench.model import CALLBACK, Loaded
+from parafuse.launch.bench.record import commit, short_hardware, today
 
 EMOJI = "emoji"
 NUM_WORST = 8
@@ -48,8 +51,15 @@ class Verdict:
 
     model: str
     degrees: dict[str, int]
+    dtype: str
+    against: str
+    """dtype of the run on one rank."""
     versions: dict[str, str]
     seed: int
+    commit: str
+    dirty: bool
+    date: str
+    hardware: str
     judged: list[Judged]
 
     @property
@@ -63,29 +73,46 @@ class Verdict:
 
 
 def judge(
-    loaded: Loaded, config: Config, prompts: list[str], call: dict[str, Any], seed: int
+    loaded: Loaded, exact: Any, config: Config, prompts: list[str], call: dict[str, Any], *, seed: int
 ) -> tuple[Verdict, list[Any]]:
-    """(verdict, pairs of pictures in its order; empty but on rank 0). Collective on all ranks."""
-    rank = int(os.environ.get("RANK", "0"))
-    exact = twin(loaded.pipeline) if rank == 0 else None
+    """(verdict, pairs of pictures in its order; empty but on rank 0). Collective on all ranks.
+
+    `exact`: the pipeline that paints on rank 0 alone; where it is the loaded one, over the same weights."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    against = next(denoisers(exact, DENOISERS)[0][1].parameters()).dtype
+    exact = twin(exact) if rank == 0 else None
     judged: list[Judged] = []
     pairs: list[Any] = []
     with Engine.from_pipeline(twin(loaded.pipeline), config) as engine:
         for number, prompt in enumerate(prompts):
             keywords = check_call(loaded.source, call | {"prompt": prompt})
             found, found_steps = _painted(engine, call_of(keywords, seed + number))
-            dist.barrier()
             if exact is not None:
                 want, want_steps = _painted(exact, call_of(keywords, seed + number))
                 errors = [relative_error(a, b) for a, b in zip(found_steps, want_steps, strict=True)]
                 pair = pictures(found), pictures(want)
                 judged.append(Judged(prompt=prompt, quality=compare(*pair), step_errors=errors))
                 pairs.append(pair)
-            dist.barrier()
+            if ranks > 1:
+                dist.barrier()
         degrees = {axis: degree for axis, degree in engine.plan.degrees.items() if degree > 1}
     if loaded.source.name == EMOJI:
         _tell_emoji(judged, pairs, Path(loaded.source.path))
-    return Verdict(model=loaded.source.name, degrees=degrees, versions=versions(), seed=seed, judged=judged), pairs
+    number, dirty = commit()
+    verdict = Verdict(
+        model=loaded.source.name,
+        degrees=degrees,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        against=str(against).removeprefix("torch."),
+        versions=versions(),
+        seed=seed,
+        commit=number,
+        dirty=dirty,
+        date=today(),
+        hardware=short_hardware(asdict(hardware()), ranks, loaded.device.type),
+        judged=judged,
+    )
+    return verdict, pairs
 
 
 def _painted(run: Any, call: dict[str, Any]) -> tuple[Any, list[Tensor]]:
@@ -134,11 +161,11 @@ def write(verdict: Verdict, pairs: list[Any], folder: Path) -> list[Path]:
 
 def markdown(verdict: Verdict) -> str:
     """A table of the set and of its worst prompts."""
-    degrees = ", ".join(f"{axis} {degree}" for axis, degree in verdict.degrees.items())
+    layout = ", ".join(f"{axis} {degree}" for axis, degree in verdict.degrees.items()) or "one rank"
     figures = {name: [one.quality[name] for one in verdict.judged] for name in verdict.judged[0].quality}
     last = [one.step_errors[-1] for one in verdict.judged if one.step_errors]
     lines = [
-        f"# {verdict.model} with {degrees} against one rank",
+        f"# {verdict.model} with {layout} in {verdict.dtype} against one rank in {verdict.against}",
         "",
         f"{len(verdict.judged)} prompts, seeds from {verdict.seed} on.",
         "",

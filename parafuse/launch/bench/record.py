@@ -103,17 +103,22 @@ class Record:
 
 
 def save(record: Record, folder: Path) -> Path:
-    """Writes `<folder>/<name>.json`. Raises ConfigError where that exists already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{record.name}.json"
-    number = 2
-    while path.exists():
-        path = folder / f"{record.name}-{number}.json"
-        number += 1
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(asdict(record), indent=1) + "\n")
-    part.replace(path)
+    """Writes `<folder>/<name>.json`, or with a number where that exists already."""
+    (path,) = save_beside(record.name, folder, {".json": json.dumps(asdict(record), indent=1) + "\n"})
     return path
+
+
+def save_beside(stem: str, folder: Path, files: dict[str, str]) -> list[Path]:
+    """Writes files of one stem by suffix, all with the same number where one of them exists already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name, number = stem, 2
+    while any((folder / f"{name}{suffix}").exists() for suffix in files):
+        name, number = f"{stem}-{number}", number + 1
+    for suffix, text in files.items():
+        part = folder / f"{name}{suffix}.part"
+        part.write_text(text)
+        part.replace(folder / f"{name}{suffix}")
+    return [folder / f"{name}{suffix}" for suffix in files]
 
 
 def load(path: Path) -> Record:

@@ -32,6 +32,9 @@ from parafuse.launch.bench.work import Rates, Work, counted, rates
 from parafuse.log import note
 from parafuse.parallel.world import ensure_world
 
+PROFILED_STEPS = 3
+"""Of the request whose second step is looked at."""
+
 
 @dataclass
 class Entry:
@@ -70,8 +73,10 @@ class Run:
             for v in case.variants
         ]
 
-    def measure(self, starts_s: dict[str, dict[str, float]]) -> Record:
-        """The record, the same on rank 0 alone as anywhere; others get one without figures of their own."""
+    def measure(self, starts_s: dict[str, dict[str, float]], then: Callable[[Run], None] = lambda run: None) -> Record:
+        """The record, the same on rank 0 alone as anywhere; others get one without figures of their own.
+
+        `then`: what is done with the variants before they are closed."""
         work, speeds = self._work()
         for entry in self.entries:
             self._begin(entry)
@@ -80,6 +85,7 @@ class Run:
             for entry in alive[number % len(alive) :] + alive[: number % len(alive)]:
                 self._time(entry)
         self._finish()
+        then(self)
         for entry in self.entries:
             if entry.contestant:
                 entry.contestant.close()
@@ -94,9 +100,21 @@ class Run:
         contestant.paint(self._call(entry))
         contestant.close()
 
+    def paint(self, entry: Entry, more: dict[str, Any]) -> Any:
+        """One request of a variant with other keywords; None on ranks that it does not use. Collective on all."""
+
+        def paint() -> Any:
+            return entry.contestant.paint(self._call(entry) | more) if entry.contestant else None
+
+        return self._guarded(entry, paint)
+
     def _call(self, entry: Entry) -> dict[str, Any]:
         keywords = check_call(self.loaded.source, self.case.call | entry.variant.call)
         return call_of(keywords, self.case.seed)
+
+    def _may_fail(self, entry: Entry) -> bool:
+        """Another engine's failure is a row, as is one that the case allows; ours is no record."""
+        return entry.variant.may_fail or entry.variant.way in PEERS
 
     def _uses(self, entry: Entry) -> bool:
         return self.rank < entry.row.ranks
@@ -119,7 +137,7 @@ class Run:
                 error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:300]
         errors = [text for text in self._together(error) if text]
         if errors:
-            if entry.variant.way in ("plain", "parafuse"):
+            if not self._may_fail(entry):
                 raise NotAppliedError(f"variant {entry.variant.name!r}: {errors[0]}")
             entry.row.error, entry.contestant = errors[0], None
             note(f"{entry.variant.name}: {errors[0]}")
@@ -204,7 +222,7 @@ class Run:
             entry.row.shares, exchanges = profile
             entry.row.degrees = entry.contestant.degrees
             idle = entry.contestant.missing(exchanges)
-            if entry.variant.way in PEERS and idle:  # another engine's affair: it has no figures to show
+            if idle and self._may_fail(entry):  # it has no figures to show
                 entry.row.error = f"did not act: {'; '.join(idle)}"
                 continue
             missing += [f"{entry.variant.name}: {why}" for why in idle]
@@ -217,7 +235,10 @@ class Run:
     def _profile(self, entry: Entry) -> tuple[dict[str, float], int]:
         if entry.contestant is None:
             raise RuntimeError("nothing to profile")
-        return shares(entry.contestant.paint, self._call(entry), self.device, self.loaded.calls_back)
+        call = self._call(entry)
+        if self.loaded.calls_back and call.get("num_inference_steps", 0) > PROFILED_STEPS:
+            call["num_inference_steps"] = PROFILED_STEPS
+        return shares(entry.contestant.paint, call, self.device, self.loaded.calls_back)
 
     def _record(self, work: Work, speeds: Rates, starts_s: dict[str, dict[str, float]]) -> Record:
         machine = asdict(hardware())

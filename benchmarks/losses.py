@@ -1,0 +1,67 @@
+"""Measures every lossy option on the built-in model and writes what the help quotes: `make losses`.
+
+For each lossy value of `parafuse.Config` one run of `parafuse verify --quality` against the exact one, over the model's
+prompts; its record goes to benchmarks/results/quality, its figures to the model's losses.json."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from parafuse import Config
+from parafuse.launch.losses import FILE, lossy_values
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "benchmarks" / "results" / "quality"
+EXACT = ("--against", "float32")
+
+
+def measure(option: str, value: str, more: list[str]) -> dict[str, Any]:
+    """The record of one option's value."""
+    out = ROOT / "out" / "losses" / f"{option}-{value}"
+    flag = f"--{option.replace('_', '-')}"
+    command = [sys.executable, "-m", "parafuse", "verify", "--quality", flag, value, *EXACT, "--out", str(out), *more]
+    subprocess.run(command, check=True, cwd=ROOT)
+    return json.loads((out / "quality.json").read_text())
+
+
+def figures(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the help quotes of a record."""
+    psnr = [one["quality"]["worst_psnr_db"] for one in record["judged"]]
+    right = [one["right"] for one in record["judged"] if one["right"]]
+    return {
+        "prompts": len(psnr),
+        "psnr_db": round(statistics.median(psnr), 1),
+        "worst_psnr_db": round(min(psnr), 1),
+        "right": sum(one["found"] for one in right),
+        "right_exact": sum(one["exact"] for one in right),
+        "against": record["against"],
+        "record": name,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _, more = parser.parse_known_args()
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(Config):
+        for value in lossy_values(field):
+            record = measure(field.name, value, more)
+            stem = f"{field.name}-{value}_{record['hardware']}_{record['date'][:10]}_{record['commit']}"
+            path = RECORDS / f"{stem}{'-dirty' if record['dirty'] else ''}.json"
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            found[f"{field.name}={value}"] = figures(record, path.relative_to(ROOT).as_posix())
+            print(path, flush=True)
+    FILE.write_text(json.dumps(found, indent=1) + "\n")
+    print(FILE, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ from parafuse.launch import export as exporting
 from parafuse.launch import generate as generating
 from parafuse.launch import prove as proving
 from parafuse.launch import quiet
+from parafuse.launch import score as scoring
 from parafuse.launch import verify as verifying
 from parafuse.launch.asked import Asked, start_ranks
 from parafuse.launch.bench import command as benching
@@ -45,6 +46,7 @@ BENCH_OPTIONS = options_of(benching.Bench)
 PROOF_OPTIONS = options_of(proving.Proof)
 TRIAL_OPTIONS = options_of(verifying.Trial)
 EXPORT_OPTIONS = [option for option in options_of(exporting.Export) if option.name != "ranks"]
+SCORING_OPTIONS = options_of(scoring.Scoring)
 LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1]
 """Those of the configuration without the degrees, where all of them are tried."""
 
@@ -186,7 +188,21 @@ def bench_compare(
     benching.compare(first, second)
 
 
-def _hush(asked: Asked | benching.Bench) -> None:
+@app.command()
+@with_options(*SCORING_OPTIONS)
+def score(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Of PNG, JPEG or WebP pictures.")],
+    **options: Any,
+) -> None:
+    """Judge a folder of pictures: by another folder (PSNR, SSIM, LPIPS, FID), by prompts (CLIP score), or by both.
+
+    Weights are taken from where they lie; nothing is downloaded."""
+    asked = build(scoring.Scoring(), given(SCORING_OPTIONS, options))
+    _hush(asked)
+    scoring.run(scoring.prepare(folder, asked))
+
+
+def _hush(asked: Asked | benching.Bench | scoring.Scoring) -> None:
     if not asked.verbose:
         quiet.silence_libraries()
     if asked.quiet:

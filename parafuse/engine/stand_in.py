@@ -44,9 +44,7 @@ def make_tokenizer(stand_in: dict[str, Any], settings: dict[str, Any]) -> Any:
             single=[*begin, "$A", *end], pair=[*begin, "$A", "$B", *end], special_tokens=around
         )
     backend.add_special_tokens(list(special))
-    named = {value for key, value in settings.items() if key.endswith("_token")}
-    others = [token for token in special if token not in named]
-    return PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=others, **settings)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
 
 
 class PictureProcessor:

@@ -86,8 +86,8 @@ def _empty(found: type[Any], config: dict[str, Any], dtype: torch.dtype) -> nn.M
     from transformers import PreTrainedModel
 
     with _building(dtype), init_empty_weights(include_buffers=False):
-        is_transformers = issubclass(found, PreTrainedModel)
-        module = found(found.config_class(**config)) if is_transformers else found(**config)
+        settings: Any = getattr(found, "config_class", None)  # of transformers' models
+        module = found(**config) if settings is None else found(settings(**config))
     if isinstance(module, PreTrainedModel):
         module.config.dtype = dtype
         module.tie_weights()  # building without memory has made two of each
@@ -107,29 +107,28 @@ def _building(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _fill(module: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives every parameter memory and values, and every buffer that is loaded with them its dtype."""
+    """Gives every parameter memory and values, and every buffer that is loaded beside them its dtype."""
     in_float32 = _in_float32(module, dtype)
+
+    def kept(key: str, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return torch.float32 if in_float32 & set(key.split(".")) else dtype
+
     made: dict[int, nn.Parameter] = {}  # tied ones stay one
-    generator = None if device.type == "meta" else torch.Generator(device)
     for path, owner in module.named_modules():
         for leaf, parameter in list(owner._parameters.items()):
             if parameter is None:
                 continue
+            key = f"{path}.{leaf}"
             if id(parameter) not in made:
-                key = f"{path}.{leaf}"
-                kept = torch.float32 if in_float32 & set(key.split(".")) else dtype
-                kept = kept if parameter.is_floating_point() else parameter.dtype
-                values = torch.empty(parameter.shape, dtype=kept, device=device)
-                if generator is not None:
-                    generator.manual_seed(zlib.crc32(f"{name}.{key}".encode()))
-                    _draw(values, leaf, isinstance(owner, nn.Embedding), generator)
+                values = torch.empty(parameter.shape, dtype=kept(key, parameter), device=device)
+                _draw(values, leaf, isinstance(owner, nn.Embedding), zlib.crc32(f"{name}.{key}".encode()))
                 made[id(parameter)] = nn.Parameter(values, requires_grad=False)
             owner._parameters[leaf] = made[id(parameter)]
         for leaf, buffer in list(owner._buffers.items()):
-            loaded = buffer is not None and leaf not in owner._non_persistent_buffers_set
-            if loaded and buffer.is_floating_point():
-                kept = torch.float32 if in_float32 & {*path.split("."), leaf} else dtype
-                owner._buffers[leaf] = buffer.to(kept)
+            if buffer is not None and leaf not in owner._non_persistent_buffers_set:
+                owner._buffers[leaf] = buffer.to(kept(f"{path}.{leaf}", buffer))
 
 
 def _in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
@@ -145,11 +144,12 @@ def _in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
     return {names} if isinstance(names, str) else set(names)
 
 
-def _draw(values: Tensor, leaf: str, is_embedding: bool, generator: torch.Generator) -> None:
+def _draw(values: Tensor, leaf: str, is_embedding: bool, seed: int) -> None:
     """Normal values. A product's keep the size of what goes through (variance 1 / fan-in), a norm's scale is about 1,
     a bias small: nothing grows or dies out with depth, and nothing is zero, so that every part has its effect."""
-    if values.numel() == 0:
+    if values.is_meta or values.numel() == 0:
         return
+    generator = torch.Generator(values.device).manual_seed(seed)
     fan_in = values[0].numel() if values.ndim > 1 else 1
     mean = 1.0 if fan_in == 1 and leaf in SCALES else 0.0
     std = 1.0 if is_embedding else 1 / math.sqrt(fan_in) if fan_in > 1 else 0.1

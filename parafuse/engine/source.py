@@ -86,8 +86,9 @@ def locate(model: str, *, allow_pickle: bool = False, given: Collection[str] = (
     known = embedded_models()
     if _HUB_ID.fullmatch(model) and not path.parent.is_dir() and path.suffix != ".safetensors":
         return ModelSource(name=model, path=model, kind="hub", model_id=_digest([model]))
+    near = [*known, *(f"random:{name}" for name in architectures())]
     raise ModelError(
-        f"model={model!r}: does not exist{nearest(model, known) or '.'} Give a diffusers folder, a .safetensors file, "
+        f"model={model!r}: does not exist{nearest(model, near) or '.'} Give a diffusers folder, a .safetensors file, "
         f"a hub id (owner/name), a built-in model ({', '.join(known) or 'none is installed'}), or one without weights, "
         f"random:NAME or tiny:NAME ({', '.join(architectures())})."
     )

@@ -220,6 +220,24 @@ def test_the_words_before_a_prompt_are_as_many_tokens_as_the_pipeline_cuts_off(n
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
+def test_a_picture_to_edit_counts() -> None:
+    call = locate("tiny:qwen-image-edit").defaults
+    pipeline, picture = tiny("qwen-image-edit", "float32"), call["image"]
+    given = dict(text=["<|image_pad|> and red"], images=[picture])
+    tokens = pipeline.processor(**given)
+    grid = tokens["image_grid_thw"][0]
+    assert int((tokens["input_ids"] == 151655).sum()) == int(grid.prod()) // 4 > 1
+    assert tokens["pixel_values"].shape[0] == int(grid.prod())
+    with pytest.raises(ConfigError, match="image: 1 given for 2 prompts; give one for each"):
+        pipeline.processor(**given | {"text": given["text"] * 2})
+    call |= dict(prompt="red", output_type="pt")
+    pictures = [
+        pipeline(**call | dict(image=one, generator=torch.Generator().manual_seed(0))).images
+        for one in (picture, picture.rotate(90))
+    ]
+    assert (pictures[0] - pictures[1]).abs().max() > 0.1
+
+
 TOKENS = {
     "flux.1-dev": ("tokenizer", [49406, 64, 49407, 49407], 77),
     "sdxl": ("tokenizer_2", [49406, 64, 49407, 0], 77),
@@ -252,6 +270,8 @@ def test_names_that_are_not_there() -> None:
         locate("random:flux1-dev")
     with pytest.raises(ModelError, match=r"is no known architecture\. There are"):
         locate("tiny:")
+    with pytest.raises(ModelError, match=r"does not exist; did you mean 'random:sd3.5-large'\?"):
+        locate("sd3.5-large")
 
 
 def test_a_part_of_ones_own() -> None:

@@ -60,7 +60,8 @@ class Engine:
         agree_on: Any = None,
         **pipeline_kwargs: Any,
     ) -> Engine:
-        """Loads `model` (embedded name, diffusers folder, single file, hub id) and makes it run on all ranks.
+        """Loads `model` (embedded name, random:NAME or tiny:NAME, diffusers folder, single file, hub id) and makes it
+        run on all ranks.
 
         Under a launcher (torchrun) every rank calls it. In a plain process that asks for several ranks, it starts the
         other ones itself and this process is rank 0; close the engine to end them. `pipeline_kwargs` go to diffusers'
@@ -149,7 +150,7 @@ class Engine:
             note(plan.one_line())
         keywords = {"dtype": plan.dtype} | settings["pipeline_kwargs"]  # dtypes by component may be among them
         if pipeline is None:
-            pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], **keywords)
+            pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], device=world.device, **keywords)
             pipeline.to(world.device)
         pipeline.set_progress_bar_config(disable=True)
         degrees = {axis: plan.degree(axis) for axis in Axis}

@@ -1,4 +1,4 @@
-"""Loads the pipeline of a model that was found: from a diffusers folder, the hub, or a single file."""
+"""Loads the pipeline of a model that was found: from a diffusers folder, the hub, a single file, or without weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from parafuse.engine.source import ModelSource, read_json
 from parafuse.errors import ConfigError, ModelError
 
 
-def load_pipeline(source: ModelSource, *, dtype: str | dict[str, Any], allow_pickle: bool, **kwargs: Any) -> Any:
-    """The diffusers pipeline, on the CPU, in eval mode. Every rank calls it; no communication.
+def load_pipeline(
+    source: ModelSource, *, dtype: str | dict[str, Any], allow_pickle: bool, device: Any = "cpu", **kwargs: Any
+) -> Any:
+    """The diffusers pipeline in eval mode, on the CPU; one without weights is built on `device`. Every rank calls it;
+    no communication.
 
     Raises ModelError for what diffusers cannot load."""
     import torch
@@ -20,6 +23,8 @@ def load_pipeline(source: ModelSource, *, dtype: str | dict[str, Any], allow_pic
 
     if "torch_dtype" not in kwargs:
         kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if source.kind == "random":
+        return _random(source, torch.device(device), kwargs)
     if not allow_pickle and source.kind != "file":
         kwargs.setdefault("use_safetensors", True)
     try:
@@ -33,6 +38,15 @@ def load_pipeline(source: ModelSource, *, dtype: str | dict[str, Any], allow_pic
         if reason:
             raise ModelError(f"model={source.name!r}: {reason}, or give a folder.") from error
         raise ModelError(f"model={source.name!r}: cannot be loaded ({_first_line(error)})") from error
+
+
+def _random(source: ModelSource, device: Any, kwargs: dict[str, Any]) -> Any:
+    """An architecture with random weights."""
+    from parafuse.engine.architecture import read_architecture
+    from parafuse.engine.random_weights import build_pipeline
+
+    dtypes = [kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs]
+    return build_pipeline(read_architecture(source.name), device=device, dtype=dtypes[-1], **kwargs)
 
 
 def _first_line(error: BaseException) -> str:

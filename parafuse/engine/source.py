@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from parafuse.engine.architecture import architectures, is_architecture, read_architecture
 from parafuse.engine.folder import SAFE, check_folder, tensor_shapes
 from parafuse.errors import ModelError, nearest
 
@@ -28,9 +29,9 @@ class ModelSource:
     name: str
     """As the user gave it."""
     path: str
-    """Folder or file to load from, or the hub id."""
+    """Folder or file to load from, or the hub id. Of an architecture without weights: the file that describes it."""
     kind: str
-    """folder, file, hub, or pipeline: one that is loaded already."""
+    """folder, file, hub, random: an architecture without weights, or pipeline: one that is loaded already."""
     model_id: str
     """Fingerprint of the configuration files: equal architectures are equal here, whatever their weights."""
     components: tuple[str, ...] | None = None
@@ -38,7 +39,7 @@ class ModelSource:
     pipeline_class: str | None = None
     """Class name from model_index.json; None where it is known only after loading."""
     defaults: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Keywords of the call that the model's parafuse.json sets when they are not given."""
+    """Keywords of the call that the model itself sets when they are not given: those of its parafuse.json."""
     size_multiple: int | None = None
     """Width and height must be multiples of it; None: unknown, left to the pipeline."""
 
@@ -68,12 +69,15 @@ def embedded_models() -> list[str]:
 
 
 def locate(model: str, *, allow_pickle: bool = False, given: Collection[str] = ()) -> ModelSource:
-    """The model named `model`: embedded, a diffusers folder, a single file, or a hub id. Torch-free, reads no weights.
+    """The model named `model`: embedded, an architecture without weights (`random:NAME`, `tiny:NAME`), a diffusers
+    folder, a single file, or a hub id. Torch-free, reads no weights.
 
     `given`: components that need not be there. Raises ModelError when the model does not exist, is not whole, is not a
     diffusers model, or holds pickles that were not allowed."""
     if model in embedded_models():
         return _folder(model, EMBEDDED / model, allow_pickle, given)
+    if is_architecture(model):
+        return _random(model)
     path = Path(model).expanduser()
     if path.is_dir():
         return _folder(model, path, allow_pickle, given)
@@ -82,9 +86,26 @@ def locate(model: str, *, allow_pickle: bool = False, given: Collection[str] = (
     known = embedded_models()
     if _HUB_ID.fullmatch(model) and not path.parent.is_dir() and path.suffix != ".safetensors":
         return ModelSource(name=model, path=model, kind="hub", model_id=_digest([model]))
+    near = [*known, *(f"random:{name}" for name in architectures())]
     raise ModelError(
-        f"model={model!r}: does not exist{nearest(model, known) or '.'} Give a diffusers folder, a .safetensors file, "
-        f"a hub id (owner/name), or a built-in model ({', '.join(known) or 'none is installed'})."
+        f"model={model!r}: does not exist{nearest(model, near) or '.'} Give a diffusers folder, a .safetensors file, "
+        f"a hub id (owner/name), a built-in model ({', '.join(known) or 'none is installed'}), or one without weights, "
+        f"random:NAME or tiny:NAME ({', '.join(architectures())})."
+    )
+
+
+def _random(name: str) -> ModelSource:
+    found = read_architecture(name)
+    vae = found.config("vae")
+    return ModelSource(
+        name=name,
+        path=str(found.path),
+        kind="random",
+        model_id=_digest([found.canonical()]),
+        components=tuple(found.components),
+        pipeline_class=found.pipeline_class,
+        defaults=found.call,
+        size_multiple=None if vae is None else _multiple(vae, found.config("transformer") or found.config("unet")),
     )
 
 
@@ -181,15 +202,15 @@ def _size_multiple(path: Path, name: str) -> int | None:
     vae_file = path / "vae" / "config.json"
     if not vae_file.is_file():
         return None
-    vae = read_json(vae_file, name)
-    factor = _vae_factor(vae)
-    if factor is None:
-        return None
     model_file = next((p for n in ("transformer", "unet") if (p := path / n / "config.json").is_file()), None)
-    if model_file is None:
+    return _multiple(read_json(vae_file, name), read_json(model_file, name) if model_file else None)
+
+
+def _multiple(vae: dict[str, Any], model: dict[str, Any] | None) -> int | None:
+    factor = _vae_factor(vae)
+    if factor is None or model is None:
         return factor
-    model = read_json(model_file, name)
-    patch = model.get("patch_size") or 1
+    patch = model.get("patch_size") or model.get("all_patch_size") or 1
     patch = int(patch[-1] if isinstance(patch, list) else patch)
     if patch == 1 and model.get("in_channels") == 4 * vae.get("latent_channels", 0):
         patch = 2  # latents are packed two by two into channels before the transformer (FLUX and its relatives)

@@ -16,7 +16,8 @@ class Asked:
     """The model, the ranks, and the keywords of the pipeline's call."""
 
     model: str = "emoji"
-    """The built-in emoji, a diffusers folder, a single-file checkpoint, or a hub id."""
+    """The built-in emoji, a diffusers folder, a single-file checkpoint, a hub id, or an architecture without weights:
+    random:flux.1-dev, or tiny:flux.1-dev for a CPU."""
     ranks: int | None = None
     """Processes to start on this machine, one for each GPU. Not given: 1, the plan's, or torchrun's."""
     seed: int | None = None

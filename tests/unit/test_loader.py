@@ -239,6 +239,7 @@ def test_nothing_of_this_imports_torch(folder: Path, tmp_path: Path) -> None:
         f"source = locate({str(folder)!r})\n"
         "plan = resolve(__import__('parafuse').Config(device='cpu'), source, 2)\n"
         "plan.check(model_id=source.model_id, world_size=2)\n"
+        "assert [locate(f'{form}:qwen-image-edit').size_multiple for form in ('random', 'tiny')] == [16, 64]\n"
         "print(check_call(source, {'prompt': 'x', 'width': 64}))\n"
     )
     done = _python(code, trap)

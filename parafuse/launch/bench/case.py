@@ -82,7 +82,7 @@ class Case:
     theme: str
     """What its records are about, first in their names."""
     model: str
-    """The built-in emoji, a diffusers folder, a hub id, or `random:` and an architecture."""
+    """The built-in emoji, a diffusers folder, a hub id, or `random:` or `tiny:` and an architecture."""
     baseline: str
     """The variant that others are held against."""
     variants: tuple[Variant, ...]

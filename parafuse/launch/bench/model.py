@@ -47,7 +47,7 @@ def load(model: str, config: Config) -> Loaded:
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if kind == "cuda" else "float32")
     begun = time.perf_counter()
     source = locate(model, allow_pickle=config.allow_pickle)
-    pipeline = load_pipeline(source, allow_pickle=config.allow_pickle, dtype=name)
+    pipeline = load_pipeline(source, allow_pickle=config.allow_pickle, dtype=name, device=device)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     parameter = next(denoisers(pipeline, DENOISERS)[0][1].parameters())

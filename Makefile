@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 # One place holds every exact version. torch goes in first and alone, so that no dependency can bring a newer one.
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+# What images with torch for a GPU mostly lack, and the Python that they have.
+WHEELS ?= diffusers torchao platformdirs ftfy wcwidth torchmetrics lightning_utilities psutil typer nvidia-ml-py
+WHEELS_FOR ?= 3.12
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test support support-ci format guidance bench bench-scaling losses clean
+.PHONY: help setup demo check test support support-ci format guidance bench bench-gpu wheels bench-scaling losses clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,8 +57,16 @@ bench: setup ## Time every option on emoji, 1 and 2 ranks, and its first picture
 	$(BIN)/parafuse bench --case emoji-batch --ranks 2 $(BENCH)
 	$(BIN)/parafuse bench report benchmarks/results/*.json --out out/bench
 
+bench-gpu: ## Time FLUX.1-dev and HunyuanVideo on one GPU, random weights, with the interpreter at hand (nine minutes)
+	$(PYTHON) tools/bench_gpu.py $(BENCH)
+
+wheels: setup ## Fetch what bench-gpu needs on a machine without a network: wheels/
+	rm -rf wheels
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest wheels --python-version $(WHEELS_FOR) \
+		--constraint constraints.txt $(WHEELS)
+
 losses: setup ## Measure every lossy option on emoji: what the help quotes (ten minutes)
-	$(BIN)/python -m benchmarks.losses
+	$(BIN)/python tools/losses.py
 
 bench-scaling: setup ## Measure 2 ranks against 1 on this machine's CPU: one sequence, two branches
 	$(BIN)/python -m benchmarks.scaling_cpu

@@ -24,12 +24,12 @@ from parafuse.launch import export as exporting
 from parafuse.launch import generate as generating
 from parafuse.launch import prove as proving
 from parafuse.launch import quiet
-from parafuse.launch import score as scoring
 from parafuse.launch import verify as verifying
 from parafuse.launch.asked import Asked, start_ranks
 from parafuse.launch.bench import command as benching
 from parafuse.launch.bench.starts import STARTS_ENV
 from parafuse.launch.options import build, given, options_of, with_options
+from parafuse.launch.score import command as scoring
 from parafuse.parallel import rank_entry
 
 app = typer.Typer(

@@ -137,7 +137,7 @@ def test_a_share_is_measured_and_marked() -> None:
     assert sum(plain.parts_s.values()) <= max(plain.total_s) + plain.parts_s["file"]
     page = report.markdown(record)
     assert "| half | 1 of 2, modelled |" in page
-    assert "1e+08 bytes a second and 0.001 s" in page
+    assert "0.1 GB/s and 1000 us" in page
     assert "request of 10 steps, extrapolated" in page
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from parafuse.config import Axis, Parallel
+from parafuse.engine.architecture import RANDOM, TINY
 from parafuse.errors import ConfigError, nearest, reject_unknown
 
 CASES = Path(__file__).parent / "cases"
@@ -116,6 +117,14 @@ class Case:
     def largest_share(self) -> int:
         """The largest world of which a share is measured; 1: none is."""
         return max(variant.share_of for variant in self.variants)
+
+    def tiny(self) -> Case:
+        """The same with tiny parts and their own small sizes. Raises ConfigError for a model that has no such form."""
+        if not self.model.startswith(RANDOM):
+            raise ConfigError(f"--tiny: case {self.name!r} measures {self.model!r}; only {RANDOM}NAME has a tiny form.")
+        call = {name: value for name, value in self.call.items() if name in ("prompt", "output_type")}
+        model = f"{TINY}{self.model.removeprefix(RANDOM)}"
+        return replace(self, theme=f"{self.theme}-tiny", model=model, call=call, whole_steps=0)
 
     def without(self, names: list[str]) -> Case:
         """The same without these variants."""

@@ -47,6 +47,8 @@ class Bench:
     """Write a record although the source has changes since its commit; its name says so."""
     starts: bool = False
     """Also time the first picture of each variant in processes of its own, with empty and with filled caches."""
+    tiny: bool = False
+    """For a case of a model random:NAME: with tiny parts, to try the case where there is no GPU."""
     first_picture: bool = False
     """Paint one picture with the one --variant, and tell when it was there; nothing is recorded."""
     quiet: bool = False
@@ -81,6 +83,8 @@ def prepare(bench: Bench, options: list[Option], typed: dict[str, object]) -> Be
     config = build(Config(), given(options, typed))
     world_size = number_of_ranks(bench)  # pyright: ignore[reportArgumentType]
     case = load_case(bench.case).only(bench.variant)
+    if bench.tiny:
+        case = case.tiny()
     if bench.first_picture:
         chosen = tuple(v for v in case.variants if v.name == bench.variant[0])
         case = dataclasses.replace(case, variants=chosen, baseline=bench.variant[0])

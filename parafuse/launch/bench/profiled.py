@@ -27,8 +27,8 @@ def kind_of(name: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in lowered for word in words)), "pointwise")
 
 
-def shares(paint: Paint, call: dict[str, Any], device: torch.device, steps: bool) -> tuple[dict[str, float], int]:
-    """(kind -> share of the second step's time, exchanges seen in it); of the request where there is no callback."""
+def shares(paint: Paint, call: dict[str, Any], device: torch.device, *, steps: bool) -> tuple[dict[str, float], int]:
+    """(kind -> share of the second step's time, exchanges seen in it); of the request without `steps`."""
     on_gpu = device.type == "cuda"
     profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
     span = torch.profiler.record_function("the step")

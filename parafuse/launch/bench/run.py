@@ -238,7 +238,8 @@ class Run:
         call = self._call(entry)
         if self.loaded.calls_back and call.get("num_inference_steps", 0) > PROFILED_STEPS:
             call["num_inference_steps"] = PROFILED_STEPS
-        return shares(entry.contestant.paint, call, self.device, self.loaded.calls_back)
+        has_second = self.loaded.calls_back and self.steps != 1
+        return shares(entry.contestant.paint, call, self.device, steps=has_second)
 
     def _record(self, work: Work, speeds: Rates, starts_s: dict[str, dict[str, float]]) -> Record:
         machine = asdict(hardware())

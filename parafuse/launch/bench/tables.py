@@ -11,7 +11,7 @@ SAID = {"communication": "exchange"}
 MODELLED = "modelled"
 SAID_OF_SHARES = (
     "one rank's share was run on this device, with messages of the same size from itself; the wire is added, at "
-    "{bytes_per_s:.3g} bytes a second and {latency_s:.2g} s for each exchange, nothing of it hidden."
+    "{gigabytes:g} GB/s and {microseconds:g} us for each exchange, nothing of it hidden."
 )
 IN_SECONDS = 10.0
 """From here on, times are shown in seconds."""
@@ -64,7 +64,11 @@ def ladder(record: Record) -> Table:
 def modelled(record: Record) -> str:
     """What is modelled in the ladder; empty where nothing is."""
     shares = [row for row in record.rows if row.share_of > 1 and not row.error]
-    return f"{MODELLED}: {SAID_OF_SHARES.format(**record.link)}" if shares else ""
+    if not shares:
+        return ""
+    link = record.link
+    said = SAID_OF_SHARES.format(gigabytes=link["bytes_per_s"] / 1e9, microseconds=link["latency_s"] * 1e6)
+    return f"{MODELLED}: {said}"
 
 
 def ranks_of(row: Row) -> str:

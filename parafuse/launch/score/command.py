@@ -13,8 +13,8 @@ from rich.console import Console
 from parafuse.config import DEVICES
 from parafuse.errors import ConfigError
 from parafuse.launch import quiet
-from parafuse.launch.bench.gallery import Gallery, check_pairs, look, read_prompts, unlike_counted
-from parafuse.launch.bench.scorecard import exists
+from parafuse.launch.score.gallery import Gallery, check_pairs, look, read_prompts, unlike_counted
+from parafuse.launch.score.scorecard import exists
 from parafuse.log import note
 
 SSIM_PIXELS = 6
@@ -175,7 +175,7 @@ def run(job: ScoringJob) -> None:
             f"score: torchmetrics does not load ({why}); if torchvision is installed, it must be the one "
             "of this torch: install that, or none."
         ) from error
-    from parafuse.launch.bench.judge import judge
+    from parafuse.launch.score.judge import judge
 
     if not job.scoring.verbose:
         quiet.hide_loading_bars()

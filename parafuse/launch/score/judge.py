@@ -13,11 +13,11 @@ from torch import Tensor
 
 from parafuse.engine.receipt import versions
 from parafuse.errors import ConfigError
-from parafuse.launch.bench.clip import BATCH, Clip, clip_scores, directions
-from parafuse.launch.bench.gallery import Gallery
 from parafuse.launch.bench.record import today
-from parafuse.launch.bench.scorecard import OF_SETS, Scorecard
-from parafuse.launch.bench.scores import (
+from parafuse.launch.score.clip import BATCH, Clip, clip_scores, directions
+from parafuse.launch.score.gallery import Gallery
+from parafuse.launch.score.scorecard import OF_SETS, Scorecard
+from parafuse.launch.score.scores import (
     INCEPTION_FEATURES,
     check_inception,
     frechet_distance,
@@ -28,7 +28,7 @@ from parafuse.launch.bench.scores import (
 )
 
 if TYPE_CHECKING:
-    from parafuse.launch.score import ScoringJob
+    from parafuse.launch.score.command import ScoringJob
 
 PACKAGES = ("torchmetrics", "torchvision", "torch-fidelity", "pillow")
 """Besides those of every receipt: what decides the figures, where it is installed."""

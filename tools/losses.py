@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from parafuse import Config
+from parafuse.config import Config
 from parafuse.launch.losses import FILE, lossy_values
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,76 @@
+"""Times FLUX.1-dev and HunyuanVideo on one GPU, with random weights, under the interpreter at hand: `make bench-gpu`.
+
+Needs no network and no set-up: that interpreter must have torch 2.11 or later for its GPU. What it lacks besides is
+taken from wheels/ (`make wheels` fills it, where there is a network) and put into out/packages, where nothing else sees
+it. Arguments are passed on to `parafuse bench`; --case names other cases."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WHEELS, PACKAGES = ROOT / "wheels", ROOT / "out" / "packages"
+CASES = ("flux.1-dev", "hunyuanvideo")
+BUDGET_S = 540.0
+"""No case is started later than this."""
+
+
+def needed() -> list[str]:
+    """Names of the packages that parafuse and its benchmark need."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["bench"]]
+    return [found[0] for line in lines if (found := re.match(r"[\w.-]+", line))]
+
+
+def lacking() -> list[str]:
+    def is_there(name: str) -> bool:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return False
+        return True
+
+    return [name for name in needed() if not is_there(name)]
+
+
+def install(names: list[str]) -> None:
+    """From wheels/ alone, into a folder of its own."""
+    if "torch" in names:
+        sys.exit("bench-gpu: this interpreter has no torch; give one that has: make bench-gpu PYTHON=/path/to/python3")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade"]
+    done = subprocess.run([*command, "--find-links", str(WHEELS), "--target", str(PACKAGES), *names], check=False)
+    if done.returncode:
+        sys.exit(f"bench-gpu: lacks {', '.join(names)}, and wheels/ does not have them all; run `make wheels` first.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", help=f"Not given: {', '.join(CASES)}.")
+    chosen, more = parser.parse_known_args()
+    names = lacking()
+    if names:
+        install(names)
+    path = os.pathsep.join([str(ROOT), str(PACKAGES), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    begun = time.monotonic()
+    failed: list[str] = []
+    for case in chosen.case or CASES:
+        if time.monotonic() - begun > BUDGET_S:
+            sys.exit(f"bench-gpu: {BUDGET_S:.0f} s are over; {case} was not started.")
+        command = [sys.executable, "-m", "parafuse", "bench", "--case", case, *more]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=False)
+        print(f"bench-gpu: {case}: {time.monotonic() - begun:.0f} s since the start", flush=True)
+        failed += [case] if done.returncode else []
+    if failed:
+        sys.exit(f"bench-gpu: failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

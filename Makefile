@@ -6,7 +6,8 @@ STAMP := $(VENV)/.setup-done
 # One place holds every exact version. torch goes in first and alone, so that no dependency can bring a newer one.
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # What images with torch for a GPU mostly lack, and the Python that they have.
-WHEELS ?= diffusers torchao platformdirs ftfy wcwidth torchmetrics lightning_utilities psutil typer nvidia-ml-py
+WHEELS ?= diffusers torchao platformdirs ftfy wcwidth torchmetrics lightning_utilities psutil typer nvidia-ml-py requests urllib3 \
+	certifi idna charset-normalizer importlib_metadata zipp jinja2 markupsafe rich
 WHEELS_FOR ?= 3.12
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -30,34 +31,41 @@ def needed() -> list[str]:
     return [found[0] for line in lines if (found := re.match(r"[\w.-]+", line))]
 
 
-def lacking() -> list[str]:
-    def is_there(name: str) -> bool:
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return False
-        return True
-
-    return [name for name in needed() if not is_there(name)]
+def is_there(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
-def install(names: list[str]) -> None:
-    """From wheels/ alone, into a folder of its own."""
-    if "torch" in names:
+def plain(name: str) -> str:
+    """A package's name as all its spellings have it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def complete() -> None:
+    """Puts those wheels that the interpreter lacks into a folder of their own. Ends where something is missing."""
+    carried = {plain(wheel.name.split("-")[0]): wheel for wheel in sorted(WHEELS.glob("*.whl"))}
+    missing = [name for name in needed() if not is_there(name) and plain(name) not in carried]
+    if "torch" in missing:
         sys.exit("bench-gpu: this interpreter has no torch; give one that has: make bench-gpu PYTHON=/path/to/python3")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade"]
-    done = subprocess.run([*command, "--find-links", str(WHEELS), "--target", str(PACKAGES), *names], check=False)
-    if done.returncode:
-        sys.exit(f"bench-gpu: lacks {', '.join(names)}, and wheels/ does not have them all; run `make wheels` first.")
+    if missing:
+        sys.exit(f"bench-gpu: lacks {', '.join(missing)}, which wheels/ does not have; run `make wheels` first.")
+    wheels = [str(wheel) for name, wheel in carried.items() if not is_there(name)]
+    if wheels:
+        shutil.rmtree(PACKAGES, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        if subprocess.run([*command, "--target", str(PACKAGES), *wheels], check=False).returncode:
+            python = f"{sys.version_info.major}.{sys.version_info.minor}"
+            sys.exit(f"bench-gpu: wheels/ is for another Python; run `make wheels WHEELS_FOR={python}` first.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", help=f"Not given: {', '.join(CASES)}.")
     chosen, more = parser.parse_known_args()
-    names = lacking()
-    if names:
-        install(names)
+    complete()
     path = os.pathsep.join([str(ROOT), str(PACKAGES), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     begun = time.monotonic()
     failed: list[str] = []

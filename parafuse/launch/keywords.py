@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,20 @@ def one_step_call(asked: Asked, source: ModelSource, prompt: str | None) -> dict
         return check_call(source, call)
     except ConfigError as error:
         raise as_typed(error, typed) from error
+
+
+def call_for_prompts(asked: Asked, source: ModelSource, prompts: Sequence[str]) -> dict[str, Any]:
+    """Keywords for calls with each of these prompts, checked. Raises ConfigError as `check_call` does."""
+    from parafuse.engine.request import check_call
+
+    call, typed = call_keywords(asked, source)
+    refuse_unknown(source, call)
+    try:
+        for prompt in prompts:
+            check_call(source, call | {"prompt": prompt})
+    except ConfigError as error:
+        raise as_typed(error, typed) from error
+    return call
 
 
 def as_typed(error: ConfigError, typed: dict[str, str]) -> ConfigError:

@@ -11,10 +11,10 @@ from parafuse.config import Axis, Config
 from parafuse.errors import ConfigError
 from parafuse.launch import quiet
 from parafuse.launch.asked import Asked, number_of_ranks
-from parafuse.launch.bench.case import ALONE, WAYS, Case, Variant
+from parafuse.launch.bench.case import ALONE, REPLICATED, WAYS, Case, Variant
 from parafuse.launch.bench.command import check_packages
 from parafuse.launch.bench.record import save_beside
-from parafuse.launch.keywords import call_keywords, refuse_unknown
+from parafuse.launch.keywords import call_for_prompts
 from parafuse.launch.options import Option, build, given
 from parafuse.launch.prompts import prompts_of
 
@@ -60,7 +60,6 @@ class ProofJob:
 def prepare(prompt: str | None, proof: Proof, options: list[Option], typed: dict[str, Any]) -> ProofJob:
     """Checks the request, torch-free and without loading weights. Raises ConfigError at the first fault."""
     from parafuse.engine.planner import resolve
-    from parafuse.engine.request import check_call
     from parafuse.engine.source import locate
 
     check_packages("prove")
@@ -68,11 +67,8 @@ def prepare(prompt: str | None, proof: Proof, options: list[Option], typed: dict
     world_size = number_of_ranks(proof)
     source = locate(proof.model, allow_pickle=config.allow_pickle)
     plan = resolve(config, source, world_size)
-    call, _ = call_keywords(proof, source)
-    refuse_unknown(source, call)
     prompts = prompts_of(source, prompt, proof.prompts, proof.first)
-    for text in prompts:
-        check_call(source, call | {"prompt": text})
+    call = call_for_prompts(proof, source, prompts)
     case = Case(
         name="prove",
         theme=f"prove-{Path(proof.model).name}",
@@ -98,7 +94,7 @@ def _variants(degrees: dict[str, int], ranks: int, peers: bool) -> tuple[Variant
             found.append(Variant(name=name, parallel=chosen, compile=compiled, needs_ranks=ranks, may_fail=compiled))
     if peers:
         ways = [way for way in WAYS if way not in ("plain", OURS)]
-        found += [Variant(name=way, way=way) for way in ways if way in ALONE or ranks > 1]
+        found += [Variant(name=way, way=way) for way in ways if way in (*ALONE, *REPLICATED) or ranks > 1]
     return tuple(found)
 
 

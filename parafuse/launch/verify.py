@@ -16,7 +16,7 @@ from parafuse.config import DTYPES, Config, Parallel
 from parafuse.errors import ConfigError, MismatchError
 from parafuse.launch import quiet
 from parafuse.launch.asked import Asked, number_of_ranks
-from parafuse.launch.keywords import call_keywords, one_step_call, refuse_unknown
+from parafuse.launch.keywords import call_for_prompts, one_step_call
 from parafuse.launch.options import Option, build, given
 from parafuse.launch.prompts import prompts_of
 
@@ -73,7 +73,6 @@ class TrialJob:
 def prepare(prompt: str | None, trial: Trial, options: list[Option], typed: dict[str, Any]) -> TrialJob:
     """Checks the request, torch-free and without loading weights. Raises ConfigError at the first fault."""
     from parafuse.engine.planner import resolve
-    from parafuse.engine.request import check_call
     from parafuse.engine.source import locate
 
     config = build(Config.from_file(trial.config) if trial.config else Config(), given(options, typed))
@@ -91,11 +90,8 @@ def prepare(prompt: str | None, trial: Trial, options: list[Option], typed: dict
         plan = resolve(config, source, world_size)
         if world_size == 1 and plan.dtype == trial.against:
             raise ConfigError(f"--against {trial.against!r}: is what one rank would run too; give another --dtype.")
-        call, _ = call_keywords(trial, source)
-        refuse_unknown(source, call)
         prompts = prompts_of(source, prompt, trial.prompts, trial.first)
-        for text in prompts:
-            check_call(source, call | {"prompt": text})
+        call = call_for_prompts(trial, source, prompts)
         return TrialJob(trial=trial, config=config, world_size=world_size, call=call, prompts=prompts)
     call = one_step_call(trial, source, prompt)
     config = dataclasses.replace(config, parallel=Parallel(ulysses=world_size))

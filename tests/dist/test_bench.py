@@ -139,6 +139,22 @@ def alone() -> list[Any]:
     return found
 
 
+def patched(pipeline: Any, ranks: int) -> Any:
+    """As an engine that patches classes."""
+    type(pipeline).__call__ = type(pipeline.transformer).forward = lambda *_, **__: None
+    raise RuntimeError("and then it fails")
+
+
+def beside_a_patch() -> list[str]:
+    ways = {**contestant_module.PEERS, CACHE.way: patched}
+    with patch.object(contestant_module, "PEERS", ways):
+        return [row.error for row in measured(CACHE, PLAIN).rows]
+
+
+def test_an_engine_that_patches_classes_changes_none_but_its_own() -> None:
+    assert run_ranks(beside_a_patch, 1) == [["RuntimeError: and then it fails", ""]]
+
+
 def test_an_option_that_does_nothing_leaves_no_record() -> None:
     for (text,) in run_ranks(no_ops, 2):
         assert text.startswith(

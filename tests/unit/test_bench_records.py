@@ -7,11 +7,13 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from parafuse.engine.source import locate
 from parafuse.errors import ConfigError
-from parafuse.launch.bench import report
+from parafuse.launch.bench import command, report
 from parafuse.launch.bench.case import CASES, Case, Variant, load_case
 from parafuse.launch.bench.compare import compared
 from parafuse.launch.bench.figures import Spread, figures_of
@@ -56,7 +58,9 @@ FAILED = Row(name="peer", way="cache-dit", ranks=1, error="ImportError: no modul
 def test_cases_that_come_along_can_be_read(name: str) -> None:
     case = load_case(name)
     assert case.name == name
-    assert {variant.way for variant in case.variants} >= {"plain", "parafuse"}
+    assert case.baseline == "plain"
+    assert any(v.way == "parafuse" for v in case.variants)
+    locate(case.model)
 
 
 BAD = [
@@ -102,6 +106,50 @@ def test_variants_say_how_many_ranks_they_use() -> None:
 def test_only_keeps_the_baseline() -> None:
     case = Case(name="c", theme="t", model="emoji", baseline="a", variants=tuple(Variant(name=n) for n in "abc"))
     assert [v.name for v in case.only(("c",)).variants] == ["a", "c"]
+
+
+def test_a_case_in_its_tiny_form() -> None:
+    case = load_case("hunyuanvideo")
+    tiny = case.tiny()
+    assert (tiny.model, tiny.theme) == ("tiny:hunyuanvideo", "hunyuanvideo-tiny")
+    assert set(tiny.call) == {"prompt", "output_type"}
+    assert (case.largest_share, case.whole_steps, tiny.whole_steps) == (8, 30, 0)
+    with pytest.raises(ConfigError, match="--tiny: case 'emoji' measures 'emoji'"):
+        load_case("emoji").tiny()
+
+
+def test_other_engines_that_are_not_here_are_left_out_unless_named() -> None:
+    names = {variant.name for variant in load_case("emoji").variants if variant.way == "xfuser"}
+    with patch.object(command.importlib.util, "find_spec", lambda name: None if name == "xfuser" else True):
+        left = {variant.name for variant in command._installed(load_case("emoji"), ()).variants}
+        kept = {variant.name for variant in command._installed(load_case("emoji"), tuple(names)).variants}
+    assert names
+    assert not names & left
+    assert names <= kept
+    assert {"plain", "diffusers: first-block cache", "cache-dit"} <= left
+
+
+def test_shares_are_measured_without_a_launcher() -> None:
+    case = Case(name="c", theme="c", model="emoji", baseline="plain",
+                variants=(Variant(name="plain", way="plain"), Variant(name="half", share_of=2)))  # fmt: skip
+    command._check_layouts(case, 1)
+    with pytest.raises(ConfigError, match="variant 'half' is a share"):
+        command._check_layouts(case, 2)
+
+
+@pytest.mark.parametrize(("rounds", "warm_ups", "seen"), [(1, 2, "rounds=1"), (2, 0, "warm_ups=0")])
+def test_a_case_says_how_often(rounds: int, warm_ups: int, seen: str) -> None:
+    with pytest.raises(ConfigError, match=f"case 'c': {seen}: must be at least"):
+        Case(name="c", theme="c", model="emoji", baseline="plain", rounds=rounds, warm_ups=warm_ups,
+             variants=(Variant(name="plain", way="plain"),))  # fmt: skip
+
+
+def test_the_least_time_of_a_share_has_its_wire() -> None:
+    share = row("share", steps=[0.05, 0.08, 0.06], share_of=2, wire_s=0.04)
+    one, two = (figures_of(record(PLAIN, r, steps=4, link={"bytes_per_s": 1e9}), r) for r in (PLAIN, share))
+    assert one is not None
+    assert two is not None
+    assert two.least_s == pytest.approx(one.least_s / 2 + 0.01)
 
 
 def test_ratios_are_of_the_same_round() -> None:

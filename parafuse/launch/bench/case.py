@@ -28,8 +28,10 @@ PACKAGES = {"cache-dit": "cache_dit", "xfuser": "xfuser"} | dict.fromkeys(
     ("para-attn first-block cache", "para-attn context parallel"), "para_attn"
 )
 """Ways -> the package that each needs beside parafuse's own."""
-ALONE = ("plain", "diffusers first-block cache", "cache-dit", "para-attn first-block cache")
+ALONE = ("plain", "diffusers first-block cache", "para-attn first-block cache")
 """Ways that use one rank."""
+REPLICATED = ("cache-dit",)
+"""Ways that do the whole on every rank: it reduces over all ranks that there are, and would wait for them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ from torch import nn
 from parafuse.config import Axis, Config
 from parafuse.engine.apply import DECODERS, DENOISERS, Handle, apply
 from parafuse.engine.engine import Engine
-from parafuse.errors import ConfigError
+from parafuse.engine.stack import block_stack
 from parafuse.launch.bench import share
-from parafuse.launch.bench.case import Variant
+from parafuse.launch.bench.case import REPLICATED, Variant
 from parafuse.launch.bench.parts import PartClock
 from parafuse.launch.bench.peers import CACHES, PEERS, watch_blocks
 
@@ -46,6 +46,7 @@ class Contestant:
             self._engine = Engine.from_pipeline(pipeline, Config(parallel=variant.config(ranks)))
             self._handle, self.run = self._engine.handle, self._engine
         elif variant.way in PEERS:
+            keep_apart(pipeline)
             watch_blocks(pipeline, self.count)
             self.run = PEERS[variant.way](pipeline, ranks)
         if variant.compile:
@@ -74,9 +75,10 @@ class Contestant:
             found.append("compile: no graph was run")
         way, skipped = self.variant.way, self.counts.get("denoiser calls", 0)
         skipped -= self.counts.get("calls that ran the last block", 0)
-        if way in CACHES and self.ranks == 1 and skipped <= 0:
+        is_whole = self.ranks == 1 or way in REPLICATED
+        if way in CACHES and is_whole and skipped <= 0:
             found.append(f"{way}: no block was skipped")
-        if way in PEERS and self.ranks > 1 and not exchanges:
+        if way in PEERS and not is_whole and not exchanges:
             found.append(f"{way}: nothing was exchanged")
         return found
 
@@ -95,13 +97,14 @@ class Contestant:
     def _compile(self, pipeline: Any) -> None:
         for name in DENOISERS:
             module = getattr(pipeline, name, None)
-            if isinstance(module, nn.Module):
-                if not getattr(module, "_repeated_blocks", None):
-                    raise ConfigError(
-                        f"variant {self.variant.name!r}: {type(module).__name__} names no repeated blocks to compile."
-                    )
+            if not isinstance(module, nn.Module):
+                continue
+            if getattr(module, "_repeated_blocks", None):
                 model: Any = module
                 model.compile_repeated_blocks(fullgraph=True, backend=self._backend)
+                continue
+            for block in block_stack(module):  # a class that does not name them
+                block.compile(fullgraph=True, backend=self._backend)
 
     def _backend(self, graph: Any, inputs: Any) -> Callable[..., Any]:
         """Inductor, counting the graphs that are run."""
@@ -129,6 +132,17 @@ def twin(pipeline: Any) -> Any:
     made.scheduler = copy.deepcopy(pipeline.scheduler)
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def keep_apart(pipeline: Any) -> None:
+    """Gives a pipeline and its denoisers classes of their own, so that an engine that patches classes changes none but
+    its own."""
+    for one in (pipeline, *(getattr(pipeline, name, None) for name in DENOISERS)):
+        if one is not None:
+            kind = type(one)
+            one.__class__ = type(
+                kind.__name__, (kind,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            )
 
 
 def call_of(keywords: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from parafuse.launch.bench.case import REPLICATED
 from parafuse.launch.bench.record import Record, Row
 
 OVERLAP = ("gemm", "attention")
@@ -36,7 +37,8 @@ class Figures:
     """How many times as fast as the baseline, round by round."""
     total_ratio: Spread
     least_s: float
-    """What a step would take if the ranks shared it evenly and only products and attention took time."""
+    """What a step would take if the ranks shared it evenly and only products and attention took time; of a share,
+    with its modelled wire."""
     fraction: float | None
     """Of `least_s`, that is reached."""
     flops: float | None
@@ -60,8 +62,8 @@ def figures_of(record: Record, row: Row) -> Figures | None:
     step = Spread.of(step_s) if step_s else None
     work, rates = record.work, record.rates
     compute = sum(work[kind] / rates[kind] for kind in OVERLAP)
-    sharing = row.ranks * row.share_of
-    least = max(compute, work["bytes"] / rates["bytes"]) / sharing
+    sharing = row.share_of * (1 if row.way in REPLICATED else row.ranks)
+    least = max(compute, work["bytes"] / rates["bytes"]) / sharing + _wire_of_a_step(record, row)
     median = step.median if step else None
     return Figures(
         step_s=step,
@@ -78,8 +80,12 @@ def figures_of(record: Record, row: Row) -> Figures | None:
 
 def _with_wire(record: Record, row: Row) -> tuple[list[float], list[float]]:
     """(steps, requests) by round; those of a share with its modelled wire, the same in each step."""
-    wire_s = row.wire_s / record.steps if record.steps else 0.0
+    wire_s = _wire_of_a_step(record, row)
     return [s + wire_s for s in row.step_s], [s + row.wire_s for s in row.total_s]
+
+
+def _wire_of_a_step(record: Record, row: Row) -> float:
+    return row.wire_s / record.steps if record.steps else 0.0
 
 
 def _whole(record: Record, step_s: list[float], total_s: list[float]) -> Spread | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import statistics
 import time
@@ -19,7 +21,7 @@ from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import check_call
 from parafuse.hardware import cores, hardware
 from parafuse.launch.bench import share
-from parafuse.launch.bench.case import Case, Variant
+from parafuse.launch.bench.case import PACKAGES, Case, Variant
 from parafuse.launch.bench.clock import Times, timed, wait
 from parafuse.launch.bench.contestant import Contestant, call_of
 from parafuse.launch.bench.fidelity import compare_outputs
@@ -241,6 +243,12 @@ class Run:
         has_second = self.loaded.calls_back and self.steps != 1
         return shares(entry.contestant.paint, call, self.device, steps=has_second)
 
+    def _versions_of_others(self) -> dict[str, str]:
+        """Package -> version of other engines in this case."""
+        ways = [entry.variant.way for entry in self.entries]
+        modules = dict.fromkeys(PACKAGES[way] for way in ways if way in PACKAGES)
+        return {name: importlib.metadata.version(name) for name in modules if importlib.util.find_spec(name)}
+
     def _record(self, work: Work, speeds: Rates, starts_s: dict[str, dict[str, float]]) -> Record:
         machine = asdict(hardware())
         number, dirty = commit()
@@ -252,7 +260,7 @@ class Run:
             call=plain(self.case.call),
             hardware=short_hardware(machine, self.ranks, self.device.type),
             machine=machine,
-            versions=versions(),
+            versions=versions() | self._versions_of_others(),
             commit=number,
             dirty=dirty,
             date=today(),

@@ -64,7 +64,7 @@ bench-gpu: ## Time FLUX.1-dev and HunyuanVideo on one GPU, random weights, with 
 wheels: setup ## Fetch what bench-gpu needs on a machine without a network: wheels/
 	rm -rf wheels
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest wheels --python-version $(WHEELS_FOR) \
-		--constraint constraints.txt $(WHEELS)
+		--constraint constraints.txt $(WHEELS) $(WHEELS_MORE)
 
 losses: setup ## Measure every lossy option on emoji: what the help quotes (ten minutes)
 	$(BIN)/python tools/losses.py

@@ -1,7 +1,8 @@
 """Measures every lossy option on the built-in model and writes what the help quotes: `make losses`.
 
 For each lossy value of `parafuse.Config` one run of `parafuse verify --quality` against the exact one, over the model's
-prompts (further arguments go to each); its record goes to benchmarks/results/quality, its figures to the model's losses.json."""
+prompts (further arguments go to each). Its record goes to benchmarks/results/quality, its figures to the model's
+losses.json."""
 
 from __future__ import annotations
 

@@ -12,18 +12,20 @@ if TYPE_CHECKING:
 
 OWN_PROMPTS = "prompts.txt"
 """In a model's folder: its prompts for comparing pictures."""
+GENERAL = Path(__file__).with_name("prompts.txt")
+"""For models that bring none."""
 
 
 def prompts_of(source: ModelSource, prompt: str | None, file: str | None, first: int | None) -> tuple[str, ...]:
-    """The one prompt that was given, or the `first` of a file with one in each line; without one, of the model's own.
+    """The one prompt that was given, or the `first` lines of a file: the given one, the model's own, or a general one.
 
     Raises ConfigError where there is none."""
     if prompt is not None:
         return (prompt,)
-    path = Path(file) if file else Path(source.path) / OWN_PROMPTS
+    own = Path(source.path) / OWN_PROMPTS
+    path = Path(file) if file else own if own.is_file() else GENERAL
     if not path.is_file():
-        what = f"--prompts {file!r}: does not exist" if file else f"{source.name}: has no prompts.txt"
-        raise ConfigError(f"{what}; give --prompts FILE with a prompt in each line, or one prompt.")
+        raise ConfigError(f"--prompts {file!r}: does not exist; give a file with a prompt in each line, or one prompt.")
     found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not found:
         raise ConfigError(f"--prompts {str(path)!r}: has no line with a prompt.")

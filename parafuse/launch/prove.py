@@ -31,7 +31,7 @@ class Proof(Asked):
     peers: bool = False
     """Other engines too, each with its defaults; one that is not installed, or fails, is a row that says so."""
     prompts: str | None = None
-    """A file with a prompt in each line. Not given: the model's own set, which emoji has."""
+    """A file with a prompt in each line. Not given: the model's own set, or a general one."""
     first: int = 2
     """Only so many of the prompts; the first is timed, all are compared."""
     rounds: int = 3
@@ -86,7 +86,9 @@ def prepare(prompt: str | None, proof: Proof, options: list[Option], typed: dict
 def _variants(degrees: dict[str, int], ranks: int, peers: bool) -> tuple[Variant, ...]:
     """Plain diffusers, the plan that parafuse chose, both compiled, and what others offer."""
     found = [BASELINE, Variant(name="plain + compile", way="plain", compile=True, may_fail=True)]
-    if ranks > 1:
+    if ranks == 1:
+        found.append(Variant(name=OURS))
+    else:
         chosen: dict[str, int | str] = {str(axis): degrees[axis] for axis in Axis if degrees[axis] > 1}
         chosen.setdefault(Axis.ULYSSES, 1)
         for extra, compiled in (("", False), (" + compile", True)):

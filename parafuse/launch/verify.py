@@ -35,7 +35,7 @@ class Trial(Asked):
     quality: bool = False
     """Compare pictures instead: those of one configuration (the options below) with those of one rank."""
     prompts: str | None = None
-    """With --quality: a file with a prompt in each line. Not given: the model's own set, which emoji has."""
+    """With --quality: a file with a prompt in each line. Not given: the model's own set, or a general one."""
     first: int | None = None
     """With --quality: only so many of the prompts."""
     against: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from parafuse.config import Axis, Config, Parallel
 from parafuse.errors import ConfigError
 from parafuse.launch.bench import report, share
 from parafuse.launch.bench import run as run_module
-from parafuse.launch.bench.case import Case, Variant
+from parafuse.launch.bench.case import Case, Variant, load_case
 from parafuse.launch.bench.contestant import Contestant
 from parafuse.launch.bench.figures import figures_of
 from parafuse.launch.bench.model import load
@@ -108,11 +109,7 @@ def measured(*variants: Variant) -> Record:
         whole_steps=10, link={"bytes_per_s": 1e8, "latency_s": 1e-3},
     )  # fmt: skip
     with patch.object(run_module, "rates", lambda *_: Rates(1e11, 1e11, 1e10)):
-        try:
-            return Run(case, load("emoji", Config()), 2, Config(timeout_s=60)).measure({})
-        finally:
-            if dist.is_initialized():
-                share.leave()
+        return Run(case, load("emoji", Config()), 2, Config(timeout_s=60)).measure({})
 
 
 def test_a_share_is_measured_and_marked() -> None:
@@ -144,6 +141,7 @@ def test_a_share_is_measured_and_marked() -> None:
 def test_a_share_that_exchanges_nothing_leaves_no_record() -> None:
     with patch.object(Contestant, "count", lambda *_: None), pytest.raises(NotAppliedError, match="half: ulysses: no"):
         measured(PLAIN, HALF)
+    assert not dist.is_initialized()
 
 
 def test_a_share_is_for_our_ways_on_one_rank() -> None:
@@ -152,3 +150,21 @@ def test_a_share_is_for_our_ways_on_one_rank() -> None:
             Variant(**{"name": "v", "share_of": 2, **wrong})
     assert HALF.ranks(8) == 1
     assert HALF.config(2) == Parallel()
+
+
+@pytest.mark.parametrize("name", ["hunyuanvideo", "wan2.2-a14b", "sdxl"])
+def test_a_large_case_runs_in_its_tiny_form(name: str) -> None:
+    """Eager: compiling takes minutes."""
+    case = load_case(name).tiny()
+    shares = [v for v in case.variants if v.share_of > 1]
+    eager = tuple(replace(v, compile=False, may_fail=False) for v in shares)
+    case = replace(case, variants=(PLAIN, *eager))
+    threads = torch.get_num_threads()
+    with patch.object(run_module, "rates", lambda *_: Rates(1e11, 1e11, 1e10)):
+        try:
+            record = Run(case, load(case.model, Config()), 2, Config(timeout_s=60)).measure({})
+        finally:
+            torch.set_num_threads(threads)
+    assert len(record.rows) == 1 + len(shares) > 1
+    assert [(row.name, row.error) for row in record.rows if row.error] == []
+    assert all(row.counts for row in record.rows if row.share_of > 1)

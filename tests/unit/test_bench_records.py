@@ -11,14 +11,16 @@ from unittest.mock import patch
 
 import pytest
 
+import parafuse
+from parafuse.config import Config
 from parafuse.engine.source import locate
 from parafuse.errors import ConfigError
-from parafuse.launch.bench import command, report
+from parafuse.launch.bench import command, memory, report
 from parafuse.launch.bench.case import CASES, Case, Variant, load_case
 from parafuse.launch.bench.compare import compared
 from parafuse.launch.bench.figures import Spread, figures_of
 from parafuse.launch.bench.plots import plots
-from parafuse.launch.bench.record import Record, Row, load, save
+from parafuse.launch.bench.record import Record, Row, commit, load, save, short_hardware
 
 CASE = """model = "emoji"
 baseline = "plain"
@@ -150,6 +152,87 @@ def test_the_least_time_of_a_share_has_its_wire() -> None:
     assert one is not None
     assert two is not None
     assert two.least_s == pytest.approx(one.least_s / 2 + 0.01)
+
+
+def test_a_cache_is_judged_by_requests() -> None:
+    """Its steps are not alike: a median of them would be that of a skipped step."""
+    skips = row("skips", steps=[0.01, 0.01, 0.01])
+    skips.way, skips.total_s = "cache-dit", [0.8, 1.9, 1.0]
+    found = figures_of(record(PLAIN, skips, steps=6, whole_steps=28), skips)
+    assert found is not None
+    assert found.ratio.median == pytest.approx(1.2)
+    assert (found.fraction, found.flops, found.whole_s) == (None, None, None)
+
+
+def test_a_request_that_is_not_extrapolated_is_not_shown_as_one() -> None:
+    silent = row("silent", steps=[])
+    silent.total_s = [1.0, 1.0, 1.0]
+    lines = report.markdown(record(PLAIN, silent, steps=6, whole_steps=28)).splitlines()
+    (line,) = [line for line in lines if line.startswith("| silent | 1 |  | ")]
+    assert "1000.0 ms" not in line
+
+
+def test_weights_are_read_by_every_rank_of_a_sequence() -> None:
+    work = {"gemm": 0.0, "attention": 0.0, "bytes": 10e9, "weights": 8e9}
+    rows = {degrees: row("r", steps=[1.0, 1.0, 1.0], ranks=2, degrees={degrees: 2}) for degrees in ("ulysses", "cfg")}
+    found = {name: figures_of(record(PLAIN, one, work=work), one) for name, one in rows.items()}
+    assert {name: one.bytes for name, one in found.items() if one} == {"ulysses": 9e9, "cfg": 5e9}
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        (dict(link={"bytes_per_s": "fast"}), "must be numbers"),
+        (dict(dtype="half"), "dtype='half': must be one of"),
+        (dict(whole_steps=3, call={"num_inference_steps": 4}), "whole_steps=3: must be at least the 4"),
+        (dict(whole_steps=9, variants=(Variant(name="plain", way="plain", call={"num_inference_steps": 4}),)),
+         "variant 'plain': num_inference_steps cannot differ"),
+    ],
+)  # fmt: skip
+def test_a_case_that_would_mislead_is_refused(change: dict[str, Any], seen: str) -> None:
+    values: dict[str, Any] = dict(name="c", theme="c", model="emoji", baseline="plain",
+                                  variants=(Variant(name="plain", way="plain"),))  # fmt: skip
+    with pytest.raises(ConfigError, match=re.escape(seen)):
+        Case(**values | change)
+
+
+def test_only_what_is_alike_is_compared() -> None:
+    for name, value in (("dtype", "bfloat16"), ("ranks", 3), ("link", {"bytes_per_s": 1.0}), ("call", {})):
+        with pytest.raises(ConfigError, match=f"{name} is .* measure alike"):
+            compared(record(PLAIN, TWO), record(PLAIN, TWO, **{name: value}))
+
+
+def test_a_source_without_its_repository_is_not_taken_as_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "parafuse" / "__init__.py"
+    package.parent.mkdir()
+    package.touch()
+    monkeypatch.setattr(parafuse, "__file__", str(package))
+    assert commit() == (f"v{parafuse.__version__}", False)
+    (tmp_path / "pyproject.toml").touch()
+    assert commit() == ("unknown", True)
+    for named, seen in (("abc1234", ("abc1234", False)), ("abc1234-dirty", ("abc1234", True))):
+        monkeypatch.setenv("PARAFUSE_COMMIT", named)
+        assert commit() == seen
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [("NVIDIA H200", "h200x2"), ("NVIDIA H100 80GB HBM3", "h100x2"), ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090x2"),
+     ("NVIDIA", "gpux2")],
+)  # fmt: skip
+def test_a_records_name_has_its_hardware(gpu: str, name: str) -> None:
+    assert short_hardware(gpu, 2) == name
+    assert short_hardware("", 2).startswith("cpu")
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "memory_bytes", lambda: 24 * 10**9)
+    with pytest.raises(ConfigError, match=r"'random:flux.1-dev': its weights take 6\d GB in float32, and this machine"):
+        memory.check_memory("random:flux.1-dev", Config(device="cpu"), 1)
+    memory.check_memory("tiny:flux.1-dev", Config(device="cpu"), 1)
+    memory.check_memory("emoji", Config(device="cpu"), 1)
+    monkeypatch.setattr(memory, "memory_bytes", lambda: 80 * 10**9)
+    memory.check_memory("random:flux.1-dev", Config(device="cpu"), 1)
 
 
 def test_ratios_are_of_the_same_round() -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from parafuse.errors import ConfigError
 from parafuse.launch.bench.fidelity import SAME_DB, compare, pictures, psnr_db
+from parafuse.launch.bench.quality import worst_lpips
 
 BLACK, WHITE = torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
 
@@ -75,3 +77,16 @@ def test_sizes_must_be_the_same() -> None:
         compare(BLACK, torch.ones(1, 3, 32, 16))
     with pytest.raises(ConfigError, match="have different sizes"):
         pictures([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))])
+
+
+def test_the_worst_lpips_where_it_can_be_had() -> None:
+    found, want = torch.rand(2, 3, 40, 40), torch.rand(2, 3, 40, 40)
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        assert a.shape == b.shape == (1, 3, 40, 40)
+        return float((a - b).abs().max())
+
+    assert worst_lpips(found, want, distance) == {"worst_lpips": pytest.approx(float((found - want).abs().max()))}
+    assert worst_lpips(found, want, None) == {}
+    assert worst_lpips(found[..., :30], want[..., :30], distance) == {}
+    assert worst_lpips(found[:0], want[:0], distance) == {}

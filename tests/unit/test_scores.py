@@ -17,12 +17,12 @@ from torch.nn.functional import normalize
 
 from parafuse.errors import ConfigError, ModelError
 from parafuse.launch import cli
-from parafuse.launch.bench.fidelity import SAME_DB
+from parafuse.launch.bench.fidelity import SAME_DB, lacks_lpips
 from parafuse.launch.score import scores
 from parafuse.launch.score.clip import Clip, clip_scores, directions
 from parafuse.launch.score.command import Scoring, prepare, run
 from parafuse.launch.score.judge import judge
-from parafuse.launch.score.scores import frechet_distance, lacks_lpips
+from parafuse.launch.score.scores import frechet_distance
 
 PROMPTS = ["a cat", "two red dogs", "the sea"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from parafuse.config import Axis, Parallel
+from parafuse.config import DTYPES, Axis, Parallel
 from parafuse.engine.architecture import RANDOM, TINY
 from parafuse.errors import ConfigError, nearest, reject_unknown
 
@@ -30,6 +30,8 @@ PACKAGES = {"cache-dit": "cache_dit", "xfuser": "xfuser"} | dict.fromkeys(
 """Ways -> the package that each needs beside parafuse's own."""
 ALONE = ("plain", "diffusers first-block cache", "para-attn first-block cache")
 """Ways that use one rank."""
+CACHES = ("diffusers first-block cache", "cache-dit", "para-attn first-block cache", "xfuser")
+"""Ways that skip blocks in some steps (xfuser: on one rank), so that steps are not alike."""
 REPLICATED = ("cache-dit",)
 """Ways that do the whole on every rank: it reduces over all ranks that there are, and would wait for them."""
 
@@ -91,6 +93,7 @@ class Case:
     variants: tuple[Variant, ...]
     call: dict[str, Any] = field(default_factory=dict[str, Any])
     dtype: str = "auto"
+    """Unless --dtype says otherwise."""
     seed: int = 0
     rounds: int = 5
     """How often each variant is timed, unless --rounds says otherwise."""
@@ -106,6 +109,21 @@ class Case:
             if getattr(self, name) < least:
                 raise ConfigError(f"case {self.name!r}: {name}={getattr(self, name)}: must be at least {least}.")
         reject_unknown(f"case {self.name!r}: link", self.link, ("bytes_per_s", "latency_s"))
+        if any(isinstance(x, bool) or not isinstance(x, (int, float)) or x < 0 for x in self.link.values()):
+            raise ConfigError(f"case {self.name!r}: link={self.link}: must be numbers of at least 0.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"case {self.name!r}: dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}.")
+        steps = self.call.get("num_inference_steps", 1)
+        if 0 < self.whole_steps < steps:
+            raise ConfigError(
+                f"case {self.name!r}: whole_steps={self.whole_steps}: must be at least the {steps} that run."
+            )
+        own = next((v.name for v in self.variants if "num_inference_steps" in v.call), None)
+        if own is not None and (self.whole_steps or self.largest_share > 1):
+            raise ConfigError(
+                f"case {self.name!r}: variant {own!r}: num_inference_steps cannot differ where requests are "
+                "extrapolated or shares modelled; leave it to the case's call."
+            )
         names = [variant.name for variant in self.variants]
         double = next((name for name in names if names.count(name) > 1), None)
         if double is not None:

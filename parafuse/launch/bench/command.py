@@ -21,6 +21,7 @@ from parafuse.launch import quiet
 from parafuse.launch.asked import number_of_ranks
 from parafuse.launch.bench.case import PACKAGES, Case, load_case
 from parafuse.launch.bench.compare import compared
+from parafuse.launch.bench.memory import check_memory
 from parafuse.launch.bench.record import FOLDER, commit, load, save
 from parafuse.launch.bench.starts import measure_starts, read_starts
 from parafuse.launch.options import Option, build, given
@@ -49,6 +50,8 @@ class Bench:
     """Also time the first picture of each variant in processes of its own, with empty and with filled caches."""
     tiny: bool = False
     """For a case of a model random:NAME: with tiny parts, to try the case where there is no GPU."""
+    budget_s: float | None = None
+    """No variant is begun later than this and, after two rounds, none is timed. Not given: no limit."""
     first_picture: bool = False
     """Paint one picture with the one --variant, and tell when it was there; nothing is recorded."""
     quiet: bool = False
@@ -61,6 +64,8 @@ class Bench:
             raise ConfigError(f"--ranks {self.ranks}: must be at least 1.")
         if self.rounds is not None and self.rounds < 2:
             raise ConfigError(f"--rounds {self.rounds}: must be at least 2, or there is no spread.")
+        if self.budget_s is not None and self.budget_s <= 0:
+            raise ConfigError(f"--budget {self.budget_s}: must be above 0 seconds.")
         if self.first_picture and len(self.variant) != 1:
             raise ConfigError("--first-picture: needs one --variant.")
 
@@ -95,6 +100,9 @@ def prepare(bench: Bench, options: list[Option], typed: dict[str, object]) -> Be
         note(f"left out, they need more ranks: {', '.join(lacking)}")
     case = _installed(case.without(lacking), bench.variant)
     _check_layouts(case, world_size)
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype=case.dtype)
+    check_memory(case.model, config, world_size)
     locate(case.model, allow_pickle=config.allow_pickle)
     number, changed = commit()
     if changed and not (bench.dirty or bench.first_picture):
@@ -136,7 +144,8 @@ def starts_for(job: BenchJob) -> str:
     """Measures first pictures, if they are asked for; the name of a file that has them."""
     if not job.bench.starts:
         return ""
-    found = measure_starts(job.case, job.bench.case, job.world_size, job.config.device)
+    options = ["--case", job.bench.case, "--device", job.config.device, "--dtype", job.config.dtype]
+    found = measure_starts(job.case, job.world_size, [*options, *(["--tiny"] if job.bench.tiny else [])])
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
         json.dump(found, file)
     return file.name
@@ -149,7 +158,13 @@ def run(job: BenchJob) -> None:
 
     if not job.bench.verbose:
         quiet.hide_loading_bars()
-    measuring = Run(job.case, load_model(job.case.model, job.config), job.bench.rounds or job.case.rounds, job.config)
+    measuring = Run(
+        job.case,
+        load_model(job.case.model, job.config),
+        job.bench.rounds or job.case.rounds,
+        job.config,
+        job.bench.budget_s,
+    )
     if job.bench.first_picture:
         measuring.first_picture()
         if measuring.rank == 0:

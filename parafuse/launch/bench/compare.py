@@ -6,6 +6,9 @@ from parafuse.errors import ConfigError
 from parafuse.launch.bench.figures import Spread, figures_of
 from parafuse.launch.bench.record import Record
 
+SAME = ("call", "device", "dtype", "hardware", "ranks", "threads", "whole_steps", "link")
+"""What two records must have in common, beside their case."""
+
 
 def compared(a: Record, b: Record) -> list[tuple[str, Spread | None, Spread | None, str]]:
     """(variant, ratio in a, ratio in b, verdict) for every variant of either. Raises ConfigError for other cases."""
@@ -13,6 +16,12 @@ def compared(a: Record, b: Record) -> list[tuple[str, Spread | None, Spread | No
         raise ConfigError(
             f"records of {a.case!r} ({a.model}) and of {b.case!r} ({b.model}) cannot be compared; give two of one case."
         )
+    for name in SAME:
+        mine, other = getattr(a, name), getattr(b, name)
+        if mine != other:
+            raise ConfigError(
+                f"records of {a.case!r}: {name} is {mine!r} in one and {other!r} in the other; measure alike."
+            )
     names = dict.fromkeys(row.name for record in (a, b) for row in record.rows)
     lines: list[tuple[str, Spread | None, Spread | None, str]] = []
     for name in names:

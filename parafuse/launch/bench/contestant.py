@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from parafuse.config import Axis, Config
@@ -15,22 +16,18 @@ from parafuse.engine.apply import DECODERS, DENOISERS, Handle, apply
 from parafuse.engine.engine import Engine
 from parafuse.engine.stack import block_stack
 from parafuse.launch.bench import share
-from parafuse.launch.bench.case import REPLICATED, Variant
+from parafuse.launch.bench.case import CACHES, REPLICATED, Variant
 from parafuse.launch.bench.parts import PartClock
-from parafuse.launch.bench.peers import CACHES, PEERS, watch_blocks
+from parafuse.launch.bench.peers import PEERS, watch_blocks
 
 Counts = dict[str, int]
 """What shows that an option acted: graphs run, calls and bytes exchanged by axis, calls whose blocks were skipped."""
 
 
-SHARE_TIMEOUT_S = 60.0
-"""Of groups in which nobody is waited for."""
-
-
 class Contestant:
     """One variant, ready to paint. Made, called and closed on all ranks that it uses."""
 
-    def __init__(self, variant: Variant, pipeline: Any, ranks: int, device: torch.device):
+    def __init__(self, variant: Variant, pipeline: Any, ranks: int, device: torch.device, timeout_s: float = 60.0):
         self.variant, self.ranks = variant, ranks
         self.counts: Counts = {}
         self.compile_s = 0.0
@@ -41,9 +38,9 @@ class Contestant:
         self.run: Callable[..., Any] = pipeline
         if variant.share_of > 1:
             degrees = variant.config(variant.share_of).degrees(variant.share_of)
-            self._handle = apply(pipeline, mesh=share.mesh_of(degrees, device.type, SHARE_TIMEOUT_S))
-        elif variant.way == "parafuse" and ranks > 1:
-            self._engine = Engine.from_pipeline(pipeline, Config(parallel=variant.config(ranks)))
+            self._handle = apply(pipeline, mesh=share.mesh_of(degrees, device.type, timeout_s))
+        elif variant.way == "parafuse" and (ranks > 1 or not dist.is_initialized()):
+            self._engine = Engine.from_pipeline(pipeline, Config(parallel=variant.config(ranks), timeout_s=timeout_s))
             self._handle, self.run = self._engine.handle, self._engine
         elif variant.way in PEERS:
             keep_apart(pipeline)
@@ -101,10 +98,10 @@ class Contestant:
                 continue
             if getattr(module, "_repeated_blocks", None):
                 model: Any = module
-                model.compile_repeated_blocks(fullgraph=True, backend=self._backend)
+                model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=self._backend)
                 continue
             for block in block_stack(module):  # a class that does not name them
-                block.compile(fullgraph=True, backend=self._backend)
+                block.compile(fullgraph=True, dynamic=False, backend=self._backend)
 
     def _backend(self, graph: Any, inputs: Any) -> Callable[..., Any]:
         """Inductor, counting the graphs that are run."""

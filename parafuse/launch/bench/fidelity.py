@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +14,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from parafuse.errors import ConfigError
+from parafuse.errors import ConfigError, ModelError
 
+LPIPS_PIXELS = 31
+"""Of each side: AlexNet's layers leave nothing of less."""
+Lpips = Callable[[Tensor, Tensor], float]
 SAME_DB = 99.0
 """Stands for the infinite ratio of equal pictures, which JSON cannot hold."""
 
@@ -82,3 +89,35 @@ def psnr_db(a: Tensor, b: Tensor) -> float:
 def _ssim(a: Tensor, b: Tensor) -> float:
     found: Any = structural_similarity_index_measure(a, b, data_range=1.0)
     return float(found)
+
+
+def lacks_lpips(smallest: int) -> str:
+    """Why LPIPS (on AlexNet) cannot be had for pictures whose shortest side has `smallest` pixels; '' where it can."""
+    if importlib.util.find_spec("torchvision") is None:
+        return "torchvision is not installed: pip install 'parafuse[eval]'"
+    models: Any = importlib.import_module("torchvision.models")
+    url: str = models.AlexNet_Weights.DEFAULT.url
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not weights.is_file():
+        return f"its weights are not at hand, and nothing is downloaded: put {url} at {weights}"
+    if smallest < LPIPS_PIXELS:
+        return f"a picture has a side of {smallest} pixels, and AlexNet needs {LPIPS_PIXELS}"
+    return ""
+
+
+def lpips_on(device: str) -> Lpips:
+    """LPIPS on AlexNet of two pictures (1, 3, H, W) in 0..1. Zhang et al. 2018, arXiv:1801.03924.
+
+    Only after `lacks_lpips` has found nothing lacking. Raises ModelError where the weights cannot be loaded."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    try:
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
+    except Exception as error:  # whatever unpickling and load_state_dict raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(f"LPIPS: AlexNet's weights in {torch.hub.get_dir()!r} cannot be loaded ({why}).") from error
+
+    def lpips(a: Tensor, b: Tensor) -> float:
+        return float(metric(a.to(device), b.to(device)))
+
+    return lpips

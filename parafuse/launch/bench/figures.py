@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from parafuse.launch.bench.case import REPLICATED
+from parafuse.launch.bench.case import CACHES, REPLICATED
 from parafuse.launch.bench.record import Record, Row
 
 OVERLAP = ("gemm", "attention")
@@ -50,6 +50,7 @@ class Figures:
 
     @property
     def ratio(self) -> Spread:
+        """By step; by request where steps are not known, or not alike."""
         return self.step_ratio or self.total_ratio
 
 
@@ -63,19 +64,29 @@ def figures_of(record: Record, row: Row) -> Figures | None:
     work, rates = record.work, record.rates
     compute = sum(work[kind] / rates[kind] for kind in OVERLAP)
     sharing = row.share_of * (1 if row.way in REPLICATED else row.ranks)
-    least = max(compute, work["bytes"] / rates["bytes"]) / sharing + _wire_of_a_step(record, row)
-    median = step.median if step else None
+    moved = _bytes_of_a_rank(record, row, sharing)
+    least = max(compute / sharing, moved / rates["bytes"]) + _wire_of_a_step(record, row)
+    alike = row.way not in CACHES  # a median of steps that skip and of steps that do not says nothing
+    median = step.median if step and alike else None
     return Figures(
         step_s=step,
         total_s=Spread.of(total_s),
-        step_ratio=_ratio(base.step_s, step_s),
+        step_ratio=_ratio(base.step_s, step_s) if alike else None,
         total_ratio=Spread.of([b / mine for b, mine in zip(base.total_s, total_s, strict=True)]),
         least_s=least,
         fraction=least / median if median else None,
         flops=sum(work[kind] for kind in OVERLAP) / sharing / median if median else None,
-        bytes=work["bytes"] / sharing / median if median else None,
-        whole_s=_whole(record, step_s, total_s),
+        bytes=moved / median if median else None,
+        whole_s=_whole(record, step_s, total_s) if alike else None,
     )
+
+
+def _bytes_of_a_rank(record: Record, row: Row, sharing: int) -> float:
+    """Activations are shared by all; weights are read by every rank of a sequence, in fewer calls by one of several
+    branches or replicas."""
+    weights = record.work.get("weights", 0.0)
+    replicas = row.degrees.get("cfg", 1) * row.degrees.get("data", 1)
+    return weights / replicas + (record.work["bytes"] - weights) / sharing
 
 
 def _with_wire(record: Record, row: Row) -> tuple[list[float], list[float]]:

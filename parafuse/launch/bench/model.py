@@ -32,6 +32,11 @@ class Loaded:
     """Until it was there."""
 
     @property
+    def gpu(self) -> str:
+        """Its name; empty on a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+
+    @property
     def calls_back(self) -> bool:
         """Whether it tells the end of each step."""
         return CALLBACK in inspect.signature(type(self.pipeline).__call__).parameters

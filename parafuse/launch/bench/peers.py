@@ -80,8 +80,6 @@ PEERS: dict[str, Switch] = {
     "para-attn context parallel": para_attn_context_parallel,
     "xfuser": xfuser,
 }
-CACHES = ("diffusers first-block cache", "cache-dit", "para-attn first-block cache", "xfuser")
-"""Ways that skip blocks on one rank; on several they exchange."""
 
 
 def watch_blocks(pipeline: Any, count: Callable[[str], None]) -> None:

@@ -19,9 +19,8 @@ from parafuse.engine.apply import DENOISERS, denoisers
 from parafuse.engine.engine import Engine
 from parafuse.engine.receipt import versions
 from parafuse.engine.request import check_call
-from parafuse.hardware import hardware
 from parafuse.launch.bench.contestant import call_of, twin
-from parafuse.launch.bench.fidelity import compare, pictures, relative_error
+from parafuse.launch.bench.fidelity import LPIPS_PIXELS, Lpips, compare, lacks_lpips, lpips_on, pictures, relative_error
 from parafuse.launch.bench.model import CALLBACK, Loaded
 from parafuse.launch.bench.record import commit, short_hardware, today
 
@@ -81,6 +80,7 @@ def judge(
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     against = next(denoisers(exact, DENOISERS)[0][1].parameters()).dtype
     exact = twin(exact) if rank == 0 else None
+    lpips = lpips_on("cpu") if rank == 0 and not lacks_lpips(LPIPS_PIXELS) else None
     judged: list[Judged] = []
     pairs: list[Any] = []
     with Engine.from_pipeline(twin(loaded.pipeline), config) as engine:
@@ -91,7 +91,8 @@ def judge(
                 want, want_steps = _painted(exact, call_of(keywords, seed + number))
                 errors = [relative_error(a, b) for a, b in zip(found_steps, want_steps, strict=True)]
                 pair = pictures(found), pictures(want)
-                judged.append(Judged(prompt=prompt, quality=compare(*pair), step_errors=errors))
+                quality = compare(*pair) | worst_lpips(*pair, lpips)
+                judged.append(Judged(prompt=prompt, quality=quality, step_errors=errors))
                 pairs.append(pair)
             if ranks > 1:
                 dist.barrier()
@@ -109,10 +110,17 @@ def judge(
         commit=number,
         dirty=dirty,
         date=today(),
-        hardware=short_hardware(asdict(hardware()), ranks, loaded.device.type),
+        hardware=short_hardware(loaded.gpu, ranks),
         judged=judged,
     )
     return verdict, pairs
+
+
+def worst_lpips(found: Tensor, want: Tensor, lpips: Lpips | None) -> dict[str, float]:
+    """Of the worst of (N, 3, H, W) in 0..1; empty where it cannot be had."""
+    if lpips is None or not len(want) or min(want.shape[-2:]) < LPIPS_PIXELS:
+        return {}
+    return {"worst_lpips": max(lpips(a[None], b[None]) for a, b in zip(found, want, strict=True))}
 
 
 def _painted(run: Any, call: dict[str, Any]) -> tuple[Any, list[Tensor]]:
@@ -174,6 +182,7 @@ def markdown(verdict: Verdict) -> str:
         _row("PSNR, dB", figures["worst_psnr_db"], min),
         _row("SSIM", figures["worst_ssim"], min),
         _row("largest difference, of 255", figures["largest_of_255"], max),
+        *([_row("LPIPS", figures["worst_lpips"], max)] if "worst_lpips" in figures else []),
         *([_row("error of the last latents", last, max)] if last else []),
         "",
     ]

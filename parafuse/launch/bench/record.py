@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from parafuse.errors import ConfigError, ParafuseError, reject_unknown
+from parafuse.hardware import cores
 
 SCHEMA = 1
+COMMIT_ENV = "PARAFUSE_COMMIT"
 FOLDER = "benchmarks/results"
 """Where records go; new ones there are no change of the source."""
 
@@ -138,10 +142,14 @@ def load(path: Path) -> Record:
 
 
 def commit() -> tuple[str, bool]:
-    """(commit of this source, whether it was changed since); its version where it is not in a repository."""
+    """(commit of this source, whether it was changed since); its version where it is installed.
+
+    A source tree without its repository is taken as changed, unless PARAFUSE_COMMIT names the commit that it is."""
     import parafuse
 
     root = Path(parafuse.__file__).parent
+    if named := os.environ.get(COMMIT_ENV):
+        return named.removesuffix("-dirty")[:12], named.endswith("-dirty")
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
@@ -152,6 +160,8 @@ def commit() -> tuple[str, bool]:
             git("status", "--porcelain", "--", ":(top)", f":(top,exclude){FOLDER}")
         )
     except (OSError, subprocess.CalledProcessError):
+        if (root.parent / "pyproject.toml").is_file():
+            return "unknown", True
         return f"v{parafuse.__version__}", False
 
 
@@ -159,9 +169,10 @@ def today() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ")
 
 
-def short_hardware(machine: dict[str, Any], ranks: int, device: str) -> str:
-    """`cpu2` for two cores, `h200x1` for one GPU of that name."""
-    if device != "cuda":
-        return f"cpu{machine['cores']}"
-    words = machine["gpus"][0]["name"].lower().replace("nvidia", "").split()
-    return f"{'-'.join(words[:1])}x{ranks}"
+def short_hardware(gpu: str, ranks: int) -> str:
+    """`cpu2` for two cores and no GPU's name, `h200x1` for one GPU of the name "NVIDIA H200"."""
+    if not gpu:
+        return f"cpu{cores()}"
+    words = gpu.lower().replace("nvidia", "").split()
+    kept = list(takewhile(lambda word: not word.endswith("gb") and word not in ("pcie", "sxm"), words))
+    return f"{'-'.join(kept or ['gpu'])}x{ranks}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import statistics
 import time
@@ -32,10 +33,18 @@ from parafuse.launch.bench.profiled import shares
 from parafuse.launch.bench.record import NotAppliedError, Record, Row, commit, short_hardware, today
 from parafuse.launch.bench.work import Rates, Work, counted, rates
 from parafuse.log import note
-from parafuse.parallel.world import ensure_world
+from parafuse.parallel.world import ensure_world, wait_for
 
 PROFILED_STEPS = 3
 """Of the request whose second step is looked at."""
+
+
+FEWEST_ROUNDS = 2
+"""That give a spread, also where the time is over."""
+RECOMPILES = 256
+"""Graphs of one piece of code. torch's own limit, 8, is for one model; here each variant has its own."""
+LONGEST_S = 86_400.0
+"""How long a rank waits for one that paints alone. A rank that dies ends the others through their launcher."""
 
 
 @dataclass
@@ -53,8 +62,11 @@ class Entry:
 class Run:
     """One case on the ranks of this world. Made and used by every rank alike."""
 
-    def __init__(self, case: Case, loaded: Loaded, rounds: int, config: Config):
+    def __init__(self, case: Case, loaded: Loaded, rounds: int, config: Config, budget_s: float | None = None):
         self.case, self.loaded, self.rounds = case, loaded, rounds
+        self.deadline = math.inf if budget_s is None else time.monotonic() + budget_s - loaded.load_s
+        self.timeout_s = config.timeout_s
+        self._parts_done = 0
         self.link = share.Link(**case.link)
         self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self.device = loaded.device
@@ -79,26 +91,43 @@ class Run:
         """The record, the same on rank 0 alone as anywhere; others get one without figures of their own.
 
         `then`: what is done with the variants before they are closed."""
-        work, speeds = self._work()
-        for entry in self.entries:
-            self._begin(entry)
-        for number in range(self.rounds):
-            alive = [entry for entry in self.entries if not entry.row.error]
-            for entry in alive[number % len(alive) :] + alive[: number % len(alive)]:
-                self._time(entry)
-        self._finish()
-        then(self)
-        for entry in self.entries:
-            if entry.contestant:
-                entry.contestant.close()
-        if self.case.largest_share > 1:
-            share.leave()
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILES):  # of all variants together: they share their code
+            try:
+                work, speeds = self._work()
+                for entry in self.entries:
+                    self._begin(entry)
+                for number in range(self.rounds):
+                    alive = [entry for entry in self.entries if not entry.row.error]
+                    if number >= FEWEST_ROUNDS and self._is_over():
+                        break
+                    for entry in alive[number % len(alive) :] + alive[: number % len(alive)]:
+                        self._time(entry)
+                self._finish()
+                then(self)
+            finally:
+                for entry in self.entries:
+                    self._close(entry)
+                if self.case.largest_share > 1:
+                    share.leave()
         return self._record(work, speeds, starts_s)
+
+    def _is_over(self) -> bool:
+        """Whether the time that was given has passed on some rank. Collective."""
+        return any(self._together(time.monotonic() > self.deadline))
+
+    def _close(self, entry: Entry) -> None:
+        """Takes a variant off. What another engine has left in its way is told, not raised."""
+        contestant, entry.contestant = entry.contestant, None
+        try:
+            if contestant:
+                contestant.close()
+        except Exception as failure:
+            note(f"{entry.variant.name}: could not be taken off ({failure})")
 
     def first_picture(self) -> None:
         """Paints with the one variant. Collective."""
         (entry,) = self.entries
-        contestant = Contestant(entry.variant, self.loaded.pipeline, entry.row.ranks, self.device)
+        contestant = self._contestant(entry)
         contestant.paint(self._call(entry))
         contestant.close()
 
@@ -110,8 +139,12 @@ class Run:
 
         return self._guarded(entry, paint)
 
-    def _call(self, entry: Entry) -> dict[str, Any]:
-        keywords = check_call(self.loaded.source, self.case.call | entry.variant.call)
+    def _contestant(self, entry: Entry) -> Contestant:
+        return Contestant(entry.variant, self.loaded.pipeline, entry.row.ranks, self.device, self.timeout_s)
+
+    def _call(self, entry: Entry | None) -> dict[str, Any]:
+        """With the model's defaults; of a variant, with its own keywords."""
+        keywords = check_call(self.loaded.source, self.case.call | (entry.variant.call if entry else {}))
         return call_of(keywords, self.case.seed)
 
     def _may_fail(self, entry: Entry) -> bool:
@@ -137,13 +170,30 @@ class Run:
                 found = part()
             except Exception as failure:
                 error = f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:300]
+        self._wait_for_all()
         errors = [text for text in self._together(error) if text]
         if errors:
-            if not self._may_fail(entry):
-                raise NotAppliedError(f"variant {entry.variant.name!r}: {errors[0]}")
-            entry.row.error, entry.contestant = errors[0], None
-            note(f"{entry.variant.name}: {errors[0]}")
+            self._fail(entry, errors[0])
         return found
+
+    def _fail(self, entry: Entry, why: str) -> None:
+        """Ends an entry. Called on every rank alike."""
+        if not self._may_fail(entry):
+            raise NotAppliedError(f"variant {entry.variant.name!r}: {why}")
+        entry.row.error = why
+        self._close(entry)
+        note(f"{entry.variant.name}: {why}")
+
+    def _wait_for_all(self) -> None:
+        """Until every rank is here. One may paint alone for longer than an exchange would wait."""
+        if self.ranks == 1:
+            return
+        self._parts_done += 1
+        store = dist.distributed_c10d._get_default_store()
+        key = f"parafuse/bench/{self._parts_done}"
+        store.set(f"{key}/{self.rank}", "1")
+        for other in range(self.ranks):
+            wait_for(store, f"{key}/{other}", time.monotonic() + LONGEST_S)
 
     def _work(self) -> tuple[Work, Rates]:
         """Of one step of the case as plain torch does it, and of this device. The others wait."""
@@ -154,7 +204,7 @@ class Run:
             with counted(modules) as work:
                 self.loaded.pipeline(**call)
             speeds = rates(self.device, self.loaded.dtype)
-        self._together(None)
+        self._wait_for_all()
         return work, speeds
 
     def _begin(self, entry: Entry) -> None:
@@ -162,7 +212,7 @@ class Run:
 
         def begin() -> None:
             begun = time.perf_counter()
-            entry.contestant = Contestant(entry.variant, self.loaded.pipeline, entry.row.ranks, self.device)
+            entry.contestant = self._contestant(entry)
             entry.output = entry.contestant.paint(self._call(entry))
             wait(self.device)
             entry.row.first_s = time.perf_counter() - begun
@@ -171,6 +221,9 @@ class Run:
                 entry.contestant.paint(self._call(entry))
             entry.contestant.counts.clear()
 
+        if entry.variant.name != self.case.baseline and self._is_over():
+            entry.row.error = "not measured: the time that was given was over"
+            return
         self._guarded(entry, begin)
 
     def _time(self, entry: Entry) -> None:
@@ -207,32 +260,39 @@ class Run:
 
     def _finish(self) -> None:
         """Counters, profiles and pictures, and whether every option did what it was asked for. Collective."""
+        baseline = next(entry for entry in self.entries if entry.variant.name == self.case.baseline)
         missing: list[str] = []
-        want = self.entries[[e.variant.name for e in self.entries].index(self.case.baseline)].output
         for entry in [entry for entry in self.entries if not entry.row.error]:
-            if entry.contestant:
-                counts = entry.contestant.counts
-                entry.row.counts = {name: number / self.rounds for name, number in counts.items()}
-                entry.row.parts_s = {
-                    part: statistics.median(found[part] for found in entry.parts_s) for part in entry.parts_s[0]
-                }
-            if entry.row.share_of > 1:
-                entry.row.wire_s = self.link.seconds(entry.row.counts)
-            profile = self._guarded(entry, lambda entry=entry: self._profile(entry))
-            if not entry.contestant or profile is None:
-                continue
-            entry.row.shares, exchanges = profile
-            entry.row.degrees = entry.contestant.degrees
-            idle = entry.contestant.missing(exchanges)
-            if idle and self._may_fail(entry):  # it has no figures to show
-                entry.row.error = f"did not act: {'; '.join(idle)}"
-                continue
-            missing += [f"{entry.variant.name}: {why}" for why in idle]
-            if self.rank == 0 and entry.variant.name != self.case.baseline and entry.row.share_of == 1:
-                entry.row.quality = compare_outputs(entry.output, want, self._call(entry))
-        everyone = [why for found in self._together(missing) for why in found]
-        if everyone:
-            raise NotAppliedError(f"nothing is recorded, since what was asked for did not act: {'; '.join(everyone)}")
+            idle = self._guarded(entry, lambda entry=entry: self._look_back(entry))
+            everyone = list(dict.fromkeys(why for said in self._together(idle or []) for why in said))
+            if everyone and not entry.row.error and self._may_fail(entry):
+                self._fail(entry, f"did not act: {'; '.join(everyone)}")  # it has no figures to show
+            elif everyone:
+                missing += [f"{entry.variant.name}: {why}" for why in everyone]
+            elif entry is not baseline and entry.row.share_of == 1:
+                self._guarded(entry, lambda entry=entry: self._judge(entry, baseline))
+        if missing:
+            raise NotAppliedError(f"nothing is recorded, since what was asked for did not act: {'; '.join(missing)}")
+
+    def _look_back(self, entry: Entry) -> list[str]:
+        """Fills in what the rounds have shown; what did not act."""
+        if entry.contestant is None:
+            raise RuntimeError("nothing to look at")
+        rounds = len(entry.parts_s)
+        entry.row.counts = {name: number / rounds for name, number in entry.contestant.counts.items()}
+        parts = dict.fromkeys(part for found in entry.parts_s for part in found)
+        entry.row.parts_s = {
+            part: statistics.median(found[part] for found in entry.parts_s if part in found) for part in parts
+        }
+        if entry.row.share_of > 1:
+            entry.row.wire_s = self.link.seconds(entry.row.counts)
+        entry.row.shares, exchanges = self._profile(entry)
+        entry.row.degrees = entry.contestant.degrees
+        return entry.contestant.missing(exchanges)
+
+    def _judge(self, entry: Entry, baseline: Entry) -> None:
+        if self.rank == 0:
+            entry.row.quality = compare_outputs(entry.output, baseline.output, self._call(entry))
 
     def _profile(self, entry: Entry) -> tuple[dict[str, float], int]:
         if entry.contestant is None:
@@ -257,8 +317,8 @@ class Run:
             case=self.case.name,
             model=self.case.model,
             baseline=self.case.baseline,
-            call=plain(self.case.call),
-            hardware=short_hardware(machine, self.ranks, self.device.type),
+            call={name: value for name, value in plain(self._call(None)).items() if name != "generator"},
+            hardware=short_hardware(self.loaded.gpu, self.ranks),
             machine=machine,
             versions=versions() | self._versions_of_others(),
             commit=number,

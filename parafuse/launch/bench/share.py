@@ -63,9 +63,11 @@ class Share(_ProcessGroup):
     def broadcast(self, tensors: list[Tensor], *_: Any) -> Any:
         return _done(tensors)
 
-    def allreduce(self, tensors: list[Tensor], *_: Any) -> Any:
-        for x in tensors:
-            x.mul_(self.size())
+    def allreduce(self, tensors: list[Tensor], options: Any = None) -> Any:
+        """A sum of equal parts; any other reduction of them (largest, mean) leaves them as they are."""
+        if options is None or options.reduceOp == dist.ReduceOp.SUM:
+            for x in tensors:
+                x.mul_(self.size())
         return _done(tensors)
 
     def allgather(self, received: list[list[Tensor]], sent: list[Tensor], *_: Any) -> Any:

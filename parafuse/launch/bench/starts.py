@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from parafuse.launch.bench.case import Case, Variant
@@ -19,24 +20,26 @@ CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "
 LIMIT_S = 900
 
 
-def measure_starts(case: Case, case_name: str, ranks: int, device: str) -> dict[str, dict[str, float]]:
-    """Variant -> "cold", "warm" -> seconds. Other engines' variants are left out."""
+def measure_starts(case: Case, ranks: int, options: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Variant -> "cold", "warm" -> seconds. Other engines' variants, and shares, are left out.
+
+    `options`: of `parafuse bench`, that say what is measured."""
     found: dict[str, dict[str, float]] = {}
     for variant in case.variants:
-        if variant.way not in ("plain", "parafuse"):
+        if variant.way not in ("plain", "parafuse") or variant.share_of > 1:
             continue
         with tempfile.TemporaryDirectory(prefix="parafuse-bench-") as folder:
             caches = {name: str(Path(folder) / part) for name, part in CACHES.items()}
             for way in ("cold", "warm"):
-                seconds = _first_picture(case_name, variant, variant.ranks(ranks), device, caches)
+                seconds = _first_picture(variant, variant.ranks(ranks), options, caches)
                 if seconds is not None:
                     found.setdefault(variant.name, {})[way] = seconds
     return found
 
 
-def _first_picture(case_name: str, variant: Variant, ranks: int, device: str, caches: dict[str, str]) -> float | None:
-    command = [sys.executable, "-m", "parafuse", "bench", "--case", case_name, "--variant", variant.name]
-    command += ["--ranks", str(ranks), "--device", device, "--first-picture"]
+def _first_picture(variant: Variant, ranks: int, options: Sequence[str], caches: dict[str, str]) -> float | None:
+    command = [sys.executable, "-m", "parafuse", "bench", *options, "--variant", variant.name]
+    command += ["--ranks", str(ranks), "--first-picture"]
     begun = time.time()
     done = subprocess.run(
         command, env=os.environ | caches, capture_output=True, text=True, timeout=LIMIT_S, check=False

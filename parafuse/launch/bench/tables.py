@@ -82,7 +82,7 @@ def _times(record: Record, row: Row, found: Figures) -> list[str]:
         ranks_of(row),
         _time(found.step_s),
         "1" if row.name == record.baseline else times_as_fast(found.ratio),
-        _time(found.whole_s or found.total_s),
+        _time(found.whole_s if record.whole_steps else found.total_s),
         _percent(found.fraction),
         _scaled(found.flops, 1e12),
         _scaled(found.bytes, 1e9),

@@ -28,6 +28,8 @@ class Work:
     attention: float = 0.0
     bytes: float = 0.0
     """Read and written by products and attention, weights included; what lies between is taken as fused."""
+    weights: float = 0.0
+    """Of these, weights: all of a module's in each of its calls."""
 
 
 @dataclass
@@ -73,7 +75,7 @@ def counted(modules: list[Any]) -> Iterator[Work]:
         for mode in modes:
             mode.__enter__()
 
-    def end(*_: Any) -> None:
+    def end(module: Any, *_: Any) -> None:
         for mode in reversed(modes):
             mode.__exit__(None, None, None)
         flops, moved = modes
@@ -83,6 +85,7 @@ def counted(modules: list[Any]) -> Iterator[Work]:
             else:
                 work.gemm += number
         work.bytes += moved.bytes
+        work.weights += min(moved.bytes, sum(p.nbytes for p in module.parameters()))
 
     hooks = [hook for m in modules for hook in (m.register_forward_pre_hook(begin), m.register_forward_hook(end))]
     try:

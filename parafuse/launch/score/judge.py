@@ -13,6 +13,7 @@ from torch import Tensor
 
 from parafuse.engine.receipt import versions
 from parafuse.errors import ConfigError
+from parafuse.launch.bench.fidelity import lacks_lpips, lpips_on
 from parafuse.launch.bench.record import today
 from parafuse.launch.score.clip import BATCH, Clip, clip_scores, directions
 from parafuse.launch.score.gallery import Gallery
@@ -22,8 +23,6 @@ from parafuse.launch.score.scores import (
     check_inception,
     frechet_distance,
     inception_distance,
-    lacks_lpips,
-    lpips_on,
     of_pair,
 )
 

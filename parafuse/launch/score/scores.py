@@ -4,10 +4,8 @@ D: features. Weights are taken from where they lie, and never downloaded."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,13 +14,10 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from parafuse.errors import ConfigError, ModelError
-from parafuse.launch.bench.fidelity import compare, pictures
+from parafuse.errors import ConfigError
+from parafuse.launch.bench.fidelity import Lpips, compare, pictures
 
-LPIPS_PIXELS = 31
-"""Of each side: AlexNet's layers leave nothing of less."""
 INCEPTION_FEATURES = 2048
-Lpips = Callable[[Tensor, Tensor], float]
 
 
 def of_pair(found: Image, want: Image, lpips: Lpips | None) -> dict[str, float]:
@@ -31,38 +26,6 @@ def of_pair(found: Image, want: Image, lpips: Lpips | None) -> dict[str, float]:
     figures = compare(a, b)
     kept = {name: figures[name] for name in ("psnr_db", "ssim", "largest_of_255")}
     return kept | ({"lpips": lpips(a, b)} if lpips else {})
-
-
-def lacks_lpips(smallest: int) -> str:
-    """Why LPIPS (on AlexNet) cannot be had for pictures whose shortest side has `smallest` pixels; '' where it can."""
-    if importlib.util.find_spec("torchvision") is None:
-        return "torchvision is not installed: pip install 'parafuse[eval]'"
-    models: Any = importlib.import_module("torchvision.models")
-    url: str = models.AlexNet_Weights.DEFAULT.url
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    if not weights.is_file():
-        return f"its weights are not at hand, and nothing is downloaded: put {url} at {weights}"
-    if smallest < LPIPS_PIXELS:
-        return f"a picture has a side of {smallest} pixels, and AlexNet needs {LPIPS_PIXELS}"
-    return ""
-
-
-def lpips_on(device: str) -> Lpips:
-    """LPIPS on AlexNet of two pictures (1, 3, H, W) in 0..1. Zhang et al. 2018, arXiv:1801.03924.
-
-    Only after `lacks_lpips` has found nothing lacking. Raises ModelError where the weights cannot be loaded."""
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    try:
-        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
-    except Exception as error:  # whatever unpickling and load_state_dict raise
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ModelError(f"LPIPS: AlexNet's weights in {torch.hub.get_dir()!r} cannot be loaded ({why}).") from error
-
-    def lpips(a: Tensor, b: Tensor) -> float:
-        return float(metric(a.to(device), b.to(device)))
-
-    return lpips
 
 
 def frechet_distance(found_ND: Tensor, want_ND: Tensor) -> float:

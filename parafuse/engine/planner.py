@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from parafuse.config import Axis, Config
+from parafuse.engine.memory import check_memory
 from parafuse.engine.plan import Plan
 from parafuse.errors import ConfigError
 from parafuse.hardware import num_cuda_devices
@@ -19,6 +20,7 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
 
     Until layouts are chosen by cost, `ulysses="auto"` means all ranks that are left."""
     degrees = config.parallel.degrees(world_size)
+    check_memory(source.name, config, world_size)
     local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
     devices = num_cuda_devices()
     device = config.device if config.device != "auto" else ("cuda" if devices >= local else "cpu")

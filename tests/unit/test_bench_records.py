@@ -13,9 +13,10 @@ import pytest
 
 import parafuse
 from parafuse.config import Config
+from parafuse.engine import memory
 from parafuse.engine.source import locate
 from parafuse.errors import ConfigError
-from parafuse.launch.bench import command, memory, report
+from parafuse.launch.bench import command, report
 from parafuse.launch.bench.case import CASES, Case, Variant, load_case
 from parafuse.launch.bench.compare import compared
 from parafuse.launch.bench.figures import Spread, figures_of
@@ -183,6 +184,7 @@ def test_weights_are_read_by_every_rank_of_a_sequence() -> None:
     ("change", "seen"),
     [
         (dict(link={"bytes_per_s": "fast"}), "must be numbers"),
+        (dict(link={"bytes_per_s": 0}), "bytes_per_s must be above 0"),
         (dict(dtype="half"), "dtype='half': must be one of"),
         (dict(whole_steps=3, call={"num_inference_steps": 4}), "whole_steps=3: must be at least the 4"),
         (dict(whole_steps=9, variants=(Variant(name="plain", way="plain", call={"num_inference_steps": 4}),)),
@@ -235,6 +237,13 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_built(monkeypatch: pyte
     memory.check_memory("random:flux.1-dev", Config(device="cpu"), 1)
 
 
+def test_a_keyword_that_the_pipeline_does_not_take_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(CASE.replace("baseline", 'call = { prompt = "a", num_inference_stepz = 2 }\nbaseline', 1))
+    with pytest.raises(ConfigError, match="has no 'num_inference_stepz'; did you mean 'num_inference_steps'"):
+        command.prepare(command.Bench(case=str(path), dirty=True), [], {})
+
+
 def test_ratios_are_of_the_same_round() -> None:
     found = figures_of(record(PLAIN, TWO), TWO)
     assert found is not None
@@ -283,7 +292,7 @@ def test_a_record_of_another_kind_is_said(change: dict[str, Any], seen: str, tmp
     with pytest.raises(ConfigError, match=re.escape(seen)):
         load(path)
     path.write_text("[1]")
-    with pytest.raises(ConfigError, match="schema=None"):
+    with pytest.raises(ConfigError, match="is no record of parafuse bench"):
         load(path)
 
 

@@ -70,7 +70,10 @@ class Variant:
         """The degrees for so many ranks. Raises ConfigError where they do not fit."""
         degrees: dict[str, Any] = {a: ranks if degree == ALL else degree for a, degree in self.parallel.items()}
         parallel = Parallel(**degrees)
-        parallel.degrees(ranks)
+        try:
+            parallel.degrees(ranks)
+        except ConfigError as error:
+            raise ConfigError(f"variant {self.name!r}, for {ranks} ranks: {error}") from error
         return parallel
 
     def ranks(self, there: int) -> int:
@@ -111,6 +114,8 @@ class Case:
         reject_unknown(f"case {self.name!r}: link", self.link, ("bytes_per_s", "latency_s"))
         if any(isinstance(x, bool) or not isinstance(x, (int, float)) or x < 0 for x in self.link.values()):
             raise ConfigError(f"case {self.name!r}: link={self.link}: must be numbers of at least 0.")
+        if self.link.get("bytes_per_s", 1) == 0:
+            raise ConfigError(f"case {self.name!r}: link={self.link}: bytes_per_s must be above 0.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"case {self.name!r}: dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}.")
         steps = self.call.get("num_inference_steps", 1)

@@ -21,9 +21,9 @@ from parafuse.launch import quiet
 from parafuse.launch.asked import number_of_ranks
 from parafuse.launch.bench.case import PACKAGES, Case, load_case
 from parafuse.launch.bench.compare import compared
-from parafuse.launch.bench.memory import check_memory
 from parafuse.launch.bench.record import FOLDER, commit, load, save
 from parafuse.launch.bench.starts import measure_starts, read_starts
+from parafuse.launch.keywords import refuse_unknown
 from parafuse.launch.options import Option, build, given
 from parafuse.log import note
 
@@ -82,6 +82,7 @@ class BenchJob:
 
 def prepare(bench: Bench, options: list[Option], typed: dict[str, object]) -> BenchJob:
     """Checks the request without loading weights. Raises ConfigError at the first fault."""
+    from parafuse.engine.memory import check_memory
     from parafuse.engine.source import locate
 
     check_packages("bench")
@@ -103,7 +104,9 @@ def prepare(bench: Bench, options: list[Option], typed: dict[str, object]) -> Be
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype=case.dtype)
     check_memory(case.model, config, world_size)
-    locate(case.model, allow_pickle=config.allow_pickle)
+    source = locate(case.model, allow_pickle=config.allow_pickle)
+    for variant in case.variants:
+        refuse_unknown(source, case.call | variant.call)
     number, changed = commit()
     if changed and not (bench.dirty or bench.first_picture):
         raise ConfigError(f"--out {bench.out!r}: the source has changes since {number}; commit them, or give --dirty.")

@@ -132,6 +132,8 @@ def load(path: Path) -> Record:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: is no readable JSON ({error}).") from error
     found = values.get("schema") if isinstance(values, dict) else None
+    if found is None:
+        raise ConfigError(f"{path}: is no record of parafuse bench; give a file from {FOLDER}, or from its --out.")
     if found != SCHEMA:
         raise ConfigError(f"{path}: schema={found!r}: must be {SCHEMA}; measure again with this version.")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from parafuse.config import Config
-from parafuse.engine.architecture import TINY, is_architecture, read_architecture
+from parafuse.engine.architecture import RANDOM, TINY, is_architecture, read_architecture
 from parafuse.errors import ConfigError
 from parafuse.hardware import gpus, memory_bytes, num_cuda_devices
 
@@ -26,5 +26,5 @@ def check_memory(model: str, config: Config, world_size: int) -> None:
         where = found[0].name if on_gpu else "this machine, for each rank,"
         raise ConfigError(
             f"model={model!r}: its weights take {needs / 1e9:.0f} GB in {dtype}, and {where} has {there / 1e9:.0f} GB; "
-            "give --tiny to try the case, or a larger device."
+            f"take a larger device, or try it with tiny parts: {TINY}{model.removeprefix(RANDOM)} (bench: --tiny)."
         )

@@ -37,8 +37,6 @@ from parafuse.parallel.world import ensure_world, wait_for
 
 PROFILED_STEPS = 3
 """Of the request whose second step is looked at."""
-
-
 FEWEST_ROUNDS = 2
 """That give a spread, also where the time is over."""
 RECOMPILES = 256

@@ -12,7 +12,7 @@ WHEELS_FOR ?= 3.12
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test support support-ci format guidance bench bench-gpu wheels bench-scaling losses clean
+.PHONY: help setup demo check test test-use support support-ci format guidance drop-in bench bench-gpu wheels bench-scaling losses clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,8 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@# Its samplers alone: the package asks for wandb, CLIP, kornia and more, which they do not use.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt k-diffusion torchdiffeq
 	@touch $@
 
 demo: setup ## Paint four prompts on 1 and on 2 ranks and compare: out/demo.png
@@ -37,8 +39,11 @@ check: setup ## Lint, format, types, import floors, docs
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_docs.py
 
-test: setup ## Run all tests; fewer than tests/collected_floor.txt is a failure
-	$(BIN)/python -m pytest --collected-floor tests/collected_floor.txt
+test: setup ## Run the tests of the engine (ten minutes); fewer than tests/collected_floor.txt is a failure
+	$(BIN)/python -m pytest tests/unit tests/dist tests/gpu tests/quality --collected-floor tests/collected_floor.txt
+
+test-use: setup ## Run what users run: members, adapters and guides of diffusers; bench, prove, verify (ten minutes)
+	$(BIN)/python -m pytest tests/drop_in tests/measuring --collected-floor tests/collected_floor_use.txt
 
 support: setup ## Measure every transformer class in every layout: docs/support.md (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support
@@ -65,6 +70,9 @@ wheels: setup ## Fetch what bench-gpu needs on a machine without a network: whee
 	rm -rf wheels
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest wheels --python-version $(WHEELS_FOR) \
 		--constraint constraints.txt $(WHEELS) $(WHEELS_MORE)
+
+drop-in: setup ## Use every member of the pipelines on one rank and on two: docs/drop-in.md (three minutes)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PARAFUSE_CACHE= $(BIN)/python -m tests.drop_in
 
 losses: setup ## Measure every lossy option on emoji: what the help quotes (ten minutes)
 	$(BIN)/python tools/losses.py

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from parafuse.config import Axis, Config
-from parafuse.engine.derive import derive
+from parafuse.engine.devices import remove_offload
+from parafuse.engine.following import Component, follow, is_manager, managed
+from parafuse.engine.host_times import host_times
+from parafuse.engine.plan_store import key_for
 from parafuse.engine.source import ModelSource
 from parafuse.engine.stack import block_stack
+from parafuse.engine.standing import Standing, standing_on
 from parafuse.errors import ConfigError
 from parafuse.log import note
+from parafuse.parallel.block_plan import BlockPlan
 from parafuse.parallel.comm import Count, counters, since
 from parafuse.parallel.data import DataParallel
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
 from parafuse.parallel.hooks import is_overridden
-from parafuse.parallel.mesh import Mesh, make_mesh, release
+from parafuse.parallel.mesh import Mesh, hold, make_mesh, release
 from parafuse.parallel.sequence import SequenceParallel
 from parafuse.parallel.world import ensure_world
 
@@ -45,7 +52,14 @@ class Handle:
     """Component -> its guidance branches."""
     data: dict[str, DataParallel] = field(default_factory=dict[str, DataParallel])
     """Component -> its batch over replicas."""
+    sequence: dict[str, SequenceParallel] = field(default_factory=dict[str, SequenceParallel])
+    """Component -> its split block stack."""
     rounds: Rounds = field(default_factory=Rounds)
+    _on: list[tuple[str, Standing]] = field(default_factory=list[tuple[str, Standing]])
+    """By name: what it uses. Other handles may use it as well."""
+    _stuck: list[Standing] = field(default_factory=list[Standing])
+    """On components that were replaced while another library stood on them."""
+    _is_inside: Callable[[], bool] | None = None
     _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     _is_off: bool = False
     _before: dict[str, Count] = field(default_factory=dict[str, Count])
@@ -55,16 +69,106 @@ class Handle:
         self._before = {name: replace(count) for name, count in self._counts().items()}
 
     def remove(self) -> None:
-        """Takes everything off, in reverse order. Local; a second call does nothing."""
+        """Takes everything off, in reverse order, but for what another handle uses. Local; a second call does
+        nothing."""
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
-        self.applied.clear()
-        self.guidance.clear()
-        self.data.clear()
+        while self._on or self._stuck:
+            (self._stuck or [one for _, one in self._on])[-1].leave(self)
+            (self._stuck or self._on).pop()
+        self._tell()
         if self.mesh is not None and not self._is_off:
             release(self.mesh)
         self._is_off = True
+
+    def put_on(self, wanted: list[Wanted]) -> None:
+        """Puts on what is wanted and not on yet, and lets go of what is wanted no more. Local."""
+        mesh = self.mesh
+        if mesh is None:
+            return
+        kept: list[tuple[str, Standing]] = []
+        for name, module, method in wanted:
+            one = standing_on(module, method)
+            if one is None:
+                one = Standing(module, method, mesh)
+                one.install(self.rounds)
+            if not any(one is other for _, other in self._on):
+                self._on.append((name, one))
+                one.users.append(self)
+                if self._is_inside:
+                    one.guard(self, self._is_inside)
+            if not any(one is other for _, other in kept):
+                kept.append((name, one))
+        for _, one in self._on:
+            if not any(one is other for _, other in kept):
+                try:
+                    one.leave(self)
+                except RuntimeError:  # another library stands on it: kept for remove()
+                    self._stuck.append(one)
+        self._on[:] = kept
+        self._tell()
+
+    def follow(self, target: Any) -> None:
+        """Puts it on what a modular pipeline or a manager gets later, and takes it off what leaves."""
+        mesh = self.mesh
+        if mesh is None:
+            return
+
+        def renew(arriving: list[Component]) -> None:
+            new = _wanted(SimpleNamespace(**dict(arriving)), mesh.degree)
+            for each in new:
+                _check(*each, {axis: mesh.degree(axis) for axis in Axis})
+            self.put_on([*_wanted(target, mesh.degree), *new])
+
+        self._undo += follow(target, renew)
+
+    def _tell(self) -> None:
+        """What stands on what, by name."""
+        self.sequence = {name: one.sequence for name, one in self._on if one.sequence}
+        self.data = {name: one.data for name, one in self._on if one.data}
+        self.guidance = {name: one.guidance for name, one in self._on if one.guidance}
+        self.applied[:] = [line for name, one in self._on for line in one.lines(name)]
+
+    def stands_on(self, target: Any) -> bool:
+        """Whether all that it would be put on now, it is on: not so where a component was replaced. What was taken off
+        stays off."""
+        wanted = [] if self.mesh is None or self._is_off else _wanted(target, self.mesh.degree)
+        return [(module, method) for _, module, method in wanted] == [(one.module, one.method) for _, one in self._on]
+
+    def renew(self, target: Any) -> None:
+        """Puts it on what the target has now, and takes it off what that has no more. Local. Raises ConfigError before
+        anything is changed."""
+        mesh = self.mesh
+        if mesh is None:
+            return
+        wanted = _wanted(target, mesh.degree)
+        for each in wanted:
+            _check(*each, {axis: mesh.degree(axis) for axis in Axis})
+        staying = [id(module) for _, module, _ in wanted]
+        for module in self.own_modules():
+            if id(module) not in staying:
+                remove_offload(module)  # it stands on what parafuse has put on
+        self.put_on(wanted)
+
+    def own_modules(self) -> list[nn.Module]:
+        """Components that no other handle uses."""
+        return [one.module for _, one in self._on if all(user is self for user in one.users)]
+
+    def guard(self, is_inside: Callable[[], bool]) -> None:
+        """Refuses calls of what it stands on while `is_inside` says no: the other ranks would not take part."""
+        self._is_inside = is_inside
+        for _, one in self._on:
+            one.guard(self, is_inside)
+
+    def block_plans(self) -> dict[str, tuple[str, BlockPlan]]:
+        """Key of the store -> class of a block and how it is split, of all that have run."""
+        found: dict[str, tuple[str, BlockPlan]] = {}
+        for one in self.sequence.values():
+            for (kind, hooks, spec, signatures), plan in one.plans.items():
+                if not hooks:  # what stands on a block for a while only has no place in the store
+                    found[key_for(kind, spec, signatures)] = (kind.partition("(")[0], plan)
+        return found
 
     def exchanged(self) -> dict[str, Count]:
         """Calls and bytes that this rank has sent since `apply`, per axis and kind, as `ulysses.all_to_all`."""
@@ -85,10 +189,13 @@ class Handle:
         self.remove()
 
 
-def check_components(source: ModelSource, degrees: Mapping[str, int]) -> None:
-    """Raises ConfigError for a pipeline that cannot run in this layout, before its weights are loaded."""
+def check_components(source: ModelSource, degrees: Mapping[str, int], given: Mapping[str, Any] | None = None) -> None:
+    """Raises ConfigError for a pipeline that cannot run in this layout, before its weights are loaded.
+
+    `given`: components in the place of the model's own. A pipeline without any denoiser can run."""
     splits = degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1
-    if source.components is None or not splits or set(STACKS) & set(source.components):
+    there = {name for name in source.components or () if (given or {}).get(name, source) is not None}
+    if not splits or set(STACKS) & there or not set(DENOISERS) & there:
         return
     raise ConfigError(
         f"model={source.name!r}: has no transformer to split over ranks (UNets are not split); use cfg=2 for "
@@ -110,28 +217,47 @@ def _refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
             )
         if hasattr(module, "_hf_hook"):
             raise ConfigError(
-                f"{where} is offloaded or placed by accelerate; take that off before parafuse is applied."
+                f"{where} is offloaded or placed by accelerate; take that off before parafuse is applied "
+                "(remove_all_hooks(), or a manager's disable_auto_cpu_offload()), and switch it on again after that."
             )
 
 
-def denoisers(target: Any, names: Sequence[str] = STACKS) -> list[tuple[str, nn.Module]]:
-    """(name, module) of a pipeline's denoisers, or of the target itself where it is a module."""
+def denoisers(target: Any, names: Sequence[str] = STACKS, *, required: bool = True) -> list[tuple[str, nn.Module]]:
+    """(name, module) of a pipeline's denoisers, or of the target itself where it is a module. Raises ConfigError where
+    there is none, unless that is allowed."""
     if isinstance(target, nn.Module):
         return [(type(target).__name__, target)]
-    found = [(name, getattr(target, name, None)) for name in names]
-    modules = [(name, module) for name, module in found if isinstance(module, nn.Module)]
-    if not modules:
+    modules = [(name, module) for name, module in _named(target, names) if isinstance(module, nn.Module)]
+    if not modules and required:
         raise ConfigError(
-            f"target={type(target).__name__}: must be a torch module, or a pipeline with one of {', '.join(names)}."
+            f"target={type(target).__name__}: must be a torch module, or a pipeline or a ComponentsManager with "
+            f"one of {', '.join(names)}."
         )
     return modules
+
+
+def _named(target: Any, names: Sequence[str]) -> list[Component]:
+    """(name, component or None) of those names."""
+    if is_manager(target):
+        return [(name, part) for name, part in managed(target) if name.partition(" ")[0] in names]
+    return [(name, getattr(target, name, None)) for name in names]
+
+
+Wanted = tuple[str, nn.Module, str]
+"""Name, component, and the method of it that is to be shared."""
+
+
+def _wanted(target: Any, degree: Callable[[Axis], int]) -> list[Wanted]:
+    splits = degree(Axis.RING) * degree(Axis.ULYSSES) > 1
+    modules = denoisers(target, STACKS if splits else DENOISERS, required=False)
+    found = _batched(target, modules) if degree(Axis.DATA) > 1 else [(*one, "forward") for one in modules]
+    return [one for i, one in enumerate(found) if not any(one[1:] == other[1:] for other in found[:i])]
 
 
 def _batched(target: Any, modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, str]]:
     """(name, module, method) of what a pipeline calls with a batch of samples: its denoisers, and the VAE's decoder."""
     found = [(name, module, "forward") for name, module in modules]
-    for name in () if isinstance(target, nn.Module) else DECODERS:
-        vae = getattr(target, name, None)
+    for name, vae in () if isinstance(target, nn.Module) else _named(target, DECODERS):
         if isinstance(vae, nn.Module) and hasattr(vae, "decode"):
             found.append((f"{name}.decode", vae, "decode"))
     return found
@@ -154,46 +280,58 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         return Handle()
     if mesh is not None:
         degrees = {axis: mesh.degree(axis) for axis in Axis}
-    splits = degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1
-    modules = denoisers(target, STACKS if splits else DENOISERS)
-    for name, module in modules:
-        _refuse_wrapped(name, list(module.modules()))
-        if is_overridden(module):
-            raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
-    stacks = [block_stack(module) for _, module in modules] if splits else []
-    if mesh is None:
-        first = next(chain(modules[0][1].parameters(), modules[0][1].buffers()), None)
+    wanted = _wanted(target, lambda axis: degrees[axis])
+    if not wanted:
+        denoisers(
+            target, STACKS if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 else DENOISERS
+        )  # says what is missing
+    shared = [one for one in (_check(*each, degrees) for each in wanted) if one is not None]
+    if shared:
+        if mesh is not None:
+            release(mesh)
+        mesh = shared[0].mesh
+        hold(mesh)
+    elif mesh is None:
+        first = next(chain(wanted[0][1].parameters(), wanted[0][1].buffers()), None)
         device = "cuda" if first is not None and first.is_cuda else "cpu"
         ensure_world(device, config.timeout_s)
         mesh = make_mesh(degrees, device, config.timeout_s)
-        if splits and config.parallel.ulysses == "auto":
+        if mesh.sequence_degree > 1 and config.parallel.ulysses == "auto":
             note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
     handle = Handle(mesh=mesh)
+    known = next((one.guidance for one in shared if one.guidance), None)
+    handle.rounds = known.rounds if known else handle.rounds
     try:
-        _install(handle, mesh, target, modules, stacks)
+        handle.put_on(wanted)
+        handle.follow(target)
+        times = ExitStack()
+        times.enter_context(host_times(target))
+        handle._undo.append(times.close)
     except BaseException:
         handle.remove()
         raise
     return handle
 
 
-def _install(
-    handle: Handle, mesh: Mesh, target: Any, modules: list[tuple[str, nn.Module]], stacks: list[list[nn.Module]]
-) -> None:
-    """Sequence parallel inside of data parallel inside of guidance parallel."""
-    for (name, module), blocks in zip(modules, stacks, strict=False):
-        sequence = SequenceParallel(module, blocks, mesh, derive)
-        axes = " x ".join(f"{a} {mesh.degree(a)}" for a in (Axis.RING, Axis.ULYSSES) if mesh.degree(a) > 1)
-        _put_on(handle, sequence, f"sequence parallel ({axes}) on {name}: {len(blocks)} blocks")
-    for name, module, method in _batched(target, modules) if mesh.degree(Axis.DATA) > 1 else []:
-        handle.data[name] = DataParallel(module, mesh, method)
-        _put_on(handle, handle.data[name], f"data parallel (data {mesh.degree(Axis.DATA)}) on {name}")
-    for name, module in modules if mesh.degree(Axis.CFG) > 1 else []:
-        handle.guidance[name] = GuidanceParallel(module, mesh, handle.rounds)
-        _put_on(handle, handle.guidance[name], f"guidance parallel (cfg {mesh.degree(Axis.CFG)}) on {name}")
+def _check(name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int]) -> Standing | None:
+    """What stands on a component already, to be shared. Raises ConfigError where that, or something else, stands in the
+    way."""
+    one = standing_on(module, method)
+    if one is not None:
+        if any(one.mesh.degree(axis) != degrees[axis] for axis in Axis):
+            raise ConfigError(
+                f"{name}: runs with {_layout(one.mesh.degree)} already; call remove() on the handle of the first "
+                f"apply, or give both the same degrees ({_layout(lambda axis: degrees[axis])} is asked for)."
+            )
+        return one
+    if method == "forward":
+        _refuse_wrapped(name, list(module.modules()))
+        if is_overridden(module):
+            raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
+        if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1:
+            block_stack(module)
+    return None
 
 
-def _put_on(handle: Handle, one: SequenceParallel | DataParallel | GuidanceParallel, line: str) -> None:
-    handle._undo.append(one.remove)
-    one.install()
-    handle.applied.append(line)
+def _layout(degree: Callable[[Axis], int]) -> str:
+    return ", ".join(f"{axis}={degree(axis)}" for axis in Axis if degree(axis) > 1) or "one rank"

@@ -2,61 +2,84 @@
 
 from __future__ import annotations
 
-import inspect
-import os
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from parafuse.config import Axis, Config
+from parafuse.engine import saved
 from parafuse.engine.apply import DENOISERS, Handle, apply, check_components, denoisers
-from parafuse.engine.guided import check_guided
+from parafuse.engine.calls import call_keywords, paint, steps_of
+from parafuse.engine.devices import refuse_numbered, remove_offload
+from parafuse.engine.host_times import host_times
 from parafuse.engine.loader import load_pipeline
+from parafuse.engine.loading import check_loading, own_config, taken
+from parafuse.engine.modular import continues, hush, takes_generator
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
-from parafuse.engine.progress import StepProgress
+from parafuse.engine.quantized import compute_dtype, weights_of
 from parafuse.engine.receipt import plain, versions
-from parafuse.engine.request import check_call, check_keywords, facts, fresh_seed
+from parafuse.engine.request import SAME_CALL, facts, fresh_seed
+from parafuse.engine.sharing import pipeline_over
+from parafuse.engine.sizes import asked_size, launched_size, refuse_ignored, refuse_several
 from parafuse.engine.source import ModelSource, locate, source_of
+from parafuse.engine.state import PipelineState, components_of
+from parafuse.engine.surface import Act, Surface, referred, resolved
 from parafuse.engine.workers import Workers
-from parafuse.errors import ConfigError, MemoryLimitError, RankError, is_out_of_memory
+from parafuse.errors import ConfigError, RankError, RankMismatchError
 from parafuse.log import note
 from parafuse.parallel.comm import since
-from parafuse.parallel.mesh import make_mesh
+from parafuse.parallel.mesh import make_mesh, release
 from parafuse.parallel.placeholder import settled
-from parafuse.parallel.world import AGREE_S, World, join_world, launched
+from parafuse.parallel.world import AGREE_S, SAME_ARGUMENTS, World, join_world, launched
+
+SAME_PIPELINE = "Change it on the engine (engine.load_lora_weights(...), engine.vae.enable_tiling()), on every rank."
 
 
-class Engine:
+class Engine(Surface):
     """Runs a pipeline's own call on all ranks of a plan. Make it with `Engine.from_pretrained`."""
 
+    plan: Plan
+    """What runs: every degree, dtype and device."""
+    handle: Handle
+    receipt: dict[str, Any]
+    """The record of the last request that ended well, ready for JSON."""
+    world: World
+    """What this engine's ranks say to each other."""
+    loaded: dict[str, str]
+    """What of a saved engine is used, a line for each part; empty where none was loaded."""
+    _family: list[Engine | None]
+    """All engines over the same ranks, the first one's parent first; the same order on every rank, closed ones None."""
+    _source: ModelSource
+    _state: PipelineState
+    _workers: Workers | None
+    _progress: bool
+    _busy: bool
+    _load_s: float
+    _closed: bool
+
     def __init__(self, pipeline: Any, source: ModelSource, plan: Plan, handle: Handle, world: World, progress: bool):
+        self.plan, self.handle, self.world, self.receipt, self.loaded = plan, handle, world, {}, {}
+        self._family, self._source, self._state, self._workers = [self], source, PipelineState(pipeline), None
+        self._progress, self._busy, self._load_s, self._closed = progress, False, 0.0, False
         self.pipeline = pipeline
-        """The diffusers pipeline under the handles."""
-        self.plan, self.handle = plan, handle
-        self.receipt: dict[str, Any] = {}
-        """The record of the last request that ended well, ready for JSON."""
-        self.world = world
-        """What this engine's ranks say to each other."""
-        self._source, self._progress = source, progress
-        self._workers: Workers | None = None
-        self._load_s, self._closed = 0.0, False
 
     @classmethod
     def from_pretrained(
         cls,
         model: str,
-        config: Config | None = None,
+        config: Config | str | None = None,
         *,
         plan: Plan | None = None,
         progress: bool = False,
+        alone: bool = False,
         agree_on: Any = None,
         **pipeline_kwargs: Any,
     ) -> Engine:
@@ -64,14 +87,19 @@ class Engine:
         run on all ranks.
 
         Under a launcher (torchrun) every rank calls it. In a plain process that asks for several ranks, it starts the
-        other ones itself and this process is rank 0; close the engine to end them. `pipeline_kwargs` go to diffusers'
-        `from_pretrained`; `agree_on` is anything else that all ranks must have been given alike. Raises ConfigError
-        before any weight is loaded, RankError when ranks disagree or fail."""
-        config = config or Config()
+        other ones itself and this process is rank 0; close the engine to end them. With `alone`, this rank runs by
+        itself, and the others of a launcher may do something else. `pipeline_kwargs` are those of diffusers'
+        `from_pretrained`, or `from_single_file` (engine/loading_keywords.py); `agree_on` is anything else that all
+        ranks must have been given alike. Raises ConfigError before any weight is loaded, RankError when ranks disagree
+        or fail."""
+        config, pipeline_kwargs = own_config(config, pipeline_kwargs)
         source = locate(model, allow_pickle=config.allow_pickle, given=pipeline_kwargs)
-        ours = not launched()
+        ours = alone or not launched()
+        config, pipeline_kwargs = taken(source, config, plan, pipeline_kwargs)
         given_plan = plan is not None
-        size = (plan.world_size if plan else _asked_size(config)) if ours else _launched_size()
+        size = (plan.world_size if plan else asked_size(config)) if ours else launched_size()
+        if alone:
+            refuse_several(size)
         if plan is None:
             plan = resolve(config, source, size)
         plan.check(model_id=source.model_id, world_size=size)
@@ -85,9 +113,10 @@ class Engine:
             "pipeline_kwargs": pipeline_kwargs,
             "agree_on": agree_on,
         }
-        _refuse_ignored(config, given_plan, pipeline_kwargs)
+        refuse_ignored(config, given_plan)
+        check_loading(source, plan, pipeline_kwargs, sent=ours and size > 1)
         if size > 1:
-            check_components(source, plan.degrees)
+            check_components(source, plan.degrees, pipeline_kwargs)
         workers, world = None, None
         if size > 1 and ours:
             if dist.is_initialized():
@@ -111,21 +140,30 @@ class Engine:
                     world.leave()
             raise
         engine._workers = workers
+        if workers:
+            workers.forget_setup()
+        engine._guard()
         return engine
 
     @classmethod
-    def from_pipeline(cls, pipeline: Any, config: Config | None = None, *, progress: bool = False) -> Engine:
+    def from_pipeline(
+        cls, pipeline: Any, config: Config | None = None, *, progress: bool = False, alone: bool = False
+    ) -> Engine:
         """Runs a pipeline that is loaded already: every rank has its own, with the same weights, and calls this.
 
-        Ranks come from a launcher (torchrun), or there is one. Dtype and device are the pipeline's own. Raises
-        ConfigError before anything is changed, RankError when ranks disagree."""
+        Ranks come from a launcher (torchrun), or there is one; with `alone`, this rank runs by itself. Dtype and device
+        are the pipeline's own. Raises ConfigError before anything is changed, RankError when ranks disagree."""
         config = config or Config()
         source = source_of(pipeline)
-        size = _launched_size() if launched() or dist.is_initialized() else 1
+        size = launched_size() if not alone and (launched() or dist.is_initialized()) else 1
+        if alone:
+            refuse_several(asked_size(config))
         if config.dtype != "auto" or config.device != "auto":
             raise ConfigError("config: dtype and device are the pipeline's own here; leave them out.")
-        parameter = next(denoisers(pipeline, DENOISERS)[0][1].parameters())
-        device, dtype = parameter.device.type, str(parameter.dtype).removeprefix("torch.")
+        found = denoisers(pipeline, DENOISERS, required=False)
+        first = next(found[0][1].parameters()) if found else pipeline
+        dtype = (compute_dtype(found[0][1]) if found else str(first.dtype).removeprefix("torch.")) or "auto"
+        device = first.device.type
         plan = resolve(replace(config, device=device, dtype=dtype), source, size)
         if size > 1:
             check_components(source, plan.degrees)
@@ -136,6 +174,40 @@ class Engine:
         except BaseException:
             world.leave()
             raise
+
+    @classmethod
+    def load(cls, folder: str | Path, config: Config | None = None, *, progress: bool = False, **kwargs: Any) -> Engine:
+        """An engine as `save` has left it, with all of it that fits these ranks and this machine; one line says what.
+
+        As `from_pretrained`, whose `kwargs` it takes. Without a config the plan is the saved one where it fits: in a
+        plain process it starts as many ranks. Raises ModelError for a folder without an engine."""
+        ours = kwargs.get("alone", False) or not launched()
+        found = saved.read(Path(folder), config, None if ours else launched_size())
+        note("; ".join(f"{name}: {what}" for name, what in found.used.items()))
+        given = {"plan": found.plan} if found.plan else {"config": found.config}
+        engine = cls.from_pretrained(str(folder), progress=progress, **given, **kwargs)
+        engine.loaded = found.used
+        return engine
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a diffusers folder, and beside it the plan, how blocks are split, and what was compiled so far.
+
+        Under a launcher every rank calls it, and rank 0 writes. Raises ConfigError for adapters that are not fused."""
+        self._refuse_if_over()
+        if not self._feeds_ranks:
+            self._agree("save", {"folder": str(folder)})
+        saved.check(self.pipeline)
+
+        def written() -> str:
+            try:
+                saved.save(Path(folder), self.pipeline, self.plan, self._source.defaults, self.handle.block_plans())
+            except OSError as error:
+                return str(error)
+            return ""
+
+        fault = written() if self._feeds_ranks else self.world.tell("what was saved", written)
+        if fault:
+            raise OSError(f"save: {fault}")
 
     @classmethod
     def _on_rank(
@@ -152,14 +224,36 @@ class Engine:
         if pipeline is None:
             pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], device=world.device, **keywords)
             pipeline.to(world.device)
-        pipeline.set_progress_bar_config(disable=True)
-        degrees = {axis: plan.degree(axis) for axis in Axis}
-        handle = (
-            apply(pipeline, mesh=make_mesh(degrees, plan.device, plan.timeout_s)) if plan.world_size > 1 else Handle()
-        )
-        engine = cls(pipeline, source, plan, handle, world, progress)
+        hush(pipeline)
+        engine = cls(pipeline, source, plan, Handle(), world, progress)
+        engine._put_on()
         engine._load_s = time.perf_counter() - begun
         return engine
+
+    def _put_on(self) -> None:
+        """Puts on all that the plan says. Collective."""
+        if self.plan.world_size == 1:
+            return
+        if not denoisers(self.pipeline, DENOISERS, required=False):
+            note(f"{type(self.pipeline).__name__} has no denoiser: every rank does all of the work")
+            return
+        degrees = {axis: self.plan.degree(axis) for axis in Axis}
+        mesh = make_mesh(degrees, self.plan.device, self.plan.timeout_s)
+        try:
+            self.handle = apply(self.pipeline, mesh=mesh)
+        except BaseException:
+            release(mesh)
+            raise
+        self._guard()
+
+    def _guard(self) -> None:
+        """In the process that has started ranks: refuses calls of a component which these would not hear of."""
+        if self._workers:
+            self.handle.guard(lambda: self._busy)
+
+    @property
+    def _feeds_ranks(self) -> bool:
+        return self._workers is not None
 
     @property
     def rank(self) -> int:
@@ -173,51 +267,135 @@ class Engine:
         picture); without it, and without `generator`, one is drawn and told in the receipt. The model's own defaults
         fill in what is not given. Under a
         launcher every rank calls it with the same arguments. Raises ConfigError before anything runs."""
+        self._refuse_if_over()
+        keywords = call_keywords(self.pipeline, self._source, self.plan, args, kwargs)
+        if seed is not None and "generator" in keywords:
+            raise ConfigError(f"seed={seed}: given beside generator; leave one out.")
+        if seed is None and "generator" not in keywords and not continues(keywords):
+            seed = self.world.share("seed", fresh_seed)
+        return self._everywhere(
+            {"do": "run", "keywords": keywords, "seed": seed}, keywords, lambda: self.run(keywords, seed)
+        )
+
+    def _refuse_if_over(self) -> None:
         if self._closed:
             raise ConfigError("engine: it is closed; make a new one.")
         if self.world.broken:
             way_out = "make a new engine" if self._workers else "start all ranks again"
             raise ConfigError(f"engine: a rank was lost in an earlier request; {way_out}.")
-        keywords = self._keywords(args, kwargs)
-        if seed is not None and "generator" in keywords:
-            raise ConfigError(f"seed={seed}: given beside generator; leave one out.")
-        if seed is None and "generator" not in keywords:
-            seed = self.world.share("seed", fresh_seed)
+
+    def _everywhere(self, request: dict[str, Any], values: dict[str, Any], run: Callable[[], Any]) -> Any:
+        """Runs something here, and `request`, which says the same, on the ranks that this engine started."""
         if self._workers:
-            self._workers.send({"keywords": keywords, "seed": seed})
+            self._workers.send({"engine": self._family.index(self), **request}, values)
+        self._busy = True
         try:
-            return self.run(keywords, seed)
+            return run()
         except BaseException as error:
-            if self._workers and (
-                self.world.broken or isinstance(error, RankError) or not isinstance(error, Exception)
-            ):
+            is_agreed = isinstance(error, RankMismatchError) and not self.world.broken  # every rank has raised it
+            is_lost = isinstance(error, RankError) or not isinstance(error, Exception)
+            if self._workers and (self.world.broken or (is_lost and not is_agreed)):
                 self.world.broken = True
                 self._workers.explain(error)
             raise
+        finally:
+            self._busy = False
+
+    def _agree(self, method: str, values: dict[str, Any], way_out: str = SAME_ARGUMENTS) -> None:
+        """Raises RankError unless all ranks are asked for the same; collective, also for ranks that call another."""
+        self.world.agree("a request", facts(values | {"method": method}), way_out=way_out)
+
+    def follow(self, request: dict[str, Any]) -> None:
+        """What a rank that was started does with a request."""
+        engine = self._family[request["engine"]]
+        if engine is None:
+            raise RankError("a request for an engine that is closed here.")
+        if request["do"] == "run":
+            engine.run(request["keywords"], request["seed"])
+        elif request["do"] == "act":
+            engine._act(request["act"])
+        elif request["do"] == "from_pipe":
+            engine._from_pipe(request["pipeline_class"], request["kwargs"])
+        else:
+            engine.close()
+
+    def act(self, act: Act) -> Any:
+        """A method of the pipeline, or of a part of it, on all ranks. Under a launcher every rank calls it.
+
+        Gives what it gives here. Raises what it raises; RankError when ranks were given different arguments."""
+        self._refuse_if_over()
+        act = act.referring(self.pipeline)
+        if self.world.size > 1:
+            refuse_numbered(str(act), act.values())
+        return self._everywhere({"do": "act", "act": act}, act.values(), lambda: self._act(act))
+
+    def _act(self, act: Act) -> Any:
+        """On this rank."""
+        self._agree(str(act), act.values())
+        self.world.share_noise()
+        self.handle.rounds.forget()
+        before = components_of(self.pipeline)
+        with self.world.request():
+            result = settled(act.do(self.pipeline, **dict.fromkeys(act.own_device, self.world.device)))
+        try:
+            self._follow_changes()
+        except Exception:
+            for name, part in before.items():
+                if getattr(self.pipeline, name, None) is not part:
+                    setattr(self.pipeline, name, part)
+            raise
+        self._state.let_go()
+        return self if result is self.pipeline else result
+
+    def _follow_changes(self) -> None:
+        """Puts everything on what is new where a component was replaced. Raises ConfigError for one that cannot be
+        split, before anything is changed."""
+        if self.plan.world_size == 1:
+            return
+        if self.handle.mesh is None:
+            if denoisers(self.pipeline, DENOISERS, required=False):
+                self._put_on()
+        elif not self.handle.stands_on(self.pipeline):
+            self.handle.renew(self.pipeline)
+            note("components were replaced: parafuse was put on the new ones")
 
     def run(self, keywords: dict[str, Any], seed: int | Sequence[int] | None) -> Any:
         """One checked request on this rank. Every rank runs it; an error on one rank is an error on all."""
-        self.world.agree("a request", facts(keywords | {"seed": seed}))
+        self._agree("__call__", keywords | {"seed": seed}, SAME_CALL)
+        if self.world.size > 1:
+            self.world.agree("a pipeline", self._state.facts(), way_out=SAME_PIPELINE)
+        self._follow_changes()
         call = dict(keywords)
-        if isinstance(seed, int):
+        if not takes_generator(self.pipeline):
+            pass
+        elif isinstance(seed, int):
             call["generator"] = torch.Generator("cpu").manual_seed(seed)
         elif seed is not None:
             call["generator"] = [torch.Generator("cpu").manual_seed(one) for one in seed]
         begun, before = time.perf_counter(), self.handle.exchanged()
         seen = {one: Counter(one.seen) for one in (*self.handle.guidance.values(), *self.handle.data.values())}
         self.handle.rounds.forget()
+        for sequence in self.handle.sequence.values():
+            if sequence.has_changed():
+                sequence.renew()
         changed = self.world.any_says("modules", [one.has_changed() for one in seen]) if seen else []
         for one, has_changed in zip(seen, changed, strict=True):
             one.forget_if(has_changed)
         self.world.share_noise()
-        with self._progress_of(call) as progress, self._threads(), self.world.request():
-            output = self._paint(call)
+        with (
+            steps_of(self.pipeline, call, shown=self._progress and self.rank == 0) as progress,
+            self._threads(),
+            host_times(self.pipeline),
+            self.world.request(),
+        ):
+            output = paint(self.pipeline, call)
         self._say_idle(seen)
         self.receipt = {
             "plan": self.plan.to_dict(),
             "seed": seed,
             "call": plain(keywords),
             "versions": versions(),
+            "weights": weights_of(self.pipeline),
             "applied": list(self.handle.applied),
             "guidance": {name: one.report(seen[one]) for name, one in self.handle.guidance.items()},
             "data": {name: one.report(seen[one]) for name, one in self.handle.data.items()},
@@ -241,52 +419,6 @@ class Engine:
                     f"{axis} {self.plan.degree(axis)}: nothing could be shared in this request; its ranks did the same"
                 )
 
-    def _paint(self, call: dict[str, Any]) -> Any:
-        """The pipeline's own call, with all its values; what its `check_inputs` refuses is a ConfigError."""
-        try:
-            return settled(self.pipeline(**call))
-        except ValueError as error:
-            frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-            if "check_inputs" in frames:
-                raise ConfigError(f"call of {type(self.pipeline).__name__}: {error}") from error
-            raise
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                reason = str(error).partition("\n")[0]
-                raise MemoryLimitError(f"out of memory: ask for a smaller size, or more ranks ({reason})") from error
-            raise
-
-    def _keywords(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by name, checked, with the model's defaults."""
-        signature = inspect.signature(type(self.pipeline).__call__)
-        names = list(signature.parameters)[1:]
-        if len(args) > len(names):
-            raise ConfigError(f"call of {type(self.pipeline).__name__}: {len(args)} positional arguments are too many.")
-        keywords = dict(zip(names, args, strict=False))
-        double = keywords.keys() & kwargs.keys()
-        if double:
-            raise ConfigError(f"call of {type(self.pipeline).__name__}: {sorted(double)[0]!r} is given twice.")
-        keywords |= kwargs
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
-            check_keywords(keywords, names, type(self.pipeline).__name__)
-        checked = check_call(self._source, keywords)
-        if self.plan.degree(Axis.CFG) > 1:
-            check_guided(self.pipeline, checked, self.plan.degree(Axis.CFG))
-        return checked
-
-    def _progress_of(self, call: dict[str, Any]) -> StepProgress:
-        """Counts steps through the pipeline's callback where it has one."""
-        shown = self._progress and self.rank == 0
-        progress = StepProgress(
-            shown=shown, total=call.get("num_inference_steps"), user=call.get("callback_on_step_end")
-        )
-        if "callback_on_step_end" in inspect.signature(type(self.pipeline).__call__).parameters:
-            wanted = getattr(call.get("callback_on_step_end"), "tensor_inputs", None)
-            if wanted is not None:  # diffusers' own callback classes say themselves what they need
-                call["callback_on_step_end_tensor_inputs"] = wanted
-            call["callback_on_step_end"] = progress.callback
-        return progress
-
     @contextmanager
     def _threads(self) -> Iterator[None]:
         """Shares the cores with the ranks that this process started, while a request runs."""
@@ -298,44 +430,59 @@ class Engine:
         finally:
             torch.set_num_threads(before)
 
+    def from_pipe(self, pipeline_class: Any, **kwargs: Any) -> Engine:
+        """An engine for another pipeline over the same components and ranks, as diffusers' `from_pipe`.
+
+        Under a launcher every rank calls it. `kwargs` are those of `from_pipe`; the dtype is kept if none is given."""
+        self._refuse_if_over()
+        kwargs = referred(self.pipeline, kwargs)
+        request = {"do": "from_pipe", "pipeline_class": pipeline_class, "kwargs": kwargs}
+        return self._everywhere(
+            request, {"pipeline_class": pipeline_class, **kwargs}, lambda: self._from_pipe(pipeline_class, kwargs)
+        )
+
+    def _from_pipe(self, pipeline_class: Any, kwargs: dict[str, Any]) -> Engine:
+        self._agree("from_pipe", {"pipeline_class": pipeline_class.__name__} | kwargs)
+        with self.world.request():
+            pipeline = pipeline_over(self.pipeline, pipeline_class, resolved(self.pipeline, kwargs))
+        source = source_of(pipeline)
+        plan = replace(self.plan, model=source.name, model_id=source.model_id)
+        engine = type(self)(pipeline, source, plan, Handle(), self.world, self._progress)
+        engine._family, engine._workers = self._family, self._workers
+        engine._put_on()
+        self._family.append(engine)
+        return engine
+
     def close(self) -> None:
-        """Takes everything off and ends the ranks that this engine started. A second call does nothing."""
+        """Takes everything off and ends the ranks that this engine started, with the engines made from it. Weights are
+        freed with the engine itself (`del engine`). A second call does nothing."""
         if self._closed:
             return
-        self._closed = True
+        first = self._family[0] is self
         try:
-            self.handle.remove()
+            if not first and self._workers and not self.world.broken:
+                self._workers.send({"engine": self._family.index(self), "do": "close"})
+            for one in reversed(self._family[1:]) if first else ():
+                if one is not None:
+                    one._take_off()
+            self._take_off()
         finally:
-            if self._workers:
+            if first and self._workers:
                 self._workers.stop()
-            self.world.leave()
+                self._workers = None
+            if first:
+                self.world.leave()
+
+    def _take_off(self) -> None:
+        for module in self.handle.own_modules():
+            remove_offload(module)  # it stands on what parafuse has put on
+        self.handle.remove()
+        self._closed = True
+        if self._family[0] is not self:
+            self._family[self._family.index(self)] = None  # the places of the others stay
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _refuse_ignored(config: Config, given_plan: bool, pipeline_kwargs: dict[str, Any]) -> None:
-    """Raises ConfigError for what a plan would override without a word."""
-    if given_plan and replace(config, allow_pickle=False) != Config():
-        raise ConfigError("config: given beside a plan, which decides all of it but allow_pickle; leave one out.")
-    for name in ("dtype", "torch_dtype"):
-        if name in pipeline_kwargs and not isinstance(pipeline_kwargs[name], dict):
-            raise ConfigError(
-                f"{name}={pipeline_kwargs[name]}: give it as Config(dtype=...), so that the plan knows it."
-            )
-
-
-def _launched_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _asked_size(config: Config) -> int:
-    """Ranks that a config asks for in a plain process; "auto" asks for none beside the others."""
-    size = 1
-    for axis in Axis:
-        degree = getattr(config.parallel, axis)
-        size *= 1 if degree == "auto" else degree
-    return size

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from parafuse.errors import ModelError
 
 SAFE = (".safetensors",)
+_SHARD = re.compile(r"-\d+-of-\d+")
 WAY_OUT = "Download the model again, or give a whole folder."
 
 
@@ -18,6 +20,7 @@ def check_folder(name: str, path: Path, index: dict[str, Any], given: Collection
     """Raises ModelError for a component of model_index.json that is not there, or weights that cannot be read.
 
     `given`: keywords of diffusers' loader that the caller gives, such as components that he brings himself."""
+    variant = str(given.get("variant") or "") if isinstance(given, Mapping) else ""
     pipeline = index.get("_class_name")
     own = (path / "pipeline.py").is_file() or "custom_pipeline" in given
     if isinstance(pipeline, str) and not own and not _diffusers_has(pipeline):
@@ -32,17 +35,39 @@ def check_folder(name: str, path: Path, index: dict[str, Any], given: Collection
         folder = path / component
         if not folder.is_dir():
             raise ModelError(f"model={name!r}: has no folder {component!r}, which model_index.json names. {WAY_OUT}")
-        for file in _weights(name, component, folder):
-            if not file.is_file() and "variant" in given:
-                continue  # the files of another variant may be left out
+        for file in _weights(name, component, folder, variant):
             if not file.is_file():
                 raise ModelError(f"model={name!r}: {component}/{file.name} is missing. {WAY_OUT}")
             tensor_shapes(file, f"{name}/{component}/{file.name}")
 
 
-def _weights(name: str, component: str, folder: Path) -> Iterator[Path]:
-    """The safetensors files of a component, those that an index file names included."""
-    for index_file in sorted(folder.glob("*.safetensors.index.json")):
+def check_variant(name: str, path: Path, variant: str) -> None:
+    """Raises ModelError for a variant of which no component has weights."""
+    found = {_variant(file) for file in path.glob("*/*") if file.suffix in (*SAFE, ".bin")}
+    if variant not in found:
+        there = ", ".join(repr(one) for one in sorted(found - {""})) or "none"
+        raise ModelError(f"model={name!r}: has no weights of variant={variant!r}; variants that it has: {there}.")
+
+
+def _variant(file: Path) -> str:
+    """`fp16` of `model.fp16.safetensors`, of its shards and of their index; empty for the files of no variant."""
+    if ".index" in file.name:
+        return file.name.partition(".index")[2].removesuffix(".json").strip(".")
+    return _SHARD.sub("", file.stem).partition(".")[2]
+
+
+def _weights(name: str, component: str, folder: Path, variant: str) -> Iterator[Path]:
+    """The safetensors files of a component that diffusers loads, those that an index file names included."""
+    files = [p for p in sorted(folder.glob("*.safetensors")) if p.is_file()]
+    indexes = sorted([*folder.glob("*.safetensors.index.json"), *folder.glob("*.safetensors.index.*.json")])
+    variants = {_variant(file) for file in (*files, *indexes)}
+    if variants and variant not in variants and "" not in variants and not any(folder.glob("*.bin")):
+        one = sorted(variants)[0]
+        raise ModelError(f"model={name!r}: {component} has weights of variant {one!r} alone; give variant={one!r}.")
+    chosen = variant if variant in variants else ""
+    for index_file in indexes:
+        if _variant(index_file) != chosen:
+            continue
         try:
             yield from (
                 folder / file for file in sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
@@ -51,7 +76,7 @@ def _weights(name: str, component: str, folder: Path) -> Iterator[Path]:
             raise ModelError(
                 f"model={name!r}: {component}/{index_file.name} cannot be read ({error}). {WAY_OUT}"
             ) from error
-    yield from sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    yield from (file for file in files if _variant(file) == chosen)
 
 
 def _diffusers_has(pipeline: str) -> bool:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from parafuse.engine.folder import SAFE, tensor_shapes
+from parafuse.engine.loading import check_names, custom_file, parameters_of
+from parafuse.engine.loading_keywords import keywords_of
 from parafuse.engine.source import ModelSource, read_json
 from parafuse.errors import ConfigError, ModelError
 
@@ -18,7 +20,6 @@ def load_pipeline(
 
     Raises ModelError for what diffusers cannot load."""
     import torch
-    from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
     if "torch_dtype" not in kwargs:
@@ -30,7 +31,7 @@ def load_pipeline(
     try:
         if source.kind == "file":
             return _single_file(source, kwargs)
-        return DiffusionPipeline.from_pretrained(source.path, **kwargs)
+        return _from_pretrained(source, kwargs)
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, LookupError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -38,6 +39,50 @@ def load_pipeline(
         if reason:
             raise ModelError(f"model={source.name!r}: {reason}, or give a folder.") from error
         raise ModelError(f"model={source.name!r}: cannot be loaded ({_first_line(error)})") from error
+
+
+def _from_pretrained(source: ModelSource, kwargs: dict[str, Any]) -> Any:
+    """A folder or hub id. Raises ConfigError for keywords that the pipeline's class does not take: diffusers drops them
+    with a warning."""
+    import diffusers
+
+    more = kwargs.keys() - keywords_of(source.kind).keys()
+    if more and source.kind == "hub" and not kwargs.get("custom_pipeline"):
+        where = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+        index: Any = diffusers.DiffusionPipeline.load_config(source.path, **where)
+        named = getattr(diffusers, str(index.get("_class_name")), None)
+        if named is not None and not kwargs.get("load_connected_pipeline"):
+            check_names(source, kwargs, parameters_of(named))
+    found, rest = _custom_class(source, kwargs)
+    pipeline = (found or diffusers.DiffusionPipeline).from_pretrained(source.path, **rest)
+    check_names(source, kwargs, parameters_of(type(pipeline)))
+    return pipeline
+
+
+def _custom_class(source: ModelSource, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class that code beside the model or a custom pipeline defines, and the keywords without it; None where
+    diffusers has the class. diffusers copies the code to a place of its own, where ranks would write at once."""
+    from diffusers.utils.constants import HF_MODULES_CACHE
+    from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+    from filelock import FileLock
+
+    custom = kwargs.get("custom_pipeline")
+    file = custom_file(source, custom)
+    if file is None and custom is None:
+        return None, kwargs
+    folder, name = (str(file.parent.absolute()), file.name) if file else (str(custom), "pipeline.py")
+    is_own = file is not None and custom is None
+    Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(HF_MODULES_CACHE) / "parafuse.lock"):
+        found = get_class_from_dynamic_module(
+            folder,
+            module_file=name,
+            class_name=source.pipeline_class if is_own else None,
+            cache_dir=kwargs.get("cache_dir"),
+            revision=kwargs.get("custom_revision"),
+            trust_remote_code=kwargs.get("trust_remote_code", False),
+        )
+    return found, {key: value for key, value in kwargs.items() if key not in ("custom_pipeline", "custom_revision")}
 
 
 def _random(source: ModelSource, device: Any, kwargs: dict[str, Any]) -> Any:
@@ -74,6 +119,7 @@ def _not_fetched(error: BaseException) -> str | None:
 
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 """Those of `from_pretrained` and `from_single_file` that say how to fetch from the hub."""
+_CONFIGS = ["**/*.json", "*.json", "*.txt", "**/*.txt", "**/*.model"]
 
 
 def _single_file(source: ModelSource, kwargs: dict[str, Any]) -> Any:
@@ -84,17 +130,12 @@ def _single_file(source: ModelSource, kwargs: dict[str, Any]) -> Any:
     from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, SingleFileComponentError
     from huggingface_hub import snapshot_download
 
-    for name in ("dtype", "torch_dtype"):
-        if isinstance(kwargs.get(name), dict):
-            raise ConfigError(f"{name}={kwargs[name]}: a single file has one dtype for all parts; give a folder.")
-    kind = _single_file_type(source)
-    hub_id = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    given = kwargs.pop("single_file_config", None)
+    where = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
+    kind = "given by config" if given else _single_file_type(source)
+    hub_id = str(given) if given else DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     try:
-        folder = snapshot_download(
-            hub_id,
-            allow_patterns=["**/*.json", "*.json", "*.txt", "**/*.txt", "**/*.model"],
-            **{key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs},
-        )
+        folder = hub_id if Path(hub_id).is_dir() else snapshot_download(hub_id, allow_patterns=_CONFIGS, **where)
     except OSError as error:
         raise ModelError(
             f"model={source.name!r}: a single file of type {kind!r}; its configuration {hub_id!r} "
@@ -105,6 +146,7 @@ def _single_file(source: ModelSource, kwargs: dict[str, Any]) -> Any:
     found: Any = getattr(diffusers, str(parts.get("_class_name")), None)
     if not hasattr(found, "from_single_file"):
         raise _only_a_part(source, hub_id, parts, f"a single file of type {kind!r} holds no whole pipeline")
+    check_names(source, kwargs, parameters_of(found))
     try:
         pipeline = found.from_single_file(source.path, config=folder, **kwargs)
     except SingleFileComponentError as error:

@@ -36,9 +36,13 @@ def folder() -> Path | None:
 
 def key_of(block: nn.Module, leaves: list[Any], spec: TreeSpec) -> str:
     """Equal for blocks and arguments that are split alike, under the same versions of everything."""
+    return key_for(fingerprint(block), str(spec), tuple(map(signature, leaves)))
+
+
+def key_for(kind: str, spec: str, signatures: tuple[Any, ...]) -> str:
+    """The same, for what a block and its arguments are in words: as `SequenceParallel` keeps its plans."""
     versions = (parafuse.__version__, diffusers.__version__, torch.__version__)
-    facts = (versions, fingerprint(block), str(spec), tuple(map(signature, leaves)))
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    return hashlib.sha256(repr((versions, kind, spec, signatures)).encode()).hexdigest()
 
 
 def load_plan(key: str) -> BlockPlan | None:
@@ -63,6 +67,13 @@ def save_plan(key: str, name: str, plan: BlockPlan) -> None:
     where = folder()
     if where is None:
         return
+    with contextlib.suppress(OSError):
+        where.mkdir(parents=True, exist_ok=True)
+        write(where, key, name, plan)
+
+
+def write(where: Path, key: str, name: str, plan: BlockPlan) -> None:
+    """One file for a plan, whole or not at all: other ranks read it meanwhile."""
     values = {
         "block": name,
         "arguments": {str(i): (label.dim, label.atoms) for i, label in plan.arguments.items()},
@@ -72,10 +83,9 @@ def save_plan(key: str, name: str, plan: BlockPlan) -> None:
     }
     part = where / f"{key}.{os.getpid()}.part"
     try:
-        where.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(values))
-        part.replace(where / f"{key}.json")  # other ranks read it meanwhile
-    except OSError:
+        part.replace(where / f"{key}.json")
+    finally:
         with contextlib.suppress(OSError):
             part.unlink()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import secrets
@@ -15,15 +16,18 @@ from parafuse.errors import ConfigError, reject_unknown
 AT_LEAST_ONE = ("num_inference_steps", "num_images_per_prompt", "num_videos_per_prompt", "num_frames")
 LONGEST_FACT = 60
 SIZES = ("width", "height")
+SAME_CALL = (
+    "Start every rank with the same arguments, or give all prompts in one call, with Parallel(data=N); an engine made "
+    "with alone=True runs each rank's own."
+)
 
 
-def check_call(source: ModelSource, keywords: dict[str, Any]) -> dict[str, Any]:
+def check_call(source: ModelSource, keywords: dict[str, Any], *, encodes: bool = True) -> dict[str, Any]:
     """The keywords of a call with the model's defaults filled in. Raises ConfigError for the first that is wrong.
 
-    `prompt` may be any text or list of texts: empty, long, or in any script."""
-    defaults = dict(source.defaults)
-    if any(name.startswith("negative_") for name in keywords):  # embeddings, say: not both
-        defaults.pop("negative_prompt", None)
+    `prompt` may be any text or list of texts: empty, long, or in any script. `encodes`: whether the pipeline can read
+    text; where its text encoders were left out, texts among the defaults are too."""
+    defaults = _defaults(source, keywords, encodes)
     # None is "not given", but no negative prompt is a thing to ask for.
     out = defaults | {k: v for k, v in keywords.items() if v is not None or k.startswith("negative_")}
     _check_prompt(out)
@@ -47,6 +51,28 @@ def check_call(source: ModelSource, keywords: dict[str, Any]) -> dict[str, Any]:
     if "negative_prompt" not in keywords and isinstance(negative, str) and isinstance(prompt, list):
         out["negative_prompt"] = [negative] * len(cast("list[str]", prompt))
     return out
+
+
+def _defaults(source: ModelSource, keywords: dict[str, Any], encodes: bool) -> dict[str, Any]:
+    """Those of the model's defaults that can stand beside what is given."""
+    defaults = dict(source.defaults)
+    if any(name.startswith("negative_") for name in keywords):  # embeddings, say: not both
+        defaults.pop("negative_prompt", None)
+    if not encodes:
+        if keywords.get("prompt") is not None and keywords.get("prompt_embeds") is None:
+            raise ConfigError(
+                "prompt: given, but the pipeline was loaded without its text encoders; give prompt_embeds, of an "
+                "engine's encode_prompt."
+            )
+        for name in ("prompt", "negative_prompt"):
+            defaults.pop(name, None)
+    return defaults
+
+
+def can_encode(pipeline: Any) -> bool:
+    """Whether a pipeline can read text: not so where it has places for text encoders, and all of them are empty."""
+    names = [name for name in inspect.signature(type(pipeline).__init__).parameters if name.startswith("text_encoder")]
+    return not names or any(getattr(pipeline, name, None) is not None for name in names)
 
 
 def _check_generators(keywords: dict[str, Any]) -> None:
@@ -125,6 +151,9 @@ def facts(values: Any) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
+    if hasattr(type(value), "__dataclass_fields__"):  # a modular pipeline's state
+        names: Iterable[str] = type(value).__dataclass_fields__
+        value = {"": type(value).__name__} | {name: getattr(value, name) for name in names}
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in cast("dict[Any, Any]", value).items()}
     if isinstance(value, (list, tuple)):

@@ -123,13 +123,14 @@ def _folder(name: str, path: Path, allow_pickle: bool, given: Collection[str]) -
     configs = sorted(p for p in path.glob("*/*.json") if p.name in ("config.json", "scheduler_config.json"))
     texts = [_canonical(index)]
     texts += [f"{p.relative_to(path)}{_canonical(read_json(p, name))}" for p in configs]
+    named: Any = index.get("_class_name")  # or [file, class] of code beside it
     return ModelSource(
         name=name,
         path=str(path),
         kind="folder",
         model_id=_digest(texts),
         components=tuple(key for key in index if not key.startswith("_")),
-        pipeline_class=index.get("_class_name"),
+        pipeline_class=str(named[-1]) if isinstance(named, list) else cast("str | None", named),
         defaults=_defaults(path, name),
         size_multiple=_size_multiple(path, name),
     )
@@ -140,6 +141,11 @@ def _file(name: str, path: Path, allow_pickle: bool) -> ModelSource:
         raise ModelError(
             f"model={name!r}: {path.suffix} is a pickle, which can run code when it is loaded. Give a .safetensors "
             "file, or allow_pickle=True (--allow-pickle) if you trust its source."
+        )
+    if path.suffix == ".gguf":
+        raise ModelError(
+            f"model={name!r}: a GGUF file holds one part of a model. In Python, give it beside a folder or hub id that "
+            f"has the others: transformer=X.from_single_file({name!r}, quantization_config=...)."
         )
     if path.suffix not in (*PICKLES, *SAFE):
         raise ModelError(

@@ -24,13 +24,13 @@ def _serve() -> None:
 
     from parafuse.engine.engine import Engine
     from parafuse.engine.source import locate
-    from parafuse.engine.workers import KEY_ENV, next_request, read_signed
+    from parafuse.engine.workers import KEY_ENV, get, next_request, read_signed
     from parafuse.parallel.world import join_world
 
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     store.set(f"parafuse/here/{os.environ['RANK']}", "1")
     key = os.environ.pop(KEY_ENV)
-    setup = read_signed(store.get("parafuse/setup").decode(), key)
+    setup = read_signed(get(store, "parafuse/setup"), key)
     plan = setup["plan"]
     source = locate(setup.pop("model"), allow_pickle=setup["allow_pickle"], given=setup["pipeline_kwargs"])
     world = join_world(plan.device, plan.timeout_s, plan.world_size, store)
@@ -39,7 +39,7 @@ def _serve() -> None:
     while (request := next_request(store, number, key)) is not None:
         number += 1
         try:
-            engine.run(request["keywords"], request["seed"])
+            engine.follow(request)
         except Exception:
             if world.broken:
                 raise

@@ -4,7 +4,7 @@ first call of a structure, and held against the whole batch. Nothing here knows 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from parafuse.parallel.bundle import all_say, exchange, with_strides_of, without
 from parafuse.parallel.effects import Watched, all_plain
 from parafuse.parallel.hooks import Forward
 from parafuse.parallel.layout import head_range
+from parafuse.parallel.lent import Left, Lent, take
 
 STACKS = (1, 2, 3)
 MAX_ERROR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -47,6 +48,8 @@ class Cut:
     stacks: int = 1
     """The batch is so many batches on top of each other (branches), and a part has its samples of each: for models that
     take the batch apart themselves."""
+    left: Left = field(default_factory=Left)
+    """What such a call leaves of the lists that it is given."""
 
 
 class BatchCut:
@@ -79,27 +82,35 @@ class BatchCut:
             part = call.part(cut, *self._range(batch // cut.stacks))
         except Exception as failure:
             error = failure
-        return True, self._join(call, cut, part, error)
+        result = self._join(call, cut, part, error)
+        take(args, kwargs, cut.left)
+        return True, result
 
     def _learn(self, key: Any, tried: int, original: Forward, args: Any, kwargs: Any, samples: Any) -> Any:
         """The whole result, computed here; on the way, how to cut such calls."""
         if tried >= TRIES:
             return original(*args, **kwargs)
-        watched = Watched(self.module, (args, kwargs))
-        whole = original(*args, **kwargs)
-        if not self._all_say(not watched.has_changed()):  # what was run before may differ by rank
-            self._cuts[key] = tried + 1
+        watched, lent = Watched(self.module, (args, kwargs)), Lent(args, kwargs)
+        try:
+            whole = original(*lent.args, **lent.kwargs)
+            left = lent.left()
+            if not self._all_say(left is not None and not watched.has_changed()):  # what was run before may differ
+                self._cuts[key] = tried + 1
+                return whole
+            found = self._found(original, args, kwargs, samples, whole)
+            self._cuts[key] = TRIES if found is None else replace(found, left=left or {})
             return whole
-        found = None
-        batch = rows(samples)
+        finally:
+            lent.give_back()
+
+    def _found(self, original: Forward, args: Any, kwargs: Any, samples: Any, whole: Any) -> Cut | None:
+        """How to cut such calls, samples by rows or in lists. Collective on the group."""
         for as_lists in (isinstance(samples, list), not isinstance(samples, list)):
-            call = _Call(original, args, kwargs, batch, as_lists)
-            if all_plain(tree_flatten(whole)[0]):
-                found = self._cut_of(call, whole)
+            call = _Call(original, args, kwargs, rows(samples), as_lists)
+            found = self._cut_of(call, whole) if all_plain(tree_flatten(whole)[0]) else None
             if found is not None:
-                break
-        self._cuts[key] = TRIES if found is None else found
-        return whole
+                return found
+        return None
 
     def _range(self, batch: int) -> tuple[int, int]:
         """The samples that this rank computes; a rank that is left over does the last one again."""

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec
 from parafuse.errors import UnsupportedError
 from parafuse.parallel.attention_mode import run_on_rows
 from parafuse.parallel.block_plan import BlockPlan
-from parafuse.parallel.hooks import Forward
+from parafuse.parallel.hooks import Forward, override, override_forward
 from parafuse.parallel.traced import TracedBlocks
 from parafuse.parallel.whole_shapes import WholeShapes
 
@@ -88,6 +88,37 @@ class CompiledBlocks:
     def forget(self) -> None:
         self._asked.clear()
         self._kinds.clear()
+
+
+class CompiledWhole:
+    """What `module.compile(...)` means where whole calls are shared (guidance and data parallel): the module's own
+    forward is compiled, inside of what shares its calls. Taken off with parafuse."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self._compiled: Forward | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        self._undo.append(override_forward(self.module, self._forward))
+        self._undo.append(override(self.module, "compile", self._compile))
+
+    def remove(self) -> None:
+        """Puts both back as they were. No communication."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+    def _forward(self, original: Forward) -> Forward:
+        self._original = original
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return (self._compiled or original)(*args, **kwargs)
+
+        return forward
+
+    def _compile(self, *args: Any, **options: Any) -> None:
+        self._compiled = torch.compile(self._original, *args, **options)
 
 
 def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:

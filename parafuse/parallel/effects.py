@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,15 @@ class Parts:
             (vars(part), name, value)
             for part in module.modules()
             for name, value in vars(part).items()
-            if not name.startswith("_") and not isinstance(value, ATOMS)
+            if not name.startswith("_") and name != "forward" and not isinstance(value, ATOMS)  # hooks come and go
         ]
+        self._children = [(part._modules, tuple(part._modules.values())) for part in module.modules() if part._modules]
 
     def have_other_objects(self) -> bool:
-        """A quick look at what modules hold beside modules and numbers: attention processors, most of all."""
-        return any(holder.get(name) is not value for holder, name, value in self._objects)
+        """A quick look at what modules are made of and hold: submodules (adapters wrap them), attention processors."""
+        return any(holder.get(name) is not value for holder, name, value in self._objects) or any(
+            len(holder) != len(parts) or not all(map(is_, holder.values(), parts)) for holder, parts in self._children
+        )
 
     def have_changed(self) -> bool:
         """A look at everything; some milliseconds for a large model."""

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+DIGITS = 12
+"""Of a number in a fingerprint."""
+
 
 def size_of(leaf: Any) -> Any:
     """What of an argument may change from call to call and could mislead a plan: sizes, and whole numbers."""
@@ -25,22 +28,53 @@ def fingerprint(block: nn.Module) -> str:
         (name, key, _fact(value))
         for name, module in block.named_modules()
         for key, value in sorted(vars(module).items())
-        if key not in _MODULE_STATE and not isinstance(value, (Tensor, nn.Module))
+        if key not in _MODULE_STATE | _WHERE_FROM and not isinstance(value, (Tensor, nn.Module))
     ]
     return f"{type(block).__module__}.{block!r}{facts}"
 
 
-_MODULE_STATE = {*vars(nn.Module()), "forward", "compile"}
+def hooks_in(parts: list[nn.Module]) -> tuple[Any, ...]:
+    """What stands on parts of a block now, beside their classes, and may change what they compute: hooks of diffusers
+    (its guiders put some on for one branch, and take them off again), of torch, and replaced forwards."""
+    found: list[Any] = []
+    for index, part in enumerate(parts):
+        state = vars(part)
+        hooks: Any = getattr(state.get("_diffusers_hook"), "hooks", None)
+        if hooks:
+            found += [(index, name, repr(_fact(hook, 1))) for name, hook in hooks.items() if name not in _PLACING]
+        elif hooks is None and "forward" in state and "_hf_hook" not in state:
+            found.append((index, id(state["forward"])))
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            if state[kind]:
+                found.append((index, kind, *map(id, state[kind].values())))
+    return tuple(found)
+
+
+_PLACING = {
+    *"group_offloading layer_execution_tracker lazy_prefetch_group_offloading".split(),
+    *"layerwise_casting peft_autocast_disable".split(),
+}
+"""Hooks of diffusers that move or cast weights."""
+_WHERE_FROM = {
+    *"_name_or_path name_or_path _commit_hash _use_default_values".split(),
+    *"architectures dtype torch_dtype transformers_version".split(),
+}
+"""Differs by machine, or by process (a set as a list), or is set when a model is saved; what a module does, it does not
+say."""
+_MODULE_STATE = {*vars(nn.Module()), "forward", "compile", "decode", "_hf_hook", "_old_forward", "_diffusers_hook"}
+"""What torch keeps, and what is put on modules to run them: parafuse, hooks that name the rank's own device."""
 
 
 def _fact(value: Any, depth: int = 2) -> Any:
     """A value for comparison: plain ones as they are, objects (attention processors, say) by type and attributes."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, float):  # adapters' scales are set and put back by each call, and pick up rounding
+        return float(f"{value:.{DIGITS}g}")
+    if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, (list, tuple)):
         return [_fact(item, depth) for item in value]
     if isinstance(value, dict):
-        return [(str(key), _fact(item, depth)) for key, item in value.items()]
+        return sorted((str(key), repr(_fact(item, depth))) for key, item in value.items() if key not in _WHERE_FROM)
     name = getattr(value, "__qualname__", None)
     if name is not None:  # a function or a class
         return f"{getattr(value, '__module__', '')}.{name}"

@@ -22,6 +22,7 @@ from parafuse.parallel.batch_cut import TRIES, BatchCut, rows
 from parafuse.parallel.bundle import all_say, exchange, without_values
 from parafuse.parallel.effects import Watched, all_plain
 from parafuse.parallel.hooks import Forward, override_forward
+from parafuse.parallel.lent import Left, Lent, take
 from parafuse.parallel.mesh import Mesh
 from parafuse.parallel.on_module import OnModule
 from parafuse.parallel.placeholder import Placeholder, settled
@@ -67,10 +68,12 @@ class Known:
 
     spec: TreeSpec
     leaves: tuple[Any, ...]
+    left: Left
+    """What such a call leaves of the lists that it is given."""
 
     def looks_like(self, other: Known) -> bool:
         pairs = list(zip(self.leaves, other.leaves, strict=False))
-        return (self.spec, len(self.leaves)) == (other.spec, len(other.leaves)) and all(
+        return (self.spec, len(self.leaves), self.left) == (other.spec, len(other.leaves), other.left) and all(
             (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()) if isinstance(a, Tensor) else a == b
             for a, b in pairs
         )
@@ -93,7 +96,7 @@ class GuidanceParallel(OnModule):
         self.group = mesh.group_name(Axis.CFG)
         self._fewest = self.degree * mesh.degree(Axis.DATA)
         self._cut = BatchCut(root, self.degree, self.rank, self.group)
-        self._rounds = rounds or Rounds()
+        self.rounds = rounds or Rounds()
         self._one_call: set[int] = set()
         """Numbers of samples for which a step is one call: its branches are in the batch."""
         self._known: dict[Any, Known | int] = {}
@@ -136,16 +139,18 @@ class GuidanceParallel(OnModule):
         known = self._foreseen(leaves, spec)
         if isinstance(known, int):
             self.seen["everywhere"] += 1
-            self._rounds.by_all += 1
+            self.rounds.by_all += 1
             return self._learn(known, original, args, kwargs)
-        if self._rounds.current.is_settled:
-            self._rounds.current = Round()
-        here = self._rounds.current
+        if self.rounds.current.is_settled:
+            self.rounds.current = Round()
+        here = self.rounds.current
         number = len(here.branches)
         branch = Branch([x for x in known.leaves if isinstance(x, Tensor)], batch)
         here.branches.append(branch)
         if number % self.degree == self.rank:
-            self._compute(branch, original, args, kwargs)
+            lent = Lent(args, kwargs)
+            self._compute(branch, original, lent.args, lent.kwargs)
+        take(args, kwargs, known.left)
         device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))
         numbers = iter(range(len(branch.shapes)))
 
@@ -170,19 +175,24 @@ class GuidanceParallel(OnModule):
         """A call on all ranks, to see what it gives."""
         if tried >= TRIES:
             return original(*args, **kwargs)
-        watched = Watched(self.module, (args, kwargs))
+        watched, lent = Watched(self.module, (args, kwargs)), Lent(args, kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         key = _key(leaves, spec)
-        result = original(*args, **kwargs)
+        try:
+            result = original(*lent.args, **lent.kwargs)
+            left, has_changed = lent.left(), watched.has_changed()
+        finally:
+            lent.give_back()
         found, result_spec = tree_flatten(result)
         if len(self._known) >= MAX_KNOWN:
             self._known.clear()
             self._sizes.clear()
-        can_be_left_out = all_plain(found) and not watched.has_changed()
+        can_be_left_out = all_plain(found) and left is not None and not has_changed
         if not all_say(can_be_left_out, self.module, self.degree, self.group):  # what was run before may differ by rank
             self._known[key] = tried + 1
             return result
-        known = Known(result_spec, tuple(without_values(x) if isinstance(x, Tensor) else x for x in found))
+        blank = tuple(without_values(x) if isinstance(x, Tensor) else x for x in found)
+        known = Known(result_spec, blank, left or {})
         self._known[key] = known
         self._sizes.setdefault(_key(leaves, spec, numbers=False), {})[key] = known
         return result
@@ -208,9 +218,9 @@ class GuidanceParallel(OnModule):
         """One exchange that brings every branch of a round to all ranks. Collective on the group."""
         here.is_settled = True
         self.seen["together" if len(here.branches) > 1 else "alone"] += 1
-        if len(here.branches) == 1 and not self._rounds.by_all and here.branches[0].batch >= max(2, self._fewest):
+        if len(here.branches) == 1 and not self.rounds.by_all and here.branches[0].batch >= max(2, self._fewest):
             self._one_call.add(here.branches[0].batch)
-        self._rounds.by_all = 0
+        self.rounds.by_all = 0
         owned = [here.branches[rank :: self.degree] for rank in range(self.degree)]
         shapes = [[x for branch in branches for x in branch.shapes] for branches in owned]
         mine = [x for branch in owned[self.rank] for x in branch.values]

@@ -1,13 +1,16 @@
 """All that a block's Python could look at, watched for changes: what was recorded from it holds while that is the same.
 
-Everything is compared by identity, so an equal value that is another object counts as a change: it costs a new record,
-never a wrong one. What cannot be looked into is named, and nothing is recorded from it.
+Objects are compared by identity, so an equal one that is another counts as a change: it costs a new record, never a
+wrong one. Numbers and names are compared by value: a scale that a call sets and puts back is the same, though Python
+holds it as another object. What cannot be looked into is named, and nothing is recorded from it.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+import math
+from collections.abc import Callable, Iterable
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -20,6 +23,8 @@ ATOMS = (
     bool, int, float, complex, str, bytes, type(None), type(...), range, type, enum.Enum, np.generic, ModuleType,
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, FunctionType, BuiltinFunctionType,
 )  # fmt: skip
+ROUNDING = 1e-12
+"""Of a number that was put back by the inverse of what changed it: `x *= s`, then `x /= s`."""
 
 
 class Held:
@@ -29,23 +34,37 @@ class Held:
         self.unknown = ""
         """The first thing that cannot be looked into."""
         self._dicts: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = []
+        self._empty: list[dict[Any, Any]] = []
         self._lists: list[tuple[list[Any], tuple[Any, ...]]] = []
         self._sets: list[tuple[set[Any], frozenset[Any]]] = []
         self._tensors: list[tuple[Tensor, int | None]] = []
         """Those that are no parameters: what was read from them may be fixed in a record."""
+        self._packed: list[tuple[Tensor, Tensor, int]] = []
+        """Parameters with attributes of their own (scales, say), their data and where it is: some libraries put other
+        data, and the attributes elsewhere, when they are first called."""
         self._seen: dict[int, Any] = {}
         self._look(block, type(block).__name__)
 
-    def is_same(self) -> bool:
+    def is_same(self, *, exactly: bool = False) -> bool:
+        """Whether nothing has changed; `exactly`: nor a number by rounding, where it may stand in a record."""
+        equal = _equal if exactly else _equal_but_for_rounding
         return (
-            all(len(d) == len(keys) and all(map(is_, map(d.get, keys), values)) for d, keys, values in self._dicts)
-            and all(len(x) == len(values) and all(map(is_, x, values)) for x, values in self._lists)
+            not any(self._empty)  # most of them; a module has seven
+            and all(
+                len(d) == len(keys)
+                and (all(map(is_, map(d.get, keys), values)) or _all_equal(map(d.get, keys), values, equal))
+                for d, keys, values in self._dicts
+            )
+            and all(len(x) == len(values) and _all_equal(x, values, equal) for x, values in self._lists)
             and all(x == values for x, values in self._sets)
             and all(_version(x) == version for x, version in self._tensors)
+            and all(_place(x) == place for x, _, place in self._packed)
         )
 
     def restore(self) -> None:
         """Puts back what was changed since, but for values of tensors."""
+        for holder in self._empty:
+            holder.clear()
         for holder, keys, values in self._dicts:
             for key in [key for key in holder if key not in keys]:
                 del holder[key]
@@ -55,16 +74,21 @@ class Held:
         for members, values in self._sets:
             members.clear()
             members.update(values)
+        for x, data, place in self._packed:
+            if _place(x) != place:
+                x.data = data
 
     def _look(self, value: Any, name: str) -> None:
         if isinstance(value, ATOMS) or id(value) in self._seen:
             return
         self._seen[id(value)] = value  # kept alive, so that its identity is its own
         if isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter):
-                self._tensors.append((value, _version(value)))
+            self._look_at_tensor(value, name)
         elif isinstance(value, dict):
-            self._dicts.append((value, tuple(value), tuple(value.values())))
+            if value:
+                self._dicts.append((value, tuple(value), tuple(value.values())))
+            else:
+                self._empty.append(value)
             for key, item in value.items():
                 self._look(item, f"{name}.{key}")
         elif isinstance(value, (list, tuple, set, frozenset)):
@@ -80,6 +104,15 @@ class Held:
                 self.unknown = self.unknown or f"{name} ({type(value).__name__})"
             self._look(inner, name)
 
+    def _look_at_tensor(self, x: Tensor, name: str) -> None:
+        if not isinstance(x, nn.Parameter):
+            self._tensors.append((x, _version(x)))
+        elif vars(x):
+            place = _place(x)
+            if place is not None:
+                self._packed.append((x, x.data, place))
+            self._look(vars(x), name)
+
 
 def _inside(value: Any) -> Any:
     """What an object is made of; None where it does not show."""
@@ -89,6 +122,27 @@ def _inside(value: Any) -> Any:
     if isinstance(value, functools.partial):
         return (value.func, value.args, value.keywords)
     return getattr(value, "__dict__", None)
+
+
+def _all_equal(found: Iterable[Any], values: tuple[Any, ...], equal: Callable[[Any, Any], bool]) -> bool:
+    """Whether all are the same objects, or plain values that are equal."""
+    return all(a is b or equal(a, b) for a, b in zip(found, values, strict=False))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and isinstance(a, ATOMS) and bool(a == b)
+
+
+def _equal_but_for_rounding(a: Any, b: Any) -> bool:
+    return _equal(a, b) or (type(a) is type(b) is float and math.isclose(a, b, rel_tol=ROUNDING))
+
+
+def _place(x: Tensor) -> int | None:
+    """Where its data is; None for one that wraps others."""
+    try:
+        return x.data_ptr()
+    except RuntimeError:
+        return None
 
 
 def _version(x: Tensor) -> int | None:

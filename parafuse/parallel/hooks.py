@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from parafuse.errors import ConfigError
+
 Forward = Callable[..., Any]
 _WHY_DISABLED = "parafuse runs this module on several ranks: compile its blocks, by compile() on each, after apply"
 
@@ -38,7 +40,7 @@ def override(module: nn.Module, name: str, replacement: Callable[..., Any]) -> C
         if module.__dict__.get(name) is not replacement:
             raise RuntimeError(
                 f"{type(module).__name__}.{name} was replaced after parafuse was applied; take that off first "
-                "(for example remove_all_hooks()), then remove parafuse."
+                "(remove_all_hooks(), or a manager's disable_auto_cpu_offload()), then remove parafuse."
             )
         if had:
             setattr(module, name, original)
@@ -46,3 +48,20 @@ def override(module: nn.Module, name: str, replacement: Callable[..., Any]) -> C
             del module.__dict__[name]
 
     return undo
+
+
+def guard(module: nn.Module, name: str, is_inside: Callable[[], bool]) -> Callable[[], None]:
+    """Makes a method refuse calls while `is_inside` says no; the returned function undoes it."""
+    original = getattr(module, name)
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if not is_inside():
+            raise ConfigError(
+                f"{type(module).__name__}.{name}: was called on one rank alone, past the engine, whose other ranks "
+                "would not take part. Call the engine (engine(...), or a component of it, as engine.transformer(...))."
+            )
+        return original(*args, **kwargs)
+
+    replacement: Any = torch.compiler.disable(guarded, reason=_WHY_DISABLED)
+    replacement.parafuse = True
+    return override(module, name, replacement)

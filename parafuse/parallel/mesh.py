@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -49,8 +50,22 @@ _FREE: list[Mesh] = []
 """Meshes that nobody uses any more, for the next one like them: torch never ends a group's threads and connections."""
 
 
+_USES: Counter[Mesh] = Counter()
+"""Uses of a mesh beyond the first."""
+
+
+def hold(mesh: Mesh) -> None:
+    """One more use of a mesh, to be released as well. Local."""
+    _USES[mesh] += 1
+
+
 def release(mesh: Mesh) -> None:
-    """Gives a mesh back. Local; every rank must, in the order in which it makes and gives back others."""
+    """Gives a mesh back, once all who use it have. Local; every rank must, in the order in which it makes and gives
+    back others."""
+    if _USES[mesh]:
+        _USES[mesh] -= 1
+        return
+    del _USES[mesh]
     if mesh.kind and mesh not in _FREE:
         _FREE.append(mesh)
 

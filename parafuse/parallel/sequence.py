@@ -21,7 +21,8 @@ from parafuse.parallel.attention_mode import run_on_rows
 from parafuse.parallel.block_plan import BlockPlan, Bound, Prober
 from parafuse.parallel.comm import all_gather
 from parafuse.parallel.compiled import CompiledBlocks
-from parafuse.parallel.fingerprint import fingerprint, signature, size_of
+from parafuse.parallel.effects import Parts
+from parafuse.parallel.fingerprint import fingerprint, hooks_in, signature, size_of
 from parafuse.parallel.hooks import Forward, override, override_forward
 from parafuse.parallel.mesh import Mesh
 from parafuse.parallel.shard import SequenceGroup, gather_all
@@ -45,12 +46,24 @@ class SequenceParallel:
         self.whole = WholeShapes(self.attention, self.ranks)
         self.compiled = CompiledBlocks(self.whole)
         self._undo: list[Callable[[], None]] = []
+        self.renew()
+
+    def renew(self) -> None:
+        """Looks anew at what the model is made of. Plans are kept by what a block is, so one that was changed gets its
+        own, and gets the old one back when the change is taken back."""
+        self._parts = Parts(self.root)
+        self._kinds = {block: fingerprint(block) for block in self.blocks}
+        self._inner = {block: list(block.modules())[1:] for block in self.blocks}
+
+    def has_changed(self) -> bool:
+        """Whether the model is no longer what it was; some milliseconds for a large one."""
+        return self._parts.have_changed()
 
     def install(self) -> None:
         self._undo.append(override_forward(self.root, self._root_forward))
         self._undo.append(override(self.root, "compile", self._refuse_compile))
         for block in self.blocks:
-            compile = self.compiled.compile_method(block, fingerprint(block))
+            compile = self.compiled.compile_method(block, self._kinds[block])
             self._undo.append(override(block, "compile", compile))
             self._undo.append(
                 override_forward(block, lambda original, block=block: self._block_forward(block, original))
@@ -71,6 +84,8 @@ class SequenceParallel:
 
     def _root_forward(self, original: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._parts.have_other_objects():
+                self.renew()
             self._slices = {}
             self.whole.shortest = sys.maxsize
             try:
@@ -96,13 +111,11 @@ class SequenceParallel:
         )
 
     def _block_forward(self, block: nn.Module, original: Forward) -> Forward:
-        name = fingerprint(block)
-
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._slices is None:  # called by itself, outside of the model's own forward
                 return original(*args, **kwargs)
             leaves, spec = tree_flatten((args, kwargs))
-            key = (name, str(spec), tuple(map(signature, leaves)))
+            key = (self._kinds[block], hooks_in(self._inner[block]), str(spec), tuple(map(signature, leaves)))
             plan = self._plan_for(key, block, original, leaves, spec)
             compiled = self.compiled.get(block)
             if plan.why_not_local:
@@ -120,7 +133,7 @@ class SequenceParallel:
                 raise UnsupportedError(
                     f"{type(block).__name__}: made {calls} attention calls through torch's "
                     f"scaled_dot_product_attention, {len(plan.sites)} when it was examined; was its processor "
-                    "changed? remove() parafuse, then apply it again."
+                    "or attention backend changed? remove() parafuse, then apply it again."
                 )
             return bound.wrap(result)
 

@@ -7,6 +7,7 @@ rank's rows alone (exactly), and gathers before anything else. What is returned 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -156,8 +157,9 @@ class Sharded(Tensor):
 
         rule = RULES.get(name)
         if rule is not None and args and not into_whole and "out" not in kwargs:
+            others = any(kind is not cls for kind in types)  # weights in a form of their own, say, as torchao's
             with torch._C.DisableTorchFunctionSubclass():
-                result = rule(func, args, kwargs)
+                result = rule(_with_subclasses(func) if others else func, args, kwargs)
             if result is not NotImplemented:
                 return result
         _note(name, (args, kwargs))
@@ -170,6 +172,17 @@ class Sharded(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = gather_all((args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _with_subclasses(func: Any) -> Any:
+    """`func`, with what other tensor types make of it: a rule runs while all of that is off."""
+
+    @functools.wraps(func)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._EnableTorchFunction():
+            return func(*args, **kwargs)
+
+    return run
 
 
 def _through(target: Sharded, name: str, func: Any, args: Any, kwargs: Any) -> Any:

@@ -87,7 +87,7 @@ class TracedBlocks:
 
     def __call__(self, block: nn.Module, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec) -> Any:
         traced = self._blocks.get(block)
-        if traced is None or not traced.held.is_same():
+        if traced is None or not traced.held.is_same(exactly=True):
             traced = self._blocks[block] = TracedBlock(block)
         graph = self._graph(traced, plan, forward, leaves, spec)
         if graph is None:
@@ -156,7 +156,7 @@ class TracedBlocks:
         try:
             with torch.no_grad():
                 graph: GraphModule = trace(kept, _tensors(leaves))
-            if not traced.held.is_same():
+            if not traced.held.is_same(exactly=True):
                 raise NotOneGraphError("it changes what it holds when it is called")
         finally:
             traced.held.restore()

@@ -17,9 +17,10 @@ from parafuse.errors import ConfigError, RankError, RankMismatchError
 AGREE_S = 120.0
 """How long a rank that has started waits for the others to start, before anything is loaded."""
 LONGEST_PAUSE_S = 0.02
-_USERS, _MADE_HERE = "parafuse/users", "parafuse/made_here"
+_USERS, _MADE_HERE, _GROUPS = "parafuse/users", "parafuse/made_here", "parafuse/groups"
 _OWN_RANKS = "parafuse/own_ranks"
 """Set in the default store where an engine has started the ranks for itself."""
+SAME_ARGUMENTS = "Start every rank with the same arguments."
 SETTLE_S = 5.0
 """How long a rank that failed waits to hear whether the others failed too, before it gives up on them."""
 
@@ -51,11 +52,26 @@ def ensure_world(device: str, timeout_s: float, store: dist.Store | None = None)
     return True
 
 
+_MET: dict[tuple[str, ...], dist.Store] = {}
+"""Stores of launchers, by address, kept for the next group of this process: another rank may still use one when this
+rank has left, and what a first group has written there must not be taken for the second one's."""
+
+
 def _meet(deadline_s: float) -> tuple[dist.Store, int, int]:
-    """The launcher's store, this rank and the number of ranks. Raises RankError when rank 0 is not there in time: on
-    another node it may have ended over its arguments, and nobody there can end this process."""
+    """A store for one process group at the launcher's address, this rank and the number of ranks. Ranks make groups in
+    the same order. Raises RankError when rank 0 is not there in time: on another node it may have ended over its
+    arguments, and nobody there can end this process."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = tuple(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+    if address not in _MET:
+        _MET[address] = _rendezvous(deadline_s)
+    number = _MET[address].add(f"{_GROUPS}/{rank}", 1)
+    return dist.PrefixStore(f"{_GROUPS}/{number}", _MET[address]), rank, size
+
+
+def _rendezvous(deadline_s: float) -> dist.Store:
     try:
-        return next(dist.rendezvous("env://", timeout=timedelta(seconds=deadline_s)))
+        return next(dist.rendezvous("env://", timeout=timedelta(seconds=deadline_s)))[0]
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
         if "EADDRINUSE" in str(error):
@@ -144,7 +160,9 @@ class World:
                 said[other] = self.store.get(f"{key}/{other}").decode()
         return said
 
-    def agree(self, topic: str, value: Mapping[str, str], deadline_s: float | None = None) -> None:
+    def agree(
+        self, topic: str, value: Mapping[str, str], deadline_s: float | None = None, *, way_out: str = SAME_ARGUMENTS
+    ) -> None:
         """Raises RankError on every rank unless all say the same; names those that differ, and in what, or stay silent.
 
         Waits `deadline_s` (not given: the job's timeout) for the others."""
@@ -162,12 +180,16 @@ class World:
             raise RankMismatchError(
                 f"{_ranks(different)} {was} given {topic} other than rank 0's"
                 f"{_first_difference(json.loads(said[0]), json.loads(said[different[0]]), different[0])}. "
-                "Start every rank with the same arguments."
+                f"{way_out}"
             )
 
     def share(self, topic: str, make: Callable[[], int]) -> int:
         """Rank 0's number, on every rank."""
         return make() if self.size == 1 else int(self._from_first(topic, lambda: str(make())))
+
+    def tell(self, topic: str, make: Callable[[], str]) -> str:
+        """Rank 0's text, on every rank."""
+        return make() if self.size == 1 else self._from_first(topic, make)
 
     def any_says(self, topic: str, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is set on some rank."""

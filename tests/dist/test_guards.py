@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +16,13 @@ from torch import Tensor, nn
 import parafuse
 from parafuse.config import Axis
 from parafuse.engine.request import facts
+from parafuse.engine.source import EMBEDDED
 from parafuse.engine.workers import read_signed, signed
 from parafuse.errors import ConfigError, RankError, UnsupportedError
 from parafuse.parallel.fingerprint import fingerprint
 from parafuse.parallel.mesh import make_mesh
 from tests.dist.ranks import run_ranks
+from tests.drop_in.rows import plain
 
 WIDTH, HEADS = 12, 3
 
@@ -192,10 +196,13 @@ def test_models_under_other_libraries_hooks_are_refused_until_these_are_off() ->
         assert float(said["error"]) <= 1e-5
 
 
-def test_an_engine_starts_after_one_that_could_not() -> None:
+def test_an_engine_starts_after_one_that_could_not(tmp_path: Path) -> None:
     config = parafuse.Config(parallel=parafuse.Parallel(ulysses=2))
+    shutil.copytree(EMBEDDED / "emoji", tmp_path / "broken")
+    file = tmp_path / "broken" / "vae" / "config.json"
+    file.write_text(file.read_text().replace("DownEncoderBlock2D", "NoSuchBlock"))  # seen when it is loaded
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        parafuse.Engine.from_pretrained("emoji", config, variant="absent")
+        parafuse.Engine.from_pretrained(str(tmp_path / "broken"), config)
     assert not dist.is_initialized()
     with parafuse.Engine.from_pretrained("emoji", config) as engine:
         assert engine("x", num_inference_steps=1, width=32, height=32, seed=1).images[0].size == (32, 32)
@@ -206,3 +213,21 @@ def test_dtypes_by_component_reach_the_loader() -> None:
     assert engine.pipeline.vae.dtype == torch.bfloat16
     assert engine.pipeline.transformer.dtype == torch.float32
     assert facts({"dtype": torch.bfloat16}) != facts({"dtype": torch.float32})
+
+
+def calls_another_method(rank_method: dict[int, str]) -> str:
+    """What each rank hears where they do not call the same."""
+    engine = parafuse.Engine.from_pipeline(plain("FluxPipeline"), parafuse.Config(timeout_s=30))
+    try:
+        getattr(engine, rank_method[engine.rank])(1)
+    except RankError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return ""
+
+
+def test_ranks_that_call_different_methods_are_told_at_once() -> None:
+    methods = {0: "enable_attention_slicing", 1: "set_attention_slice"}
+    for found in run_ranks(calls_another_method, 2, methods, timeout_s=25):
+        assert 'method is "enable_attention_slicing" on rank 0, "set_attention_slice" on rank 1' in found

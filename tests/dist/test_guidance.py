@@ -227,6 +227,49 @@ def test_a_branch_that_fails_on_one_rank_fails_on_all(factor: float, why: str) -
     assert soon
 
 
+class Taking(Denoiser):
+    """Takes what it needs from a list that it is given, as a UNet does with an adapter's features."""
+
+    def forward(self, x: Tensor, text: Tensor, features: list[Tensor]) -> Any:  # type: ignore[override]
+        return super().forward(x * features.pop(0), text)
+
+
+def with_features(model: Any, calls: int) -> tuple[Tensor, list[int]]:
+    """Two calls in a step or one for both branches: (result, what was left of each list)."""
+    x, a, b = values(2 if calls == 1 else 1)
+    made: list[list[Tensor]] = []
+
+    def features() -> list[Tensor]:
+        made.append([torch.full((1,), 1.5), torch.zeros(1)])
+        return made[-1]
+
+    for _ in range(4):
+        if calls == 2:
+            cond, uncond = model(x, a, features())[0], model(x, b, features=features())[0]
+        else:
+            uncond, cond = model(torch.cat([x, x]), torch.cat([b, a]), features())[0].chunk(2)
+        x = x - 0.1 * (uncond + 3.0 * (cond - uncond))
+    return x + 0, [len(items) for items in made]
+
+
+def taken_from_lists(calls: int) -> tuple[float, set[int], int]:
+    model: Any = Taking()
+    with torch.no_grad():
+        want, _ = with_features(model, calls)
+        with parafuse.apply(model, CFG) as handle:
+            got, left = with_features(model, calls)
+            seen = handle.guidance["Taking"].seen
+    return error(got, want), set(left), seen["together"] + seen["cut"]
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_what_a_call_takes_from_a_list_is_taken_on_every_rank(calls: int) -> None:
+    for wrong, left, shared in run_ranks(taken_from_lists, 2, calls):
+        assert wrong <= EXACT
+        assert left == {1}
+        assert shared >= 2
+
+
 class Lazy(Denoiser):
     """Fills a table at its first call."""
 

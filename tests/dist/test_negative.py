@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import parafuse
-from parafuse.engine import apply as apply_module
+from parafuse.engine import standing as standing_module
 from parafuse.engine.probe import probe
 from parafuse.parallel import attention, attention_mode, ring
 from parafuse.parallel.attention import RankAttention
@@ -202,7 +202,7 @@ def model_errors(layout: tuple[int, int]) -> dict[str, tuple[float, float]]:
     """What -> (error as it is, error when broken) of whole models."""
     out = {}
     for name, family, target, attribute, broken in (
-        ("the dual attention stays local", "sd3", apply_module, "derive", without_exchange),
+        ("the dual attention stays local", "sd3", standing_module, "derive", without_exchange),
         (
             "the mask is dropped",
             "weaver",

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 
 import parafuse
-from parafuse.engine import apply as apply_module
 from parafuse.engine import derive as derive_module
+from parafuse.engine import standing as standing_module
 from parafuse.engine.verify import relative_error
 from parafuse.errors import RankError
 from parafuse.parallel.block_plan import BlockPlan
@@ -60,7 +60,7 @@ def another_plan(*args: Any) -> BlockPlan:
 def disagreeing() -> str:
     case = cases()["FluxTransformer2DModel"]
     model = randomized(case.build())
-    with patch.object(apply_module, "derive", another_plan), parafuse.apply(model, parallel((1, 2))):
+    with patch.object(standing_module, "derive", another_plan), parafuse.apply(model, parallel((1, 2))):
         with pytest.raises(RankError) as refusal:
             outputs(model, inputs_of(case, case.sizes))
         return str(refusal.value)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import parafuse
-from parafuse.engine import apply as apply_module
+from parafuse.engine import standing as standing_module
 from tests.dist.ranks import run_ranks
 from tests.models import EQUAL, EVEN, FAMILIES, ODD, ONE, SINGLE, TINY, Sizes, build, call, error, inputs
 
@@ -117,7 +117,7 @@ def test_the_first_call_may_have_any_lengths(family: str, layout: Layout) -> Non
 def count_examinations(family: str) -> tuple[list[int], list[float]]:
     """How many blocks had been examined after each of four calls; and the errors."""
     examined: list[str] = []
-    derive = apply_module.derive
+    derive = standing_module.derive
     model = build(family)
     calls = [inputs(family, sizes) for sizes in (ODD, EVEN, EQUAL, TINY)]
     plain = [call(model, values) for values in calls]
@@ -126,7 +126,7 @@ def count_examinations(family: str) -> tuple[list[int], list[float]]:
         examined.extend([type(block).__name__] if plan is None else [])
         return derive(block, forward, leaves, spec, plan)
 
-    apply_module.derive = counted
+    standing_module.derive = counted
     try:
         counts, errors = [], []
         with parafuse.apply(model, parallel((1, 2))):
@@ -134,7 +134,7 @@ def count_examinations(family: str) -> tuple[list[int], list[float]]:
                 errors.append(error(call(model, values), want))
                 counts.append(len(examined))
     finally:
-        apply_module.derive = derive
+        standing_module.derive = derive
     return counts, errors
 
 

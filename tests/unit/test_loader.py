@@ -147,7 +147,10 @@ def test_single_files(tmp_path: Path) -> None:
     file = safetensors(tmp_path / "flux.safetensors", {"a": [2, 3], "b": [4]})
     source = locate(str(file))
     assert (source.kind, source.path, source.size_multiple) == ("file", str(file), None)
-    assert "must be a folder, or a .safetensors file; '.gguf' is neither" in refusal(write(tmp_path / "a.gguf", "x"))
+    assert "must be a folder, or a .safetensors file; '.npz' is neither" in refusal(write(tmp_path / "a.npz", "x"))
+    gguf = write(tmp_path / "a.gguf", "x")
+    assert "holds one part of a model. In Python, give it beside a folder or hub id" in refusal(gguf)
+    assert f"transformer=X.from_single_file({str(gguf)!r}, quantization_config=" in refusal(gguf)
     assert "'' is neither" in refusal(write(tmp_path / "noname", "x"))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from parafuse.engine.request import check_call, check_keywords, facts, fresh_seed
+from parafuse.engine.request import can_encode, check_call, check_keywords, facts, fresh_seed
 from parafuse.engine.source import ModelSource
 from parafuse.errors import ConfigError
 
@@ -232,3 +232,27 @@ def test_tensors_by_content_however_they_lie_in_memory(dtype: torch.dtype) -> No
 
 def test_a_list_of_no_prompts() -> None:
     assert refusal(prompt=[]) == "prompt=[]: is empty; give at least one text."
+
+
+def test_without_text_encoders_no_text_is_read() -> None:
+    """The model's own texts stay out, and a prompt is refused; embeddings are what is left."""
+    embeds = {"prompt_embeds": torch.zeros(1, 2, 3)}
+    out = check_call(SOURCE, embeds, encodes=False)
+    assert out == {"width": 64, "num_inference_steps": 20} | embeds
+    assert check_call(SOURCE, embeds)["negative_prompt"] == "blurry", "control: where text can be read"
+    with pytest.raises(ConfigError, match="prompt: given, but the pipeline was loaded without its text encoders; give"):
+        check_call(SOURCE, {"prompt": "x"}, encodes=False)
+
+
+def test_whether_a_pipeline_can_read_text() -> None:
+    class Two:
+        def __init__(self, text_encoder: Any, text_encoder_2: Any, vae: Any = None):
+            self.text_encoder, self.text_encoder_2, self.vae = text_encoder, text_encoder_2, vae
+
+    class Unconditional:
+        def __init__(self, unet: Any):
+            self.unet = unet
+
+    assert can_encode(Two(None, 1))
+    assert can_encode(Unconditional(None))
+    assert not can_encode(Two(None, None, 1))

@@ -94,3 +94,44 @@ def test_several_engines_share_the_ranks_of_a_launcher() -> None:
         assert "ring.ring" in seen["counts"]["ring"]
         assert "ulysses.all_to_all" in seen["counts"]["ulysses"]
         assert seen["initialized"]  # the launcher's own group is not the engines' to end
+
+
+ONE_AFTER_ANOTHER = """
+import time, torch, parafuse
+call = {"num_inference_steps": 1, "width": 64, "height": 64, "seed": 7, "output_type": "np"}
+config = parafuse.Config(parallel=parafuse.Parallel(ulysses=2), timeout_s=60)
+pictures = []
+for number in range(3):
+    with parafuse.Engine.from_pretrained("emoji", config) as engine:
+        pictures.append(engine("a red apple", **call).images)
+        rank = engine.rank
+    assert not torch.distributed.is_initialized()
+    time.sleep(number * rank)  # one of them is first, then the other
+assert all((one == pictures[0]).all() for one in pictures)
+"""
+
+
+@pytest.mark.parametrize("agent", [True, False])
+def test_engines_one_after_another(tmp_path: Path, agent: bool) -> None:
+    """Each ends its group of ranks, and the next one makes another, at torchrun's store or at rank 0's own."""
+    script = tmp_path / "script.py"
+    script.write_text(ONE_AFTER_ANOTHER)
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if agent:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+        starts = [(command, env)]
+    else:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        command = [sys.executable, str(script)]
+        starts = [(command, env | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    ranks = [
+        subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command, own in starts
+    ]
+    try:
+        said = [rank.communicate(timeout=180)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), said

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import parafuse
-from parafuse.engine import apply as apply_module
+from parafuse.engine import standing as standing_module
 from parafuse.engine import verify as verifying
 from parafuse.engine.verify import EXACT, Verdict, verify
 from parafuse.errors import UnsupportedError
@@ -80,7 +80,7 @@ def refused() -> list[Verdict]:
     def refuse(*_: Any) -> Any:
         raise UnsupportedError("Block: cannot be split")
 
-    with patch.object(apply_module, "derive", refuse):
+    with patch.object(standing_module, "derive", refuse):
         return verdicts()
 
 

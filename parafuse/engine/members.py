@@ -1,0 +1,71 @@
+"""What becomes of each method and property of a diffusers pipeline when it is used on an engine: data, and one rule.
+
+The rule: a method runs on every rank, after the ranks have compared its arguments; a property is read where it is asked
+for. Named here is what must not follow it. docs/drop-in.md shows what each one does, as its tests found it.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from parafuse.config import Axis
+from parafuse.engine.plan import Plan
+
+
+class Way(Enum):
+    """How a member of the pipeline is reached."""
+
+    EVERYWHERE = "on every rank"
+    HERE = "on the rank that asks, alone: it changes nothing"
+    WRITES = "on rank 0 alone: it writes files, the same on every rank"
+    REFUSED = "not at all"
+
+
+HERE = frozenset(
+    (
+        # of a pipeline
+        *"numpy_to_pil progress_bar to_json_string check_inputs maybe_convert_prompt pack_weights".split(),
+        *"get_active_adapters get_list_adapters lora_state_dict get_config_dict load_config extract_init_dict".split(),
+        *"download get_guidance_scale_embedding prepare_extra_step_kwargs".split(),
+        # of a module
+        *"parameters named_parameters buffers named_buffers modules named_modules children named_children".split(),
+        *"state_dict get_submodule get_parameter num_parameters".split(),
+    )
+)
+WRITES = frozenset("save_pretrained save_config to_json_file push_to_hub save_lora_weights write_lora_layers".split())
+ANOTHER = "makes another pipeline, which would run on this rank alone"
+OTHER_WAYS = {
+    "from_single_file": f"{ANOTHER}; parafuse.Engine.from_pretrained takes the file",
+    "register_for_auto_class": "changes the class, for all pipelines of it; call it on the class",
+    "from_config": f"{ANOTHER}; make it first, then parafuse.Engine.from_pipeline(pipeline)",
+}
+XFORMERS = ("enable_xformers_memory_efficient_attention", "set_use_memory_efficient_attention_xformers")
+PARTS = {
+    "enable_vae_slicing": ("vae", "enable_slicing"),
+    "disable_vae_slicing": ("vae", "disable_slicing"),
+    "enable_vae_tiling": ("vae", "enable_tiling"),
+    "disable_vae_tiling": ("vae", "disable_tiling"),
+}
+"""Methods that pipelines had and their parts have now."""
+
+
+def way_of(name: str) -> Way:
+    """How a method of this name is reached."""
+    if name in OTHER_WAYS:
+        return Way.REFUSED
+    if name in WRITES:
+        return Way.WRITES
+    return Way.HERE if name in HERE else Way.EVERYWHERE
+
+
+def refusal(name: str, plan: Plan, args: tuple[object, ...] = ()) -> str | None:
+    """Why a method cannot be called under this plan, and the way out; None where it can."""
+    if name in OTHER_WAYS:
+        return OTHER_WAYS[name]
+    splits = plan.degree(Axis.RING) * plan.degree(Axis.ULYSSES)
+    if name in XFORMERS and args[:1] != (False,) and splits > 1:
+        return (
+            f"xFormers' operator cannot be split over {splits} ranks of a sequence; torch's own attention, which is "
+            "on, needs as little memory. Leave the call out, or use parallel.cfg or parallel.data for the ranks"
+        )
+    return None

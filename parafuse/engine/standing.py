@@ -1,0 +1,113 @@
+"""What stands on a component, once for all handles that use it: pipelines share components, and a call that is shared
+between ranks must not be shared again. It is taken off when the last handle lets go of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from parafuse.config import Axis
+from parafuse.engine.derive import derive
+from parafuse.engine.stack import block_stack
+from parafuse.parallel.compiled import CompiledWhole
+from parafuse.parallel.data import DataParallel
+from parafuse.parallel.guidance import GuidanceParallel, Rounds
+from parafuse.parallel.hooks import guard
+from parafuse.parallel.mesh import Mesh, hold, release
+from parafuse.parallel.sequence import SequenceParallel
+
+IsInside = Callable[[], bool]
+
+
+@dataclass(eq=False)
+class Standing:
+    """What is put on one method of one component."""
+
+    module: nn.Module
+    method: str
+    mesh: Mesh
+    sequence: SequenceParallel | None = None
+    data: DataParallel | None = None
+    guidance: GuidanceParallel | None = None
+    users: list[Any] = field(default_factory=list[Any])
+    """Handles."""
+    _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    _guards: list[tuple[Any, IsInside]] = field(default_factory=list[tuple[Any, IsInside]])
+
+    def install(self, rounds: Rounds) -> None:
+        """Sequence parallel inside of data parallel inside of guidance parallel. All or nothing."""
+        try:
+            self._install(rounds)
+        except BaseException:
+            self.take_off()
+            raise
+        hold(self.mesh)
+        self._undo.insert(0, lambda: release(self.mesh))
+
+    def _install(self, rounds: Rounds) -> None:
+        degree, is_forward = self.mesh.degree, self.method == "forward"
+        if is_forward and self.mesh.sequence_degree > 1:
+            self.sequence = SequenceParallel(self.module, block_stack(self.module), self.mesh, derive)
+        elif is_forward:
+            self._put_on(CompiledWhole(self.module))
+        self._put_on(self.sequence)
+        if degree(Axis.DATA) > 1:
+            self.data = DataParallel(self.module, self.mesh, self.method)
+            self._put_on(self.data)
+        if degree(Axis.CFG) > 1 and is_forward:
+            self.guidance = GuidanceParallel(self.module, self.mesh, rounds)
+            self._put_on(self.guidance)
+        self._sign()
+
+    def _put_on(self, one: Any) -> None:
+        if one is not None:
+            self._undo.append(one.remove)
+            one.install()
+
+    def _sign(self) -> None:
+        """Makes it found by `standing_on`."""
+        vars(self.module)[self.method].standing = self
+
+    def guard(self, user: Any, is_inside: IsInside) -> None:
+        """Refuses calls while all users that have such a condition are outside of it: the other ranks would not take
+        part."""
+        if not self._guards:
+            self._undo.append(guard(self.module, self.method, self._is_inside))
+            self._sign()
+        self._guards.append((user, is_inside))
+
+    def _is_inside(self) -> bool:
+        return not self._guards or any(is_inside() for _, is_inside in self._guards)
+
+    def leave(self, user: Any) -> None:
+        """Takes it off where nobody else uses it. Raises RuntimeError where another library stands on it."""
+        if all(one is user for one in self.users):
+            self.take_off()
+        self.users[:] = [one for one in self.users if one is not user]
+        self._guards[:] = [one for one in self._guards if one[0] is not user]
+
+    def take_off(self) -> None:
+        """In reverse order. Local; goes on where it was left."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+    def lines(self, name: str) -> list[str]:
+        """One line for each thing that stands, for receipts."""
+        degree, found = self.mesh.degree, list[str]()
+        if self.sequence:
+            axes = " x ".join(f"{a} {degree(a)}" for a in (Axis.RING, Axis.ULYSSES) if degree(a) > 1)
+            found.append(f"sequence parallel ({axes}) on {name}: {len(self.sequence.blocks)} blocks")
+        if self.data:
+            found.append(f"data parallel (data {degree(Axis.DATA)}) on {name}")
+        if self.guidance:
+            found.append(f"guidance parallel (cfg {degree(Axis.CFG)}) on {name}")
+        return found
+
+
+def standing_on(module: nn.Module, method: str) -> Standing | None:
+    """What parafuse has put on a component, where it has."""
+    return getattr(getattr(module, method, None), "standing", None)

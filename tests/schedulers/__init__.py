@@ -1,0 +1,1 @@
+"""Which scheduler of diffusers is tried in which tiny pipeline: data."""

@@ -111,17 +111,7 @@ class Handle:
 
     def follow(self, target: Any) -> None:
         """Puts it on what a modular pipeline or a manager gets later, and takes it off what leaves."""
-        mesh = self.mesh
-        if mesh is None:
-            return
-
-        def renew(arriving: list[Component]) -> None:
-            new = _wanted(SimpleNamespace(**dict(arriving)), mesh.degree)
-            for each in new:
-                _check(*each, {axis: mesh.degree(axis) for axis in Axis})
-            self.put_on([*_wanted(target, mesh.degree), *new])
-
-        self._undo += follow(target, renew)
+        self._undo += follow(target, lambda arriving: self.renew(target, arriving))
 
     def _tell(self) -> None:
         """What stands on what, by name."""
@@ -136,13 +126,13 @@ class Handle:
         wanted = [] if self.mesh is None or self._is_off else _wanted(target, self.mesh.degree)
         return [(module, method) for _, module, method in wanted] == [(one.module, one.method) for _, one in self._on]
 
-    def renew(self, target: Any) -> None:
-        """Puts it on what the target has now, and takes it off what that has no more. Local. Raises ConfigError before
-        anything is changed."""
+    def renew(self, target: Any, arriving: Sequence[Component] = ()) -> None:
+        """Puts it on what the target has now or is about to get, and takes it off what that has no more. Local. Raises
+        ConfigError before anything is changed."""
         mesh = self.mesh
         if mesh is None:
             return
-        wanted = _wanted(target, mesh.degree)
+        wanted = [*_wanted(target, mesh.degree), *_wanted(SimpleNamespace(**dict(arriving)), mesh.degree)]
         for each in wanted:
             _check(*each, {axis: mesh.degree(axis) for axis in Axis})
         staying = [id(module) for _, module, _ in wanted]

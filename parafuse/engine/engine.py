@@ -13,14 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parafuse.config import Axis, Config
+from parafuse.config import Axis, Config, Parallel
 from parafuse.engine import saved
 from parafuse.engine.apply import DENOISERS, Handle, apply, check_components, denoisers
 from parafuse.engine.calls import call_keywords, paint, steps_of
 from parafuse.engine.devices import refuse_numbered, remove_offload
 from parafuse.engine.host_times import host_times
 from parafuse.engine.loader import load_pipeline
-from parafuse.engine.loading import check_loading, own_config, taken
+from parafuse.engine.loading_checks import check_loading, own_config, taken
 from parafuse.engine.modular import continues, hush, takes_generator
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
@@ -28,15 +28,14 @@ from parafuse.engine.quantized import compute_dtype, weights_of
 from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import SAME_CALL, facts, fresh_seed
 from parafuse.engine.sharing import pipeline_over
-from parafuse.engine.sizes import asked_size, launched_size, refuse_ignored, refuse_several
 from parafuse.engine.source import ModelSource, locate, source_of
 from parafuse.engine.state import PipelineState, components_of
 from parafuse.engine.surface import Act, Surface, referred, resolved
 from parafuse.engine.workers import Workers
+from parafuse.engine.world_size import asked_size, launched_size, refuse_ignored, refuse_several
 from parafuse.errors import ConfigError, RankError, RankMismatchError
 from parafuse.log import note
 from parafuse.parallel.comm import since
-from parafuse.parallel.mesh import make_mesh, release
 from parafuse.parallel.placeholder import settled
 from parafuse.parallel.world import AGREE_S, SAME_ARGUMENTS, World, join_world, launched
 
@@ -179,13 +178,12 @@ class Engine(Surface):
     def load(cls, folder: str | Path, config: Config | None = None, *, progress: bool = False, **kwargs: Any) -> Engine:
         """An engine as `save` has left it, with all of it that fits these ranks and this machine; one line says what.
 
-        As `from_pretrained`, whose `kwargs` it takes. Without a config the plan is the saved one where it fits: in a
-        plain process it starts as many ranks. Raises ModelError for a folder without an engine."""
+        As `from_pretrained`, whose `kwargs` it takes but for `plan`. Without a config the plan is the saved one where
+        it fits: in a plain process it starts as many ranks. Raises ModelError for a folder without an engine."""
         ours = kwargs.get("alone", False) or not launched()
         found = saved.read(Path(folder), config, None if ours else launched_size())
         note("; ".join(f"{name}: {what}" for name, what in found.used.items()))
-        given = {"plan": found.plan} if found.plan else {"config": found.config}
-        engine = cls.from_pretrained(str(folder), progress=progress, **given, **kwargs)
+        engine = cls.from_pretrained(str(folder), found.config, plan=found.plan, progress=progress, **kwargs)
         engine.loaded = found.used
         return engine
 
@@ -237,13 +235,8 @@ class Engine(Surface):
         if not denoisers(self.pipeline, DENOISERS, required=False):
             note(f"{type(self.pipeline).__name__} has no denoiser: every rank does all of the work")
             return
-        degrees = {axis: self.plan.degree(axis) for axis in Axis}
-        mesh = make_mesh(degrees, self.plan.device, self.plan.timeout_s)
-        try:
-            self.handle = apply(self.pipeline, mesh=mesh)
-        except BaseException:
-            release(mesh)
-            raise
+        layout = Parallel(**self.plan.degrees)
+        self.handle = apply(self.pipeline, Config(parallel=layout, timeout_s=self.plan.timeout_s))
         self._guard()
 
     def _guard(self) -> None:
@@ -265,8 +258,8 @@ class Engine(Surface):
 
         `seed` makes the noise with a CPU generator, so that it does not depend on the device (several: one for each
         picture); without it, and without `generator`, one is drawn and told in the receipt. The model's own defaults
-        fill in what is not given. Under a
-        launcher every rank calls it with the same arguments. Raises ConfigError before anything runs."""
+        fill in what is not given. Under a launcher every rank calls it with the same arguments. Raises ConfigError
+        before anything runs."""
         self._refuse_if_over()
         keywords = call_keywords(self.pipeline, self._source, self.plan, args, kwargs)
         if seed is not None and "generator" in keywords:

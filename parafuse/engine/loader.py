@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from parafuse.engine.folder import SAFE, tensor_shapes
-from parafuse.engine.loading import check_names, custom_file, parameters_of
+from parafuse.engine.loading_checks import check_names, custom_file, parameters_of
 from parafuse.engine.loading_keywords import keywords_of
 from parafuse.engine.source import ModelSource, read_json
 from parafuse.errors import ConfigError, ModelError

@@ -18,7 +18,6 @@ class Way(Enum):
     EVERYWHERE = "on every rank"
     HERE = "on the rank that asks, alone: it changes nothing"
     WRITES = "on rank 0 alone: it writes files, the same on every rank"
-    REFUSED = "not at all"
 
 
 HERE = frozenset(
@@ -51,16 +50,15 @@ PARTS = {
 
 def way_of(name: str) -> Way:
     """How a method of this name is reached."""
-    if name in OTHER_WAYS:
-        return Way.REFUSED
     if name in WRITES:
         return Way.WRITES
     return Way.HERE if name in HERE else Way.EVERYWHERE
 
 
-def refusal(name: str, plan: Plan, args: tuple[object, ...] = ()) -> str | None:
-    """Why a method cannot be called under this plan, and the way out; None where it can."""
-    if name in OTHER_WAYS:
+def refusal(name: str, plan: Plan, args: tuple[object, ...] = (), *, part: str = "") -> str | None:
+    """Why a method of the pipeline, or of a part of it, cannot be called under this plan, and the way out; None where
+    it can."""
+    if name in OTHER_WAYS and not part:
         return OTHER_WAYS[name]
     splits = plan.degree(Axis.RING) * plan.degree(Axis.ULYSSES)
     if name in XFORMERS and args[:1] != (False,) and splits > 1:

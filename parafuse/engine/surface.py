@@ -248,15 +248,13 @@ def _reach(engine: Surface, path: str, name: str) -> Any:
         return value
     if way is Way.WRITES:
         return value if engine.rank == 0 else _nothing
-    if not path and (reason := refusal(name, engine.plan)) and way is Way.REFUSED:
-        return partial(_refuse, f"{name}: {reason}.")
     return partial(_act, engine, path, name)
 
 
 def _act(engine: Surface, path: str, name: str, /, *args: Any, **kwargs: Any) -> Any:
-    reason = refusal(name, engine.plan, args)
+    reason = refusal(name, engine.plan, args, part=path)
     if reason:
-        _refuse(f"{name}: {reason}.")
+        raise ConfigError(f"{name}: {reason}.")
     result = engine.act(Act(part=path, name=name, args=args, kwargs=kwargs))
     is_part = engine._feeds_ranks and path and result is part_of(engine.pipeline, path)
     return Part(engine, path) if is_part else result  # so that calls can be chained, as with to()
@@ -265,10 +263,6 @@ def _act(engine: Surface, path: str, name: str, /, *args: Any, **kwargs: Any) ->
 def _device(x: Any) -> Any:
     """torch takes a number for a device."""
     return torch.device("cuda", x) if isinstance(x, int) and not isinstance(x, bool) else x
-
-
-def _refuse(why: str, *_: Any, **__: Any) -> None:
-    raise ConfigError(why)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 
 import parafuse
-from tests.drop_in import base, three
+from tests.drop_in import base, flux_sdxl_wan
 from tests.drop_in.pipelines import BASE, BUILDERS, ON_TWO
 from tests.drop_in.script import Script, Scripts
 
 EXACT = 1e-5
 SCRIPTS: dict[str, Callable[[], Scripts]] = {
     BASE: base.scripts,
-    "FluxPipeline": three.flux,
-    "StableDiffusionXLPipeline": three.sdxl,
-    "WanPipeline": three.wan,
+    "FluxPipeline": flux_sdxl_wan.flux,
+    "StableDiffusionXLPipeline": flux_sdxl_wan.sdxl,
+    "WanPipeline": flux_sdxl_wan.wan,
 }
 WORKS, REFUSED, AS_DIFFUSERS = "works", "refused", "as diffusers"
 

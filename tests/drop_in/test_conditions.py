@@ -13,12 +13,12 @@ from torch import Tensor
 import parafuse
 from parafuse.engine.verify import relative_error
 from tests.dist.ranks import run_ranks
+from tests.drop_in.stories import EXACT, SHOWS, shared
 from tests.guided import flux, sd3, sdxl, wan
 from tests.guided.cells import seeded, tensors
 from tests.guided.parts import assemble, made, picture
 from tests.guided.stable_diffusion import BETAS, UNET
 from tests.pipelines import _clip, _clip_tokenizer, _t5, _t5_tokenizer, _vae
-from tests.stories import EXACT, SHOWS, shared
 from tests.zoo.sd3 import SD3
 from tests.zoo.wan import WAN
 
@@ -44,19 +44,7 @@ def sd3_control() -> Any:
     """Residuals for every second block."""
     config = SD3 | dict(pooled_projection_dim=24)
     controlnet = made("SD3ControlNetModel", config, num_layers=2, extra_conditioning_channels=0)
-    pipeline = assemble(
-        "StableDiffusion3ControlNetPipeline",
-        transformer=made("SD3Transformer2DModel", config),
-        vae=_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=_clip(8, projection=8),
-        tokenizer=_clip_tokenizer(),
-        text_encoder_2=_clip(16, projection=16),
-        tokenizer_2=_clip_tokenizer(),
-        text_encoder_3=_t5("T5"),
-        tokenizer_3=_t5_tokenizer(),
-        controlnet=controlnet,
-    )
+    pipeline = sd3.build("StableDiffusion3ControlNetPipeline", controlnet=controlnet)
     call = sd3.call(2) | TWO | dict(width=16, control_image=picture(8, 16))
     return pipeline, call, dict(control_image=picture(8, 16, seed=6))
 

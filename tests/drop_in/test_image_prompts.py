@@ -12,9 +12,9 @@ import parafuse
 from parafuse.engine.verify import relative_error
 from tests import adapters
 from tests.dist.ranks import run_ranks
+from tests.drop_in.stories import EXACT, Chapter, Story, Told, faults, paint, tell
 from tests.guided import flux, sd3, sdxl
 from tests.guided.parts import rows
-from tests.stories import EXACT, Chapter, Story, Told, faults, paint, tell
 
 WORD = "<thing>"
 

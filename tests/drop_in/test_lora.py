@@ -10,8 +10,8 @@ import pytest
 
 from tests import adapters
 from tests.dist.ranks import run_ranks
+from tests.drop_in.stories import Chapter, Story, Told, faults, tell
 from tests.guided import flux, sd3, sdxl, wan
-from tests.stories import Chapter, Story, Told, faults, tell
 
 
 def load(names: tuple[str, ...], adapter: str, instead_of: str | None = None) -> Callable[[Any], None]:

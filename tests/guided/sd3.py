@@ -12,9 +12,9 @@ from tests.pipelines import _clip, _clip_tokenizer, _t5, _t5_tokenizer, _vae
 from tests.zoo.sd3 import SD3
 
 
-def build() -> Any:
+def build(pipeline: str = "StableDiffusion3Pipeline", **more: Any) -> Any:
     return assemble(
-        "StableDiffusion3Pipeline",
+        pipeline,
         transformer=made("SD3Transformer2DModel", SD3, pooled_projection_dim=24),
         vae=_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -24,6 +24,7 @@ def build() -> Any:
         tokenizer_2=_clip_tokenizer(),
         text_encoder_3=_t5("T5"),
         tokenizer_3=_t5_tokenizer(),
+        **more,
     )
 
 

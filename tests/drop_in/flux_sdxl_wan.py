@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.drop_in import lora, text
+from tests.drop_in import lora, words_and_pictures
 from tests.drop_in.script import Script, Scripts, bare, effect, picture, processors, read, unchanged
 
 PROMPTS = ["a cat", "the red apple"]
@@ -53,7 +53,7 @@ def of_calls(encode: dict[str, Any], latents: tuple[Any, ...], wrong: tuple[Any,
 def flux() -> Scripts:
     return (
         lora.scripts("transformer", "text_encoder")
-        | text.scripts()
+        | words_and_pictures.scripts()
         | of_calls(
             dict(prompt_2=None, max_sequence_length=9), (2, 4, 8, 12), ("a", None, 8, 12, None, None, torch.zeros(1))
         )
@@ -88,7 +88,7 @@ def sdxl() -> Scripts:
     freeu = Script(run=enable_freeu)
     return (
         lora.scripts("unet", "text_encoder")
-        | text.scripts()
+        | words_and_pictures.scripts()
         | of_calls(dict(negative_prompt=["a", "the"]), (2, 4, 16, 24), ("a", None, 15, 24, None))
         | properties("clip_skip cross_attention_kwargs denoising_end do_classifier_free_guidance guidance_rescale")
         | properties("guidance_scale interrupt num_timesteps text_encoder_name unet_name")

@@ -12,7 +12,7 @@ WHEELS_FOR ?= 3.12
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-use support support-ci format guidance drop-in bench bench-gpu wheels bench-scaling losses clean
+.PHONY: help setup demo check test test-use test-caches caches support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,14 @@ test: setup ## Run the tests of the engine (ten minutes); fewer than tests/colle
 test-use: setup ## Run what users run: members, adapters and guides of diffusers; bench, prove, verify (ten minutes)
 	$(BIN)/python -m pytest tests/drop_in tests/measuring --collected-floor tests/collected_floor_use.txt
 
+test-caches: setup ## Run the tests of caches, and hold a part of docs/cache-support.md (three minutes)
+	$(BIN)/python -m pytest tests/caches --collected-floor tests/collected_floor_caches.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.caches --fixed-part
+
+caches: setup ## Put caches on every model in every layout: docs/cache-support.md (a quarter of an hour)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.caches
+	$(BIN)/python -m tests.caches.table
+
 support: setup ## Measure every transformer class in every layout: docs/support.md (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support
 
@@ -63,6 +71,11 @@ bench: setup ## Time every option on emoji, 1 and 2 ranks, and its first picture
 	$(BIN)/parafuse bench --case emoji-batch --ranks 2 $(BENCH)
 	$(BIN)/parafuse bench report benchmarks/results/*.json --out out/bench
 
+bench-caches: setup ## Time caches on emoji against the exact pictures of 64 prompts: docs/caches.md (an hour)
+	$(BIN)/parafuse bench --case emoji-caches $(BENCH)
+	newest=$$(ls -t benchmarks/results/emoji-caches_*.json | head -1); \
+	$(BIN)/parafuse bench report $$newest --out out/bench && $(BIN)/parafuse bench report $$newest --page docs/caches.md
+
 bench-gpu: ## Time FLUX.1-dev and HunyuanVideo on one GPU, random weights, with the interpreter at hand (nine minutes)
 	$(PYTHON) tools/bench_gpu.py $(BENCH)
 
@@ -74,8 +87,8 @@ wheels: setup ## Fetch what bench-gpu needs on a machine without a network: whee
 drop-in: setup ## Use every member of the pipelines on one rank and on two: docs/drop-in.md (three minutes)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PARAFUSE_CACHE= $(BIN)/python -m tests.drop_in
 
-losses: setup ## Measure every lossy option on emoji: what the help quotes (ten minutes)
-	$(BIN)/python tools/losses.py
+losses: setup ## Measure every lossy option on emoji: what the help quotes (half an hour; LOSSES=cache: one of them)
+	$(BIN)/python tools/losses.py $(LOSSES)
 
 bench-scaling: setup ## Measure 2 ranks against 1 on this machine's CPU: one sequence, two branches
 	$(BIN)/python -m benchmarks.scaling_cpu

@@ -6,6 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from parafuse.cache import (
+        Cache,
+        DeepCache,
+        FasterCache,
+        FirstBlockCache,
+        ForaCache,
+        IntervalCache,
+        MagCache,
+        MaskCache,
+        PyramidAttentionBroadcast,
+        TaylorSeerCache,
+        TeaCache,
+        TGateCache,
+        TokenMerging,
+    )
     from parafuse.config import Config, Parallel
     from parafuse.engine.apply import Handle, apply
     from parafuse.engine.engine import Engine
@@ -13,9 +28,14 @@ if TYPE_CHECKING:
     from parafuse.errors import ParafuseError
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Engine", "Handle", "ParafuseError", "Parallel", "Plan", "apply"]
+__all__ = [
+    "Cache", "Config", "DeepCache", "Engine", "FasterCache", "FirstBlockCache", "ForaCache", "Handle", "IntervalCache",
+    "MagCache", "MaskCache", "ParafuseError", "Parallel", "Plan", "PyramidAttentionBroadcast", "TGateCache",
+    "TaylorSeerCache", "TeaCache", "TokenMerging", "apply",
+]  # fmt: skip
 
 _HOMES = {
+    **{name: "parafuse.cache" for name in __all__ if name.endswith(("Cache", "Broadcast", "Merging"))},
     "Config": "parafuse.config",
     "Parallel": "parafuse.config",
     "ParafuseError": "parafuse.errors",

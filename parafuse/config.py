@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from parafuse.cache import Cache, cache_of
 from parafuse.errors import ConfigError, reject_unknown
 
 
@@ -101,6 +102,9 @@ class Config:
     """float32, bfloat16 or float16; "auto": bfloat16 on CUDA, float32 on the CPU."""
     device: str = "auto"
     """cpu or cuda; "auto": cuda where there is one for each local rank."""
+    cache: Cache | str | None = field(default=None, metadata={LOSSY: ("first-block:0.2", "taylorseer:3", "interval:2")})
+    """Skips work that changes little from step to step: first-block:0.1, taylorseer:4, interval:2, mask:1101, ... with
+    fields after a comma (first-block:0.1,warmup_steps=4); docs/caches.md has them all."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for another one before the request fails on all of them."""
     allow_pickle: bool = False
@@ -113,6 +117,7 @@ class Config:
             raise ConfigError(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}.")
         if self.device not in DEVICES:
             raise ConfigError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}.")
+        object.__setattr__(self, "cache", cache_of(self.cache))
         number = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
         if not number or not 1 <= self.timeout_s <= 86_400:
             raise ConfigError(f"timeout_s={self.timeout_s!r}: must be from 1 to 86400 seconds.")
@@ -120,7 +125,7 @@ class Config:
             raise ConfigError(f"allow_pickle={self.allow_pickle!r}: must be true or false.")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"cache": str(self.cache) if self.cache else None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, where: str = "config") -> Config:

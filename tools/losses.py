@@ -1,13 +1,14 @@
 """Measures every lossy option on the built-in model and writes what the help quotes: `make losses`.
 
 For each lossy value of `parafuse.Config` one run of `parafuse verify --quality` against the exact one, over the model's
-prompts (further arguments go to each). Its record goes to benchmarks/results/quality, its figures to the model's
-losses.json."""
+prompts (further arguments go to each; the name of an option before them: of that one alone). Its record goes to
+benchmarks/results/quality, its figures to the model's losses.json."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from parafuse.config import Config
-from parafuse.launch.losses import FILE, lossy_values
+from parafuse.launch.losses import FILE, lossy_values, measured
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "quality"
@@ -26,11 +27,16 @@ FEWER = {"float16": ("--first", "16")}
 
 def measure(option: str, value: str, more: list[str]) -> dict[str, Any]:
     """The record of one option's value."""
-    out = ROOT / "out" / "losses" / f"{option}-{value}"
+    out = ROOT / "out" / "losses" / named(option, value)
     flag = f"--{option.replace('_', '-')}"
     command = [sys.executable, "-m", "parafuse", "verify", "--quality", flag, value, *EXACT, "--out", str(out)]
     subprocess.run([*command, *FEWER.get(value, ()), *more], check=True, cwd=ROOT)
     return json.loads((out / "quality.json").read_text())
+
+
+def named(option: str, value: str) -> str:
+    """For files: `cache-first-block-0.2`."""
+    return f"{option}-{re.sub(r'[^A-Za-z0-9.]+', '-', value)}"
 
 
 def figures(record: dict[str, Any], name: str) -> dict[str, Any]:
@@ -49,13 +55,14 @@ def figures(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    more = sys.argv[1:]
+    names = [field.name for field in dataclasses.fields(Config)]
+    only, more = (sys.argv[1:2], sys.argv[2:]) if sys.argv[1:2] and sys.argv[1] in names else (names, sys.argv[1:])
     RECORDS.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {key: one for key, one in measured().items() if key.partition("=")[0] not in only}
     for field in dataclasses.fields(Config):
-        for value in lossy_values(field):
+        for value in lossy_values(field) if field.name in only else ():
             record = measure(field.name, value, more)
-            stem = f"{field.name}-{value}_{record['hardware']}_{record['date'][:10]}_{record['commit']}"
+            stem = f"{named(field.name, value)}_{record['hardware']}_{record['date'][:10]}_{record['commit']}"
             path = RECORDS / f"{stem}{'-dirty' if record['dirty'] else ''}.json"
             path.write_text(json.dumps(record, indent=1) + "\n")
             found[f"{field.name}={value}"] = figures(record, path.relative_to(ROOT).as_posix())

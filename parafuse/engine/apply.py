@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from types import SimpleNamespace
@@ -13,10 +13,16 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from parafuse.cache import JOINT, SEPARATE, UNET, Cache, StackCache, cache_of, with_calibration
 from parafuse.config import Axis, Config
+from parafuse.engine.caches.caching import Caching
+from parafuse.engine.caches.choose import KINDS, fitting, refuse_kind
+from parafuse.engine.caches.clock import Clock, schedulers_of
+from parafuse.engine.caches.memory import Memory
 from parafuse.engine.devices import remove_offload
 from parafuse.engine.following import Component, follow, is_manager, managed
 from parafuse.engine.host_times import host_times
+from parafuse.engine.plan import Plan
 from parafuse.engine.plan_store import key_for
 from parafuse.engine.source import ModelSource
 from parafuse.engine.stack import block_stack
@@ -54,7 +60,14 @@ class Handle:
     """Component -> its batch over replicas."""
     sequence: dict[str, SequenceParallel] = field(default_factory=dict[str, SequenceParallel])
     """Component -> its split block stack."""
+    cache: Cache | None = None
+    """What is put on the denoisers that can have it."""
+    skipping: dict[str, Caching] = field(default_factory=dict[str, Caching])
+    """Component -> its cache."""
     rounds: Rounds = field(default_factory=Rounds)
+    clock: Clock = field(default_factory=Clock)
+    """The step that a call belongs to, for caches."""
+    target: Any = None
     _on: list[tuple[str, Standing]] = field(default_factory=list[tuple[str, Standing]])
     """By name: what it uses. Other handles may use it as well."""
     _stuck: list[Standing] = field(default_factory=list[Standing])
@@ -78,6 +91,7 @@ class Handle:
             (self._stuck or [one for _, one in self._on])[-1].leave(self)
             (self._stuck or self._on).pop()
         self._tell()
+        self.clock.drop(self.target)
         if self.mesh is not None and not self._is_off:
             release(self.mesh)
         self._is_off = True
@@ -88,11 +102,12 @@ class Handle:
         if mesh is None:
             return
         kept: list[tuple[str, Standing]] = []
+        cached = _cached(self.cache, wanted)
         for name, module, method in wanted:
             one = standing_on(module, method)
             if one is None:
-                one = Standing(module, method, mesh)
-                one.install(self.rounds)
+                one = Standing(module, method, mesh, self.cache if (module, method) in cached else None, name=name)
+                one.install(self.rounds, self.clock)
             if not any(one is other for _, other in self._on):
                 self._on.append((name, one))
                 one.users.append(self)
@@ -118,6 +133,7 @@ class Handle:
         self.sequence = {name: one.sequence for name, one in self._on if one.sequence}
         self.data = {name: one.data for name, one in self._on if one.data}
         self.guidance = {name: one.guidance for name, one in self._on if one.guidance}
+        self.skipping = {name: one.skipping for name, one in self._on if one.skipping}
         self.applied[:] = [line for name, one in self._on for line in one.lines(name)]
 
     def stands_on(self, target: Any) -> bool:
@@ -133,13 +149,19 @@ class Handle:
         if mesh is None:
             return
         wanted = [*_wanted(target, mesh.degree), *_wanted(SimpleNamespace(**dict(arriving)), mesh.degree)]
+        cached = _cached(self.cache, wanted)
         for each in wanted:
-            _check(*each, {axis: mesh.degree(axis) for axis in Axis})
+            _check(*each, {axis: mesh.degree(axis) for axis in Axis}, self.cache if each[1:] in cached else None)
         staying = [id(module) for _, module, _ in wanted]
         for module in self.own_modules():
             if id(module) not in staying:
                 remove_offload(module)  # it stands on what parafuse has put on
         self.put_on(wanted)
+
+    def go_by_steps(self) -> None:
+        """Counts the target's steps, where a cache needs them."""
+        if self.cache is not None:
+            self.clock.add(self.target)
 
     def own_modules(self) -> list[nn.Module]:
         """Components that no other handle uses."""
@@ -172,6 +194,17 @@ class Handle:
             groups["sequence"] = self.mesh.sequence
         return {f"{axis}.{kind}": c for axis, group in groups.items() for kind, c in counters(group).kinds.items()}
 
+    @contextmanager
+    def request(self) -> Iterator[dict[str, Memory]]:
+        """What caches keep is kept for the calls inside alone, and gone after; gives what each component's cache does.
+
+        A pipeline's own loop over steps starts anew by itself; a model that is called by hand is told so by this.
+        Requests may be inside of each other. Local."""
+        with ExitStack() as open_ones:
+            memories = {name: open_ones.enter_context(one.request()) for name, one in self.skipping.items()}
+            open_ones.enter_context(self.clock.anew(self.target))
+            yield memories
+
     def __enter__(self) -> Handle:
         return self
 
@@ -179,12 +212,16 @@ class Handle:
         self.remove()
 
 
-def check_components(source: ModelSource, degrees: Mapping[str, int], given: Mapping[str, Any] | None = None) -> None:
-    """Raises ConfigError for a pipeline that cannot run in this layout, before its weights are loaded.
+def check_components(source: ModelSource, plan: Plan, given: Mapping[str, Any] | None = None) -> None:
+    """Raises ConfigError for a pipeline that cannot run in this layout, or not with this cache, before its weights are
+    loaded.
 
     `given`: components in the place of the model's own. A pipeline without any denoiser can run."""
-    splits = degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1
+    splits = plan.sequence_degree > 1
     there = {name for name in source.components or () if (given or {}).get(name, source) is not None}
+    cache = cache_of(plan.cache or None)
+    if cache is not None and there <= {*STACKS, *KINDS[UNET]} | (there - set(DENOISERS)):
+        refuse_kind(cache, {kind for kind, names in KINDS.items() if there & set(names)}, source.name)
     if not splits or set(STACKS) & there or not set(DENOISERS) & there:
         return
     raise ConfigError(
@@ -266,7 +303,8 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
             raise ConfigError(f"{field_name}={value!r}: apply takes the model as it is; set it when loading the model.")
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
-    if world_size == 1:
+    cache = with_calibration(cache_of(config.cache))
+    if world_size == 1 and cache is None:
         return Handle()
     if mesh is not None:
         degrees = {axis: mesh.degree(axis) for axis in Axis}
@@ -275,7 +313,10 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         denoisers(
             target, STACKS if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 else DENOISERS
         )  # says what is missing
-    shared = [one for one in (_check(*each, degrees) for each in wanted) if one is not None]
+    _refuse_joint(cache, target)
+    cached = _cached(cache, wanted)
+    found = [_check(*each, degrees, cache if each[1:] in cached else None) for each in wanted]
+    shared = [one for one in found if one is not None]
     if shared:
         if mesh is not None:
             release(mesh)
@@ -284,13 +325,17 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     elif mesh is None:
         first = next(chain(wanted[0][1].parameters(), wanted[0][1].buffers()), None)
         device = "cuda" if first is not None and first.is_cuda else "cpu"
-        ensure_world(device, config.timeout_s)
+        if world_size > 1:
+            ensure_world(device, config.timeout_s)
         mesh = make_mesh(degrees, device, config.timeout_s)
         if mesh.sequence_degree > 1 and config.parallel.ulysses == "auto":
             note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
-    handle = Handle(mesh=mesh)
+    handle = Handle(mesh=mesh, cache=cache, target=target)
     known = next((one.guidance for one in shared if one.guidance), None)
     handle.rounds = known.rounds if known else handle.rounds
+    counting = next((one.skipping for one in shared if one.skipping), None)
+    handle.clock = counting.clock if counting else handle.clock
+    handle.go_by_steps()
     try:
         handle.put_on(wanted)
         handle.follow(target)
@@ -303,7 +348,27 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     return handle
 
 
-def _check(name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int]) -> Standing | None:
+def _cached(cache: Cache | None, wanted: list[Wanted]) -> list[tuple[nn.Module, str]]:
+    """Those that get the cache. Raises ConfigError where none can have it."""
+    if cache is None or not wanted:
+        return []
+    modules = [(name, module) for name, module, method in wanted if method == "forward"]
+    names = fitting(cache, modules)
+    return [(module, "forward") for name, module in modules if name in names]
+
+
+def _refuse_joint(cache: Cache | None, target: Any) -> None:
+    """Raises ConfigError for branches that are to decide together, where it cannot be told which belong together."""
+    if isinstance(cache, StackCache) and cache.branches == JOINT and not schedulers_of(target):
+        raise ConfigError(
+            f"cache {cache.method}: branches={JOINT!r}: needs a pipeline, whose scheduler tells which samples of a "
+            f"batch are branches of one; apply it to the pipeline, or use branches={SEPARATE!r}."
+        )
+
+
+def _check(
+    name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int], cache: Cache | None = None
+) -> Standing | None:
     """What stands on a component already, to be shared. Raises ConfigError where that, or something else, stands in the
     way."""
     one = standing_on(module, method)
@@ -312,6 +377,11 @@ def _check(name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int
             raise ConfigError(
                 f"{name}: runs with {_layout(one.mesh.degree)} already; call remove() on the handle of the first "
                 f"apply, or give both the same degrees ({_layout(lambda axis: degrees[axis])} is asked for)."
+            )
+        if one.cache != cache:
+            raise ConfigError(
+                f"{name}: runs with {f'cache {one.cache}' if one.cache else 'no cache'} already; call remove() on the "
+                f"handle of the first apply, or give both the same (cache {cache} is asked for)."
             )
         return one
     if method == "forward":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from parafuse.config import Axis
@@ -55,9 +56,11 @@ def call_keywords(
     return checked
 
 
-def steps_of(pipeline: Any, call: dict[str, Any], *, shown: bool) -> StepProgress:
+def steps_of(pipeline: Any, call: dict[str, Any], *, shown: bool, skips: Callable[[], tuple[int, int]]) -> StepProgress:
     """Counts steps through the pipeline's callback where it has one, which goes into the call."""
-    progress = StepProgress(shown=shown, total=call.get("num_inference_steps"), user=call.get("callback_on_step_end"))
+    progress = StepProgress(
+        shown=shown, total=call.get("num_inference_steps"), user=call.get("callback_on_step_end"), skips=skips
+    )
     if "callback_on_step_end" in inspect.signature(type(pipeline).__call__).parameters:
         wanted = getattr(call.get("callback_on_step_end"), "tensor_inputs", None)
         if wanted is not None:  # diffusers' own callback classes say themselves what they need

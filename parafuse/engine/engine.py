@@ -16,6 +16,7 @@ import torch.distributed as dist
 from parafuse.config import Axis, Config, Parallel
 from parafuse.engine import saved
 from parafuse.engine.apply import DENOISERS, Handle, apply, check_components, denoisers
+from parafuse.engine.caches.report import check_followed, following, report, skips
 from parafuse.engine.calls import call_keywords, paint, steps_of
 from parafuse.engine.devices import refuse_numbered, remove_offload
 from parafuse.engine.host_times import host_times
@@ -36,6 +37,7 @@ from parafuse.engine.world_size import asked_size, launched_size, refuse_ignored
 from parafuse.errors import ConfigError, RankError, RankMismatchError
 from parafuse.log import note
 from parafuse.parallel.comm import since
+from parafuse.parallel.mesh import make_mesh
 from parafuse.parallel.placeholder import settled
 from parafuse.parallel.world import AGREE_S, SAME_ARGUMENTS, World, join_world, launched
 
@@ -114,8 +116,7 @@ class Engine(Surface):
         }
         refuse_ignored(config, given_plan)
         check_loading(source, plan, pipeline_kwargs, sent=ours and size > 1)
-        if size > 1:
-            check_components(source, plan.degrees, pipeline_kwargs)
+        check_components(source, plan, pipeline_kwargs)
         workers, world = None, None
         if size > 1 and ours:
             if dist.is_initialized():
@@ -164,8 +165,7 @@ class Engine(Surface):
         dtype = (compute_dtype(found[0][1]) if found else str(first.dtype).removeprefix("torch.")) or "auto"
         device = first.device.type
         plan = resolve(replace(config, device=device, dtype=dtype), source, size)
-        if size > 1:
-            check_components(source, plan.degrees)
+        check_components(source, plan)
         world = join_world(plan.device, plan.timeout_s, size)
         settings = {"plan": plan, "pipeline_kwargs": {}, "agree_on": None}
         try:
@@ -230,13 +230,16 @@ class Engine(Surface):
 
     def _put_on(self) -> None:
         """Puts on all that the plan says. Collective."""
-        if self.plan.world_size == 1:
+        if self.plan.changes_nothing:
             return
         if not denoisers(self.pipeline, DENOISERS, required=False):
             note(f"{type(self.pipeline).__name__} has no denoiser: every rank does all of the work")
             return
-        layout = Parallel(**self.plan.degrees)
-        self.handle = apply(self.pipeline, Config(parallel=layout, timeout_s=self.plan.timeout_s))
+        layout, cache = Parallel(**self.plan.degrees), self.plan.cache_with_calibration()
+        config = Config(parallel=layout, cache=cache, timeout_s=self.plan.timeout_s)
+        # alone, it is one rank whatever a launcher has started
+        mesh = make_mesh(layout.degrees(1), self.plan.device, config.timeout_s) if self.world.size == 1 else None
+        self.handle = apply(self.pipeline, config, mesh=mesh)
         self._guard()
 
     def _guard(self) -> None:
@@ -343,7 +346,7 @@ class Engine(Surface):
     def _follow_changes(self) -> None:
         """Puts everything on what is new where a component was replaced. Raises ConfigError for one that cannot be
         split, before anything is changed."""
-        if self.plan.world_size == 1:
+        if self.plan.changes_nothing:
             return
         if self.handle.mesh is None:
             if denoisers(self.pipeline, DENOISERS, required=False):
@@ -376,15 +379,20 @@ class Engine(Surface):
             one.forget_if(has_changed)
         self.world.share_noise()
         with (
-            steps_of(self.pipeline, call, shown=self._progress and self.rank == 0) as progress,
+            following(self.plan.replay, self.handle.skipping),
+            self.handle.request() as memories,
+            steps_of(
+                self.pipeline, call, shown=self._progress and self.rank == 0, skips=lambda: skips(memories)
+            ) as progress,
             self._threads(),
             host_times(self.pipeline),
             self.world.request(),
         ):
             output = paint(self.pipeline, call)
+            check_followed(self.plan.replay, memories)
         self._say_idle(seen)
         self.receipt = {
-            "plan": self.plan.to_dict(),
+            "plan": self.plan.without_replay().to_dict(),
             "seed": seed,
             "call": plain(keywords),
             "versions": versions(),
@@ -392,6 +400,7 @@ class Engine(Surface):
             "applied": list(self.handle.applied),
             "guidance": {name: one.report(seen[one]) for name, one in self.handle.guidance.items()},
             "data": {name: one.report(seen[one]) for name, one in self.handle.data.items()},
+            "cache": report(self.handle.cache, memories, self.world),
             "exchanged": {
                 name: vars(count) for name, count in since(self.handle.exchanged(), before).items() if count.calls
             },
@@ -439,7 +448,7 @@ class Engine(Surface):
         with self.world.request():
             pipeline = pipeline_over(self.pipeline, pipeline_class, resolved(self.pipeline, kwargs))
         source = source_of(pipeline)
-        plan = replace(self.plan, model=source.name, model_id=source.model_id)
+        plan = replace(self.plan, model=source.name, model_id=source.model_id, replay=None)
         engine = type(self)(pipeline, source, plan, Handle(), self.world, self._progress)
         engine._family, engine._workers = self._family, self._workers
         engine._put_on()

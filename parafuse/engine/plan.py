@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from parafuse.cache import Cache, CalibratedCache, cache_of
+from parafuse.calibration import Calibration
 from parafuse.config import Axis, Config, Parallel
 from parafuse.errors import ConfigError, reject_unknown
 
 SCHEMA = 1
+OPTIONAL = ("cache", "calibration", "replay", "why", "schema")
+"""Fields that a plan may lack: an earlier version wrote it, or somebody by hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,13 @@ class Plan:
     """float32, bfloat16 or float16."""
     timeout_s: float
     """Seconds that a rank waits for another."""
+    cache: str = ""
+    """The cache, as its text with every field; empty: none."""
+    calibration: dict[str, Any] | None = None
+    """What the file that the cache names holds: so every rank has it, and a plan runs where the file is not."""
+    replay: dict[str, list[str]] | None = None
+    """Component -> for each of its calls a letter for each sample, `c` computed or `s` skipped: what a cache is to
+    decide again, from a receipt. None: the cache decides."""
     why: str = ""
     """One line: how the layout was chosen."""
     schema: int = SCHEMA
@@ -49,8 +60,28 @@ class Plan:
             if value == "auto":
                 raise ConfigError(f"plan.{name}='auto': a plan is explicit; only a Config may say 'auto'.")
         parallel = Parallel(**cast("dict[str, Any]", self.degrees))
-        Config(parallel=parallel, device=self.device, dtype=self.dtype, timeout_s=self.timeout_s)
+        Config(
+            parallel=parallel,
+            device=self.device,
+            dtype=self.dtype,
+            cache=self.cache or None,
+            timeout_s=self.timeout_s,
+        )
+        if self.replay is not None and not self.cache:
+            raise ConfigError("plan.replay: holds decisions of a cache, but plan.cache is empty.")
         parallel.degrees(self.world_size)
+        self.cache_with_calibration()
+
+    def cache_with_calibration(self) -> Cache | None:
+        """The cache, with what was measured for it. Raises ConfigError where that is missing, or not asked for."""
+        cache = cache_of(self.cache or None)
+        file = cache.calibration if isinstance(cache, CalibratedCache) else None
+        if (file is None) != (self.calibration is None):
+            way_out = "make the plan anew" if self.calibration is None else "leave it out"
+            raise ConfigError(f"plan.calibration: does not fit plan.cache={self.cache!r}; {way_out}.")
+        if not isinstance(cache, CalibratedCache) or self.calibration is None:
+            return cache
+        return dataclasses.replace(cache, calibration=Calibration.from_dict(self.calibration, str(file)))
 
     def degree(self, axis: Axis) -> int:
         return self.degrees[axis]
@@ -60,11 +91,22 @@ class Plan:
         """Number of ranks that share one sequence."""
         return self.degrees[Axis.RING] * self.degrees[Axis.ULYSSES]
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the model runs as it is."""
+        return self.world_size == 1 and not self.cache
+
+    def without_replay(self) -> Plan:
+        """The same, where the cache decides."""
+        return dataclasses.replace(self, replay=None)
+
     def one_line(self) -> str:
         """E.g. `2 ranks: ulysses 2, float32 on cpu (all ranks left go to Ulysses)`."""
         axes = ", ".join(f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1) or "no splitting"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        return f"{ranks}: {axes}, {self.dtype} on {self.device}" + (f" ({self.why})" if self.why else "")
+        cache = f", cache {self.cache}" if self.cache else ""
+        again = ", with the decisions of a receipt" if self.replay is not None else ""
+        return f"{ranks}: {axes}, {self.dtype} on {self.device}{cache}{again}" + (f" ({self.why})" if self.why else "")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -76,7 +118,7 @@ class Plan:
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         names = [f.name for f in dataclasses.fields(cls)]
         reject_unknown("plan", values, names)
-        missing = [name for name in names if name not in values and name not in ("why", "schema")]
+        missing = [name for name in names if name not in values and name not in OPTIONAL]
         if missing:
             raise ConfigError(f"plan: key {missing[0]!r} is missing. Write plans with --save-plan or Plan.save.")
         if values.get("schema", SCHEMA) != SCHEMA:
@@ -99,7 +141,10 @@ class Plan:
         if not isinstance(values, dict):
             raise ConfigError(f"plan={str(path)!r}: must hold one JSON object.")
         values = cast("dict[str, Any]", values)
-        return cls.from_dict(values.get("plan", values))
+        if "plan" not in values:
+            return cls.from_dict(values)
+        decided = cast("dict[str, Any]", values.get("cache") or {}).get("decisions")
+        return cls.from_dict({**values["plan"], **({"replay": decided} if decided else {})})
 
     def check(self, *, model_id: str, world_size: int) -> None:
         """Raises ConfigError when this plan was made for another model or number of ranks."""

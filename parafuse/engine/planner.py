@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from parafuse.cache import cache_of, calibration_of, with_calibration
 from parafuse.config import Axis, Config
 from parafuse.engine.memory import check_memory
 from parafuse.engine.plan import Plan
@@ -16,11 +17,15 @@ if TYPE_CHECKING:
 
 
 def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
-    """The plan for `world_size` ranks. Raises ConfigError when the degrees or the device do not fit.
+    """The plan for `world_size` ranks. Raises ConfigError when the degrees or the device do not fit, or when the cache
+    was calibrated for another model.
 
     Until layouts are chosen by cost, `ulysses="auto"` means all ranks that are left."""
     degrees = config.parallel.degrees(world_size)
     check_memory(source.name, config, world_size)
+    calibration = calibration_of(with_calibration(cache_of(config.cache)))
+    if calibration is not None and source.kind != "pipeline":  # of one that is loaded, `apply` looks at the denoiser
+        calibration.check(model=source.name, model_id=source.model_id)
     local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
     devices = num_cuda_devices()
     device = config.device if config.device != "auto" else ("cuda" if devices >= local else "cpu")
@@ -44,5 +49,7 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
         device=device,
         dtype=dtype,
         timeout_s=config.timeout_s,
+        cache=str(config.cache or ""),
+        calibration=calibration.to_dict() if calibration is not None else None,
         why=why,
     )

@@ -16,11 +16,13 @@ Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 class StepProgress:
     """Context manager; `callback` goes in as `callback_on_step_end` and calls the user's own one after counting."""
 
-    def __init__(self, *, shown: bool, total: int | None, user: Callback | None):
+    def __init__(self, *, shown: bool, total: int | None, user: Callback | None, skips: Callable[[], tuple[int, int]]):
         self.steps_s: list[float] = []
         """Seconds of each step after the first, from callback to callback."""
         self._last: float | None = None
         self._user = user
+        self._skips = skips
+        """(skipped, all) decisions of caches so far."""
         self._bar: Progress | None = None
         console = Console(stderr=True)
         if shown and console.is_terminal:
@@ -34,7 +36,9 @@ class StepProgress:
             self.steps_s.append(now - self._last)
         self._last = now
         if self._bar is not None:
-            self._bar.update(self._task, completed=step + 1)
+            skipped, of = self._skips()
+            text = f"denoising, {skipped} of {of} calls from the cache" if of else "denoising"
+            self._bar.update(self._task, completed=step + 1, description=text)
         return tensors if self._user is None else self._user(pipeline, step, timestep, tensors)
 
     def __enter__(self) -> StepProgress:

@@ -62,7 +62,7 @@ def save(folder: Path, pipeline: Any, plan: Plan, defaults: dict[str, Any], bloc
     source = locate(str(folder), allow_pickle=True)
     record = {
         "schema": SCHEMA,
-        "plan": replace(plan, model=str(folder), model_id=source.model_id).to_dict(),
+        "plan": _moved(plan, str(folder), source.model_id).to_dict(),
         "versions": versions(),
         "machine": machine(plan.device),
         "block_plans": len(block_plans),
@@ -99,6 +99,12 @@ def read(folder: Path, config: Config | None, size: int | None) -> Saved:
     saved.used["block plans"] = _adopt_plans(folder / FOLDER / PLANS, record)
     saved.used["compiled"] = _adopt_compiled(folder / FOLDER / COMPILED, record, plan.device, saved.config)
     return saved
+
+
+def _moved(plan: Plan, model: str, model_id: str) -> Plan:
+    """The same for the same weights at another place, with what was measured of them."""
+    measured = plan.calibration and plan.calibration | {"model": model, "model_id": model_id}
+    return replace(plan, model=model, model_id=model_id, calibration=measured)
 
 
 def machine(device: str) -> dict[str, str]:

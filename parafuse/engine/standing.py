@@ -9,13 +9,24 @@ from typing import Any
 
 from torch import nn
 
+from parafuse.cache import JOINT, Cache, StackCache, TokenMerging
 from parafuse.config import Axis
+from parafuse.engine.caches.caching import Caching, CallWatch
+from parafuse.engine.caches.choose import curves_for, rule_of
+from parafuse.engine.caches.clock import Clock
+from parafuse.engine.caches.hosts import hosts_of
+from parafuse.engine.caches.parts import PartReuse
+from parafuse.engine.caches.skipping import StackSkipping
+from parafuse.engine.caches.token_merging import Merging
+from parafuse.engine.caches.units import skeleton_of
 from parafuse.engine.derive import derive
 from parafuse.engine.stack import block_stack
-from parafuse.parallel.compiled import CompiledWhole
+from parafuse.parallel.call_context import CallContext
+from parafuse.parallel.compiled import CompiledUnits, CompiledWhole
 from parafuse.parallel.data import DataParallel
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
 from parafuse.parallel.hooks import guard
+from parafuse.parallel.led import Led
 from parafuse.parallel.mesh import Mesh, hold, release
 from parafuse.parallel.sequence import SequenceParallel
 
@@ -29,6 +40,11 @@ class Standing:
     module: nn.Module
     method: str
     mesh: Mesh
+    cache: Cache | None = None
+    """What is asked for; not of modules that cannot have it."""
+    name: str = ""
+    """Of the component."""
+    skipping: Caching | None = None
     sequence: SequenceParallel | None = None
     data: DataParallel | None = None
     guidance: GuidanceParallel | None = None
@@ -37,30 +53,59 @@ class Standing:
     _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     _guards: list[tuple[Any, IsInside]] = field(default_factory=list[tuple[Any, IsInside]])
 
-    def install(self, rounds: Rounds) -> None:
-        """Sequence parallel inside of data parallel inside of guidance parallel. All or nothing."""
+    def install(self, rounds: Rounds, clock: Clock) -> None:
+        """Sequence parallel inside of the cache inside of data parallel inside of guidance parallel. All or nothing."""
         try:
-            self._install(rounds)
+            self._install(rounds, clock)
         except BaseException:
             self.take_off()
             raise
         hold(self.mesh)
         self._undo.insert(0, lambda: release(self.mesh))
 
-    def _install(self, rounds: Rounds) -> None:
+    def _install(self, rounds: Rounds, clock: Clock) -> None:
         degree, is_forward = self.mesh.degree, self.method == "forward"
+        context = CallContext(owners={} if self.cache else None)
+        if isinstance(self.cache, StackCache) and self.cache.branches == JOINT:
+            context.led = Led(self.mesh.group_name(Axis.CFG))
+        parts = self._parts(clock, context)
         if is_forward and self.mesh.sequence_degree > 1:
-            self.sequence = SequenceParallel(self.module, block_stack(self.module), self.mesh, derive)
-        elif is_forward:
+            prober = parts.without(derive) if parts else derive
+            self.sequence = SequenceParallel(self.module, block_stack(self.module), self.mesh, prober, parts)
+        elif is_forward and self.cache is None:
             self._put_on(CompiledWhole(self.module))
         self._put_on(self.sequence)
+        if parts is not None:
+            if self.sequence is None:
+                self._put_on(CompiledUnits(list(parts.hosts)))
+            self.skipping = parts
+        elif isinstance(self.cache, TokenMerging):
+            self.skipping = Merging(self.module, self.cache, clock=clock, context=context)
+            self._put_on(CompiledUnits([site.block for site in self.skipping.sites]))
+        elif isinstance(self.cache, StackCache):
+            skeleton = skeleton_of(self.module)
+            if self.sequence is None:
+                self._put_on(CompiledUnits(skeleton.units))
+            rule = rule_of(self.cache, curves_for(self.cache, self.name, self.module))
+            self.skipping = StackSkipping(
+                self.module, skeleton, self.cache, rule, clock=clock, context=context, group=self.mesh.sequence
+            )
+        self._put_on(self.skipping)
         if degree(Axis.DATA) > 1:
-            self.data = DataParallel(self.module, self.mesh, self.method)
+            self.data = DataParallel(self.module, self.mesh, self.method, context=context)
             self._put_on(self.data)
         if degree(Axis.CFG) > 1 and is_forward:
-            self.guidance = GuidanceParallel(self.module, self.mesh, rounds)
+            self.guidance = GuidanceParallel(self.module, self.mesh, rounds, context=context)
             self._put_on(self.guidance)
+        if self.skipping is not None:
+            self._put_on(CallWatch(self.skipping))
         self._sign()
+
+    def _parts(self, clock: Clock, context: CallContext) -> PartReuse | None:
+        """What reuses parts of blocks; made before anything stands on these."""
+        if self.cache is None or isinstance(self.cache, (StackCache, TokenMerging)):
+            return None
+        return PartReuse(self.module, hosts_of(self.module), self.cache, clock=clock, context=context)
 
     def _put_on(self, one: Any) -> None:
         if one is not None:
@@ -105,6 +150,8 @@ class Standing:
             found.append(f"data parallel (data {degree(Axis.DATA)}) on {name}")
         if self.guidance:
             found.append(f"guidance parallel (cfg {degree(Axis.CFG)}) on {name}")
+        if self.cache is not None:
+            found.append(f"cache {self.cache} on {name}")
         return found
 
 

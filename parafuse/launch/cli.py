@@ -20,6 +20,7 @@ import parafuse
 from parafuse import log
 from parafuse.config import Config
 from parafuse.errors import ParafuseError, nearest
+from parafuse.launch import calibrate as calibrating
 from parafuse.launch import export as exporting
 from parafuse.launch import generate as generating
 from parafuse.launch import prove as proving
@@ -45,10 +46,12 @@ CONFIG_OPTIONS = options_of(Config, panel="Configuration")
 BENCH_OPTIONS = options_of(benching.Bench)
 PROOF_OPTIONS = options_of(proving.Proof)
 TRIAL_OPTIONS = options_of(verifying.Trial)
+CALIBRATE_OPTIONS = options_of(calibrating.Calibrate)
 EXPORT_OPTIONS = [option for option in options_of(exporting.Export) if option.name != "ranks"]
 SCORING_OPTIONS = options_of(scoring.Scoring)
-LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1]
-"""Those of the configuration without the degrees, where all of them are tried."""
+LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1 and option.name != "cache"]
+"""Those of the configuration without the degrees, where all of them are tried, and without a cache, which a case's
+variants name and an exported plan cannot have."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,25 @@ def prove(
     if job.world_size > 1 and "RANK" not in os.environ:
         return start_ranks(job.world_size, ctx.obj.argv)
     proving.run(job)
+    return 0
+
+
+@app.command()
+@with_options(*CALIBRATE_OPTIONS, *(option for option in CONFIG_OPTIONS if option.name != "cache"))
+def calibrate(
+    ctx: typer.Context,
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="In place of a set of them.")] = None,
+    **options: Any,
+) -> int:
+    """Measure a model for TeaCache and MagCache: how much changes from step to step, with everything computed.
+
+    Writes one JSON file, for this model and no other: --cache magcache:0.06,calibration=FILE."""
+    asked = build(calibrating.Calibrate(), given(CALIBRATE_OPTIONS, options))
+    _hush(asked)
+    job = calibrating.prepare(prompt, asked, CONFIG_OPTIONS, options)
+    if job.world_size > 1 and "RANK" not in os.environ:
+        return start_ranks(job.world_size, ctx.obj.argv)
+    calibrating.run(job)
     return 0
 
 

@@ -42,6 +42,8 @@ def prepare(prompt: str | None, export: Export, options: list[Option], typed: di
     from parafuse.engine.source import locate
 
     config = build(Config.from_file(export.config) if export.config else Config(), given(options, typed))
+    if config.cache is not None:
+        raise ConfigError(f"--config {export.config!r}: has a cache, which no exported plan can have; leave it out.")
     if "RANK" in os.environ or config.parallel != Parallel():
         raise ConfigError("export-plan: runs on one rank, whatever the plan is for; leave launcher and degrees out.")
     source = locate(export.model, allow_pickle=config.allow_pickle)

@@ -30,3 +30,13 @@ def prompts_of(source: ModelSource, prompt: str | None, file: str | None, first:
     if not found:
         raise ConfigError(f"--prompts {str(path)!r}: has no line with a prompt.")
     return tuple(found[:first])
+
+
+def first_prompts(source: ModelSource, number: int) -> tuple[str, ...]:
+    """So many of the model's own prompts, or of the general ones. Raises ConfigError where there are fewer."""
+    if not number:
+        return ()
+    found = prompts_of(source, None, None, number)
+    if len(found) < number:
+        raise ConfigError(f"prompts={number}: {source.name!r} has {len(found)} prompts; ask for no more.")
+    return found

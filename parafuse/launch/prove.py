@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from parafuse.cache import Cache, cache_of
 from parafuse.config import Axis, Config
 from parafuse.errors import ConfigError
 from parafuse.launch import quiet
@@ -74,7 +76,7 @@ def prepare(prompt: str | None, proof: Proof, options: list[Option], typed: dict
         theme=f"prove-{Path(proof.model).name}",
         model=proof.model,
         baseline=BASELINE.name,
-        variants=_variants(plan.degrees, world_size, proof.peers),
+        variants=_variants(plan.degrees, world_size, proof.peers, cache_of(config.cache)),
         call=call | {"prompt": prompts[0]},
         seed=proof.seed or 0,
         rounds=proof.rounds,
@@ -83,8 +85,8 @@ def prepare(prompt: str | None, proof: Proof, options: list[Option], typed: dict
     return ProofJob(proof=proof, case=case, config=config, world_size=world_size, prompts=prompts)
 
 
-def _variants(degrees: dict[str, int], ranks: int, peers: bool) -> tuple[Variant, ...]:
-    """Plain diffusers, the plan that parafuse chose, both compiled, and what others offer."""
+def _variants(degrees: dict[str, int], ranks: int, peers: bool, cache: Cache | None = None) -> tuple[Variant, ...]:
+    """Plain diffusers, the plan that parafuse chose, both compiled, the plan with a cache, and what others offer."""
     found = [BASELINE, Variant(name="plain + compile", way="plain", compile=True, may_fail=True)]
     if ranks == 1:
         found.append(Variant(name=OURS))
@@ -94,6 +96,9 @@ def _variants(degrees: dict[str, int], ranks: int, peers: bool) -> tuple[Variant
         for extra, compiled in (("", False), (" + compile", True)):
             name = f"{OURS} ({_said(degrees)}){extra}"
             found.append(Variant(name=name, parallel=chosen, compile=compiled, needs_ranks=ranks, may_fail=compiled))
+    if cache is not None:
+        name = f"{OURS} ({', '.join(part for part in (_said(degrees), f'cache {cache.brief}') if part)})"
+        found.append(dataclasses.replace(found[2], name=name, cache=str(cache), may_fail=True))
     if peers:
         ways = [way for way in WAYS if way not in ("plain", OURS)]
         found += [Variant(name=way, way=way) for way in ways if way in (*ALONE, *REPLICATED) or ranks > 1]

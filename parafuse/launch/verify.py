@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parafuse import log
+from parafuse.cache import cache_of
 from parafuse.config import DTYPES, Config, Parallel
 from parafuse.errors import ConfigError, MismatchError
 from parafuse.launch import quiet
@@ -81,14 +82,20 @@ def prepare(prompt: str | None, trial: Trial, options: list[Option], typed: dict
         raise ConfigError(
             f"{where} parallel degrees, but every layout is tried; leave them out, or give --quality for one layout."
         )
+    cache = cache_of(config.cache)
+    if cache is not None and not trial.quality:
+        raise ConfigError(
+            f"--cache {cache.brief}: changes what verify holds to be the same; leave it out, or give --quality to "
+            "compare pictures."
+        )
     world_size = number_of_ranks(trial)
-    if world_size == 1 and trial.against is None:
-        way_out = ", or another dtype with --against" if trial.quality else ""
+    if world_size == 1 and trial.against is None and cache is None:
+        way_out = ", or another dtype with --against, or a --cache" if trial.quality else ""
         raise ConfigError(f"--ranks 1: one rank has nothing to be compared with; give --ranks 2 or more{way_out}.")
     source = locate(trial.model, allow_pickle=config.allow_pickle)
     if trial.quality:
         plan = resolve(config, source, world_size)
-        if world_size == 1 and plan.dtype == trial.against:
+        if world_size == 1 and plan.dtype == trial.against and cache is None:
             raise ConfigError(f"--against {trial.against!r}: is what one rank would run too; give another --dtype.")
         prompts = prompts_of(source, prompt, trial.prompts, trial.first)
         call = call_for_prompts(trial, source, prompts)

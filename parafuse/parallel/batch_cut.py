@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from parafuse.errors import is_out_of_memory
 from parafuse.parallel.bundle import all_say, exchange, with_strides_of, without_values
+from parafuse.parallel.call_context import CallContext
 from parafuse.parallel.effects import Watched, all_plain
 from parafuse.parallel.hooks import Forward
 from parafuse.parallel.layout import head_range
@@ -55,8 +56,9 @@ class Cut:
 class BatchCut:
     """Cuts the calls of one module between the ranks of a group. Collective on the group, once a call is known."""
 
-    def __init__(self, module: nn.Module, degree: int, rank: int, group: str):
+    def __init__(self, module: nn.Module, degree: int, rank: int, group: str, context: CallContext | None = None):
         self.module, self.degree, self.rank, self.group = module, degree, rank, group
+        self.context = context or CallContext()
         self._cuts: dict[Any, Cut | int] = {}
         """By structure: how it is cut, or how often it was tried in vain."""
 
@@ -78,8 +80,10 @@ class BatchCut:
             return False, self._learn(key, cut, original, args, kwargs, samples)
         call = _Call(original, args, kwargs, batch, cut.as_lists)
         part, error = None, None
+        mine = self._range(batch // cut.stacks)
         try:
-            part = call.part(cut, *self._range(batch // cut.stacks))
+            with self.context.part(self.group, batch, *mine, cut.stacks):
+                part = call.part(cut, *mine)
         except Exception as failure:
             error = failure
         result = self._join(call, cut, part, error)
@@ -97,7 +101,8 @@ class BatchCut:
             if not self._all_say(left is not None and not watched.has_changed()):  # what was run before may differ
                 self._cuts[key] = tried + 1
                 return whole
-            found = self._found(original, args, kwargs, samples, whole)
+            with self.context.trying():
+                found = self._found(original, args, kwargs, samples, whole)
             self._cuts[key] = TRIES if found is None else replace(found, left=left or {})
             return whole
         finally:

@@ -23,7 +23,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 
 NEEDED_CHANGES = 2
 """New values, each in a step of its own, after which an argument is left out."""
-MAX_CONTENTS = 64
+MAX_CONTENTS = 8
 """Tensors of one argument whose contents are kept in mind."""
 _LATENTS = ""
 """Stands for their name."""
@@ -55,11 +55,27 @@ class Branches:
         self._telling: set[str] = set()
         """Arguments that tell branches apart, for certain."""
         self._left_out: set[str] = set()
+        self._renewed: Counter[str] = Counter()
+        """Steps in a row in which an argument that tells branches apart had a value that it never had before."""
+        self._of_the_step: set[str] = set()
+        """Arguments that differ between branches, but are new in every step (residuals of a control network for each
+        branch): others tell."""
         self._latents = Given(None, None)
         self._last: dict[str, Given] = {}
         """The arguments of the last call."""
+        self.steps = 0
+        """Changes of the latents from call to call."""
         self._numbers: dict[frozenset[tuple[str, Hashable]], int] = {}
         self._count = 0
+        self._calls = 0
+        """On the latents at hand."""
+        self.places: dict[int, int] = {}
+        """Number of a branch -> its place among the calls of the step in which it came first."""
+
+    @property
+    def alive(self) -> set[int]:
+        """Numbers that a call may still get."""
+        return set(self._numbers.values())
 
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any], hint: str = "") -> int:
         """The branch of a call. Calls of one number are of one branch; one branch may have several numbers in the
@@ -67,7 +83,9 @@ class Branches:
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
         latents = self._given_latents(arguments.pop(self._parameters[0], None))
         leaves = {keystr(path): leaf for path, leaf in tree_flatten_with_path(arguments)[0]} | {"hint": hint}
-        if self._last and self._are_same(latents, self._latents):
+        is_same_step = bool(self._last) and self._are_same(latents, self._latents)
+        self._calls = self._calls + 1 if is_same_step else 0
+        if is_same_step:
             self._tell_apart(leaves)
         given = {name: self._given(name, leaf) for name, leaf in leaves.items()}
         if self._last and not self._are_same(latents, self._latents):
@@ -78,12 +96,13 @@ class Branches:
         key = self._key({name: one.content for name, one in given.items()})
         if key not in self._numbers:
             self._numbers[key] = self._count
+            self.places[self._count] = self._calls
             self._count += 1
         return self._numbers[key]
 
     def _tell_apart(self, leaves: dict[str, Any]) -> None:
         """Another call on the same latents: what differs from the last one tells them apart."""
-        for name in leaves.keys() | self._last.keys():
+        for name in (leaves.keys() | self._last.keys()) - self._of_the_step:
             if name not in self._telling and not self._is_unchanged(name, leaves):
                 self._telling.add(name)
                 self._left_out.discard(name)
@@ -104,7 +123,10 @@ class Branches:
 
     def _next_step(self, given: dict[str, Given]) -> None:
         """A call on other latents: what it changed may be a matter of the step."""
+        self.steps += 1
         for name in given.keys() | self._last.keys():
+            if name in self._telling and name in given:
+                self._renewed[name] = 0 if given[name].content in self._known[name] else self._renewed[name] + 1
             if name in self._telling or name in self._left_out:
                 continue
             new, last = given.get(name), self._last.get(name)
@@ -115,7 +137,12 @@ class Branches:
                     self._telling.add(name)
                 else:
                     self._changes[name] += 1
-        more = {name for name, count in self._changes.items() if count >= NEEDED_CHANGES} - self._telling
+        renewed = {name for name in self._telling if self._renewed[name] > NEEDED_CHANGES}
+        if any(name in self._renewed and name not in renewed for name in self._telling):  # others tell them apart
+            self._telling -= renewed
+            self._of_the_step |= renewed
+        more = {name for name, count in self._changes.items() if count >= NEEDED_CHANGES} | self._of_the_step
+        more -= self._telling
         if more - self._left_out:
             self._left_out |= more
             for name in (*more, _LATENTS):  # no need to keep their tensors any longer
@@ -131,8 +158,9 @@ class Branches:
     def _given_latents(self, value: Any) -> Given:
         """Contents of latents matter until it is learned what to leave out."""
         leaves = tuple(tree_flatten(value)[0])
-        content = None if self._left_out else tuple(self._content(_LATENTS, leaf) for leaf in leaves)
-        return Given(leaves, tuple(map(_place, leaves)), content)
+        places = tuple(map(_place, leaves))
+        is_told = self._left_out and None not in places  # those of inference mode do not tell
+        return Given(leaves, places, None if is_told else tuple(self._content(_LATENTS, leaf) for leaf in leaves))
 
     @staticmethod
     def _are_same(a: Given, b: Given) -> bool:

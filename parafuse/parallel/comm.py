@@ -131,6 +131,17 @@ def _(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def broadcast(x: Tensor, owner: int, group: str) -> dist.Work:
+    """Starts sending the owner's `x` into those of the others. `owner`: its rank in `group`. Collective on `group`."""
+    process_group = _resolve(group)
+    mine, degree = rank_and_degree(group)
+    counters(group).add("broadcast", x.nbytes * (degree - 1) if mine == owner else 0)
+    work = dist.broadcast(x, dist.get_global_rank(process_group, owner), group=process_group, async_op=True)
+    if work is None:
+        raise RuntimeError(f"this rank is not in the group {group}")
+    return work
+
+
 class Rotation:
     """Point-to-point ring: each `post` sends a buffer to the next rank while one from the previous is received."""
 

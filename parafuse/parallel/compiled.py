@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec
 from parafuse.errors import UnsupportedError
 from parafuse.parallel.attention_mode import run_on_rows
 from parafuse.parallel.block_plan import BlockPlan
+from parafuse.parallel.fingerprint import fingerprint
 from parafuse.parallel.hooks import Forward, override, override_forward
 from parafuse.parallel.traced import TracedBlocks
 from parafuse.parallel.whole_shapes import WholeShapes
@@ -28,11 +29,11 @@ def call(forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
 class CompiledKind:
     """The compiled forms of all blocks that are alike, with the same options of `torch.compile`."""
 
-    def __init__(self, name: str, whole: WholeShapes, options: dict[str, Any]):
+    def __init__(self, name: str, whole: WholeShapes | None, options: dict[str, Any]):
         self.name, self.options = name, options
         self._run_on_rows = torch.compile(_own_code(run_on_rows, name), **options)
         self._call = torch.compile(_own_code(call, name), **options)
-        self._traced = TracedBlocks(name, whole, options)
+        self._traced = TracedBlocks(name, whole, options) if whole is not None else None
 
     def run_on_rows(self, *args: Any) -> tuple[Any, int]:
         with torch.no_grad(), self._own_errors():  # the operators have no backward
@@ -45,6 +46,8 @@ class CompiledKind:
     def on_whole_shapes(
         self, block: nn.Module, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec
     ) -> Any:
+        if self._traced is None:
+            raise RuntimeError(f"{self.name}: nothing is split here")
         with self._own_errors():
             return self._traced(block, plan, forward, leaves, spec)
 
@@ -57,13 +60,13 @@ class CompiledKind:
             if not type(error).__module__.startswith("torch._dynamo"):
                 raise
             why = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())
-            raise UnsupportedError(f"{self.name}: cannot be compiled under sequence parallel: {why}") from error
+            raise UnsupportedError(f"{self.name}: cannot be compiled under parafuse: {why}") from error
 
 
 class CompiledBlocks:
     """Which blocks are to run compiled, and how."""
 
-    def __init__(self, whole: WholeShapes):
+    def __init__(self, whole: WholeShapes | None):
         self._whole = whole
         self._kinds: dict[str, list[CompiledKind]] = {}
         self._asked: dict[nn.Module, CompiledKind] = {}
@@ -119,6 +122,47 @@ class CompiledWhole:
 
     def _compile(self, *args: Any, **options: Any) -> None:
         self._compiled = torch.compile(self._original, *args, **options)
+
+
+class CompiledUnits:
+    """What `block.compile(...)` means where calls of blocks are met but not split (a cache on one rank): the block's
+    own forward is compiled, and blocks of a kind share it. Taken off with parafuse."""
+
+    def __init__(self, units: list[nn.Module]):
+        self.units = units
+        self._blocks = CompiledBlocks(None)
+        self._undo: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        for unit in self.units:
+            self._undo.append(override_forward(unit, lambda original, unit=unit: self._forward(unit, original)))
+            self._undo.append(override(unit, "compile", self._blocks.compile_method(unit, fingerprint(unit))))
+
+    def remove(self) -> None:
+        """Puts both back as they were. No communication."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+        self._blocks.forget()
+
+    def _forward(self, unit: nn.Module, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            compiled = self._blocks.get(unit)
+            return original(*args, **kwargs) if compiled is None else compiled.call(original, *args, **kwargs)
+
+        return forward
+
+
+def refuse_compile(module: nn.Module) -> Callable[[], None]:
+    """Makes `module.compile` say that its blocks are to be compiled; the returned function undoes it."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise UnsupportedError(
+            f"{type(module).__name__}: cannot be compiled as a whole under sequence parallel or a cache; compile its "
+            "blocks: compile_repeated_blocks(fullgraph=True), or compile() on each of them."
+        )
+
+    return override(module, "compile", refused)
 
 
 def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from torch import nn
 from parafuse.config import Axis
 from parafuse.log import note
 from parafuse.parallel.batch_cut import BatchCut, rows
+from parafuse.parallel.call_context import CallContext
 from parafuse.parallel.hooks import Forward, override, override_forward
 from parafuse.parallel.mesh import Mesh
 from parafuse.parallel.on_module import OnModule
@@ -24,11 +25,11 @@ class DataParallel(OnModule):
 
     WORDS = {"cut": "batch cut in {} calls", "everywhere": "{} calls on all replicas"}  # noqa: RUF012
 
-    def __init__(self, module: nn.Module, mesh: Mesh, method: str = "forward"):
+    def __init__(self, module: nn.Module, mesh: Mesh, method: str = "forward", *, context: CallContext | None = None):
         super().__init__(module)
         self.method = method
         self.degree = mesh.degree(Axis.DATA)
-        self._cut = BatchCut(module, self.degree, mesh.rank(Axis.DATA), mesh.group_name(Axis.DATA))
+        self._cut = BatchCut(module, self.degree, mesh.rank(Axis.DATA), mesh.group_name(Axis.DATA), context)
         self._said: set[int] = set()
 
     def install(self) -> None:

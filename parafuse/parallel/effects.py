@@ -40,6 +40,17 @@ class Watched:
         )
 
 
+class Handed:
+    """Objects among the arguments of a call that it may write into: a cache of keys, say. Local."""
+
+    def __init__(self, tree: Any):
+        self._held = [Held(x) for x in tree_flatten(tree)[0] if is_opaque(x)]
+
+    def have_changed(self) -> bool:
+        """Whether one of them was written to, or cannot be looked into."""
+        return any(held.unknown or not held.is_same() for held in self._held)
+
+
 class Parts:
     """What a module is made of, so that what was learned of it is forgotten when that is another. Local."""
 

@@ -42,12 +42,17 @@ def hooks_in(parts: list[nn.Module]) -> tuple[Any, ...]:
         hooks: Any = getattr(state.get("_diffusers_hook"), "hooks", None)
         if hooks:
             found += [(index, name, repr(_fact(hook, 1))) for name, hook in hooks.items() if name not in _PLACING]
-        elif hooks is None and "forward" in state and "_hf_hook" not in state:
+        elif hooks is None and "forward" in state and "_hf_hook" not in state and not is_part(part):
             found.append((index, id(state["forward"])))
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             if state[kind]:
                 found.append((index, kind, *map(id, state[kind].values())))
     return tuple(found)
+
+
+def is_part(module: nn.Module) -> bool:
+    """Whether a cache stands on this part of a block: it does nothing while a block is examined."""
+    return getattr(vars(module).get("forward"), "parafuse_part", False)
 
 
 _PLACING = {

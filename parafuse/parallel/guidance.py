@@ -2,8 +2,9 @@
 
 A pipeline that stacks branches in the batch has its batch cut at the denoiser's boundary. One that calls the denoiser
 for each branch gets placeholders: of the calls since a value was last needed, the n-th is computed by rank
-n mod degree alone, and when a value is needed, one exchange brings all of them. A call that does more than give a
-result (fills a cache, say) is made on all ranks. Nothing here knows a pipeline.
+n mod degree alone (where something is kept from step to step, by the rank that has its branch), and when a value is
+needed, one exchange brings all of them. A call that does more than give a result (fills a cache, say) is made on all
+ranks. Nothing here knows a pipeline.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from parafuse.config import Axis
 from parafuse.errors import UnsupportedError
 from parafuse.parallel.batch_cut import TRIES, BatchCut, rows
 from parafuse.parallel.bundle import all_say, exchange, without_values
+from parafuse.parallel.call_context import CallContext
 from parafuse.parallel.effects import Watched, all_plain
 from parafuse.parallel.hooks import Forward, override_forward
 from parafuse.parallel.lent import Left, Lent, take
@@ -36,6 +38,8 @@ class Branch:
     """One call of the denoiser that is open: what its results look like, and these on the rank that computed them."""
 
     shapes: list[Tensor]
+    owner: int
+    """The rank that computes it."""
     batch: int = 1
     values: list[Tensor] = field(default_factory=list[Tensor])
     error: Exception | None = None
@@ -90,12 +94,15 @@ class GuidanceParallel(OnModule):
         "everywhere": "{} calls on all ranks",
     }
 
-    def __init__(self, root: nn.Module, mesh: Mesh, rounds: Rounds | None = None):
+    def __init__(
+        self, root: nn.Module, mesh: Mesh, rounds: Rounds | None = None, *, context: CallContext | None = None
+    ):
         super().__init__(root)
         self.degree, self.rank = mesh.degree(Axis.CFG), mesh.rank(Axis.CFG)
         self.group = mesh.group_name(Axis.CFG)
         self._fewest = self.degree * mesh.degree(Axis.DATA)
-        self._cut = BatchCut(root, self.degree, self.rank, self.group)
+        self._context = context or CallContext()
+        self._cut = BatchCut(root, self.degree, self.rank, self.group, self._context)
         self.rounds = rounds or Rounds()
         self._one_call: set[int] = set()
         """Numbers of samples for which a step is one call: its branches are in the batch."""
@@ -145,13 +152,19 @@ class GuidanceParallel(OnModule):
             self.rounds.current = Round()
         here = self.rounds.current
         number = len(here.branches)
-        branch = Branch([x for x in known.leaves if isinstance(x, Tensor)], batch)
+        owner = self._context.owner([other.owner for other in here.branches], self.degree)
+        branch = Branch([x for x in known.leaves if isinstance(x, Tensor)], owner, batch)
         here.branches.append(branch)
-        if number % self.degree == self.rank:
+        device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))
+        led = self._context.led if self._context.leads else None
+        if led is not None:
+            led.expect(max(1, batch), owner, self.rank, device)
+        if owner == self.rank:
             lent = Lent(args, kwargs)
             self._compute(branch, original, lent.args, lent.kwargs)
+            if led is not None:
+                led.finish()
         take(args, kwargs, known.left)
-        device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))
         numbers = iter(range(len(branch.shapes)))
 
         def placeholder(shape: Tensor) -> Placeholder:
@@ -221,7 +234,7 @@ class GuidanceParallel(OnModule):
         if len(here.branches) == 1 and not self.rounds.by_all and here.branches[0].batch >= max(2, self._fewest):
             self._one_call.add(here.branches[0].batch)
         self.rounds.by_all = 0
-        owned = [here.branches[rank :: self.degree] for rank in range(self.degree)]
+        owned = [[branch for branch in here.branches if branch.owner == rank] for rank in range(self.degree)]
         shapes = [[x for branch in branches for x in branch.shapes] for branches in owned]
         mine = [x for branch in owned[self.rank] for x in branch.values]
         error = next((branch.error for branch in owned[self.rank] if branch.error), None)

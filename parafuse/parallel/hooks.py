@@ -28,8 +28,8 @@ def override_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> C
     return override(module, "forward", replacement)
 
 
-def override(module: nn.Module, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
-    """Sets a method on the instance; the returned function undoes it.
+def override(module: Any, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
+    """Sets a method on the instance (of a module, or a scheduler); the returned function undoes it.
 
     Undoing puts back what stood there before (nothing, or another library's instance attribute), unless someone has
     replaced it since: then it stays, and a RuntimeError says so."""

@@ -20,11 +20,12 @@ from parafuse.parallel.attention import SequenceAttention
 from parafuse.parallel.attention_mode import run_on_rows
 from parafuse.parallel.block_plan import BlockPlan, Bound, Prober
 from parafuse.parallel.comm import all_gather
-from parafuse.parallel.compiled import CompiledBlocks
+from parafuse.parallel.compiled import CompiledBlocks, refuse_compile
 from parafuse.parallel.effects import Parts
 from parafuse.parallel.fingerprint import fingerprint, hooks_in, signature, size_of
 from parafuse.parallel.hooks import Forward, override, override_forward
 from parafuse.parallel.mesh import Mesh
+from parafuse.parallel.reused import NothingReused, Reused
 from parafuse.parallel.shard import SequenceGroup, gather_all
 from parafuse.parallel.whole_shapes import WholeShapes
 
@@ -35,8 +36,11 @@ MAX_PROVEN = 4096
 class SequenceParallel:
     """Split tokens in the blocks of one model. `install` on every rank of the sequence group; calls are collective."""
 
-    def __init__(self, root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, prober: Prober):
+    def __init__(
+        self, root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, prober: Prober, reused: Reused | None = None
+    ):
         self.root, self.blocks, self.prober = root, list(blocks), prober
+        self._reused: Reused = reused or NothingReused()
         self.attention = SequenceAttention(mesh)
         self.ranks = SequenceGroup(mesh.sequence_degree, mesh.sequence_rank, mesh.sequence)
         self.plans: dict[Any, BlockPlan] = {}
@@ -61,7 +65,7 @@ class SequenceParallel:
 
     def install(self) -> None:
         self._undo.append(override_forward(self.root, self._root_forward))
-        self._undo.append(override(self.root, "compile", self._refuse_compile))
+        self._undo.append(refuse_compile(self.root))
         for block in self.blocks:
             compile = self.compiled.compile_method(block, self._kinds[block])
             self._undo.append(override(block, "compile", compile))
@@ -75,12 +79,6 @@ class SequenceParallel:
             self._undo[-1]()
             self._undo.pop()
         self.compiled.forget()
-
-    def _refuse_compile(self, *_: Any, **__: Any) -> None:
-        raise UnsupportedError(
-            f"{type(self.root).__name__}: cannot be compiled as a whole under sequence parallel; compile its blocks: "
-            "compile_repeated_blocks(fullgraph=True), or compile() on each of them."
-        )
 
     def _root_forward(self, original: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -120,7 +118,8 @@ class SequenceParallel:
             compiled = self.compiled.get(block)
             if plan.why_not_local:
                 if compiled is not None:
-                    return compiled.on_whole_shapes(block, plan, original, leaves, spec)
+                    call = self._reused.explicit(block, original, leaves, spec)
+                    return call.finish(compiled.on_whole_shapes(block, plan, call.forward, call.leaves, call.spec))
                 return self.whole(plan, original, leaves, spec)
             if not plan.splits:
                 run = original if compiled is None else partial(compiled.call, original)
@@ -128,11 +127,13 @@ class SequenceParallel:
             bound = Bound(plan, leaves, self.ranks, self._slices)
             local_args, local_kwargs = tree_unflatten(bound.local, spec)
             run = run_on_rows if compiled is None else compiled.run_on_rows
-            result, calls = run(original, local_args, local_kwargs, bound.sites, self.attention, self.ranks)
-            if calls != len(plan.sites):
+            left_out = self._reused.left_out(block)
+            sites = tuple(site for number, site in enumerate(bound.sites) if number not in left_out)
+            result, calls = run(original, local_args, local_kwargs, sites, self.attention, self.ranks)
+            if calls != len(sites):
                 raise UnsupportedError(
                     f"{type(block).__name__}: made {calls} attention calls through torch's "
-                    f"scaled_dot_product_attention, {len(plan.sites)} when it was examined; was its processor "
+                    f"scaled_dot_product_attention, {len(sites)} when it was examined; was its processor "
                     "or attention backend changed? remove() parafuse, then apply it again."
                 )
             return bound.wrap(result)

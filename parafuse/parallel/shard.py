@@ -143,6 +143,8 @@ class Sharded(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(getattr(kind, "holds_streams", False) for kind in types):
+            return NotImplemented  # a kind of tensor that has split ones inside decides what is done to these
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)

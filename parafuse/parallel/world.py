@@ -193,14 +193,19 @@ class World:
 
     def any_says(self, topic: str, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is set on some rank."""
+        said = map(json.loads, self.everyone(topic, json.dumps(flags)))
+        return [any(column) for column in zip(*said, strict=True)]
+
+    def everyone(self, topic: str, text: str) -> list[str]:
+        """What every rank says, by rank."""
         if self.size == 1:
-            return flags
-        said = self._collect(self._key(topic), json.dumps(flags), self.timeout_s)
+            return [text]
+        said = self._collect(self._key(topic), text, self.timeout_s)
         silent = [rank for rank in range(self.size) if rank not in said]
         if silent:
             self.broken = True
             raise RankError(f"{_ranks(silent)} did not report {topic} within {self.timeout_s:.0f} s.")
-        return [any(column) for column in zip(*map(json.loads, said.values()), strict=True)]
+        return [said[rank] for rank in range(self.size)]
 
     def share_noise(self) -> None:
         """Gives every rank the state of rank 0's own generators (of its CPU, and of its device): some schedulers draw

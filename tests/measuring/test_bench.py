@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+
 from parafuse.config import Config, Parallel
+from parafuse.engine.caches import skipping
 from parafuse.launch.bench import contestant as contestant_module
 from parafuse.launch.bench import run as run_module
 from parafuse.launch.bench.case import Case, Variant
 from parafuse.launch.bench.contestant import Contestant
 from parafuse.launch.bench.model import load
-from parafuse.launch.bench.quality import judge, write
+from parafuse.launch.bench.quality import Verdict, judge, write
 from parafuse.launch.bench.record import NotAppliedError, Record
 from parafuse.launch.bench.run import Run
 from parafuse.launch.bench.work import Rates
@@ -27,21 +31,23 @@ PLAIN = Variant(name="plain", way="plain")
 CFG = Variant(name="cfg", parallel={"cfg": 2}, needs_ranks=2)
 PEER = Variant(name="peer", way="xfuser", needs_ranks=2)
 CACHE = Variant(name="cache", way="diffusers first-block cache")
+OURS = Variant(name="ours", cache="interval:2,warmup_steps=0,final_steps=0")
 
 
-def case(*variants: Variant) -> Case:
-    call: dict[str, Any] = {"prompt": "a red apple", "num_inference_steps": 2}
-    return Case(name="small", theme="test", model="emoji", baseline="plain", variants=variants, call=call)
+SMALL = {"width": 64, "height": 64, "num_inference_steps": 4}
 
 
-def measured(*variants: Variant) -> Record:
+def case(*variants: Variant, prompts: int = 0, **call: Any) -> Case:
+    call = {"num_inference_steps": 2} | call | ({} if prompts else {"prompt": "a red apple"})
+    return Case(
+        name="small", theme="test", model="emoji", baseline="plain", variants=variants, call=call, prompts=prompts
+    )
+
+
+def measured(*variants: Variant, **more: Any) -> Record:
     """Without the rates of this machine, which take time and are not looked at here."""
     with patch.object(run_module, "rates", lambda *_: Rates(1e11, 1e11, 1e10)):
-        return _measured(*variants)
-
-
-def _measured(*variants: Variant) -> Record:
-    return Run(case(*variants), load("emoji", Config()), 2, Config(timeout_s=60)).measure({})
+        return Run(case(*variants, **more), load("emoji", Config()), 2, Config(timeout_s=60)).measure({})
 
 
 def whole() -> dict[str, Any]:
@@ -133,13 +139,13 @@ def alone() -> list[Any]:
     found: list[Any] = []
     with patch.object(Contestant, "_compile", lambda *_: None):
         found.append(attempt(measured, PLAIN, Variant(name="compiled", way="plain", compile=True)))
-    ways = {**contestant_module.PEERS, CACHE.way: lambda pipeline, _: pipeline}
+    ways = {**contestant_module.PEERS, CACHE.way: lambda pipeline, *_: pipeline}
     with patch.object(contestant_module, "PEERS", ways):
         found.append(measured(PLAIN, CACHE).rows[1].error)
     return found
 
 
-def patched(pipeline: Any, ranks: int) -> Any:
+def patched(pipeline: Any, *_: Any) -> Any:
     """As an engine that patches classes."""
     type(pipeline).__call__ = type(pipeline.transformer).forward = lambda *_, **__: None
     raise RuntimeError("and then it fails")
@@ -164,3 +170,64 @@ def test_an_option_that_does_nothing_leaves_no_record() -> None:
     assert "compiled: compile: no graph was run" in compiled
     assert NotAppliedError.__name__ in compiled
     assert cache == "did not act: diffusers first-block cache: no block was skipped"
+
+
+def cached() -> list[dict[str, Any]]:
+    """A cache on one rank, on as many as there are, and one that may never skip, over prompts of their own."""
+    never = Variant(name="never", cache="first-block:0")
+    both = [Variant(name="both", cache=OURS.cache, parallel={"cfg": 2}, needs_ranks=2)]
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    record = measured(PLAIN, OURS, never, *(both if ranks > 1 else []), prompts=2, **SMALL)
+    return [dataclasses.asdict(record), *(dataclasses.asdict(row) for row in record.rows)]
+
+
+def test_caches_act_on_one_rank_and_on_several() -> None:
+    record, plain, ours, never, both = run_ranks(cached, 2)[0]
+    assert (ours["ranks"], ours["cache"], both["ranks"]) == (1, "interval:2,warmup_steps=0,final_steps=0", 2)
+    for row in (ours, both):
+        assert (row["counts"]["denoiser calls"], row["counts"]["skipped calls"]) == (8, 2)  # the first one is looked at
+        assert row["counts"]["kept bytes"] > 10_000
+    assert "skipped calls" not in never["counts"]
+    assert never["quality"]["largest_of_255"] == 0
+    for name, found in both["quality_by_round"].items():
+        assert found == pytest.approx(ours["quality_by_round"][name], rel=1e-3)
+    assert len(record["prompts"]) == len(plain["total_s"]) == 2 == len(set(record["prompts"]))
+    psnr = ours["quality_by_round"]["worst_psnr_db"]
+    assert len(set(psnr)) == 2
+    assert ours["quality"]["worst_psnr_db"] == min(psnr) < 60
+    assert "prompt" not in record["call"]
+
+
+def measured_small(*variants: Variant) -> Record:
+    return measured(*variants, **SMALL)
+
+
+def idle() -> str:
+    """A cache that was put on and decides nothing but to compute."""
+    with patch.object(skipping, "is_bound", lambda *_: True):
+        return attempt(measured_small, PLAIN, OURS, Variant(name="never", cache="first-block:0"))
+
+
+def test_a_cache_that_skips_nothing_leaves_no_record() -> None:
+    (text,) = run_ranks(idle, 1)
+    assert "ours: cache interval:2,warmup_steps=0,final_steps=0: no call was skipped" in text
+    assert NotAppliedError.__name__ in text
+    assert "never" not in text, "threshold 0 is asked to skip nothing"
+
+
+def judged_with_a_cache() -> Verdict | None:
+    loaded, config = load("emoji", Config()), Config(cache="interval:2,warmup_steps=0,final_steps=0")
+    verdict, pairs = judge(loaded, loaded.pipeline, config, ["red apple"], SMALL, seed=3)
+    with tempfile.TemporaryDirectory() as folder:
+        write(verdict, pairs, Path(folder))
+        page = (Path(folder) / "quality.md").read_text()
+    assert "one rank and cache interval:2,warmup_steps=0,final_steps=0 in float32" in page
+    assert "The cache skipped 25% of the calls." in page
+    return verdict
+
+
+def test_pictures_of_a_cache_against_those_without() -> None:
+    (verdict,) = run_ranks(judged_with_a_cache, 1)
+    assert verdict is not None
+    assert (verdict.cache, verdict.skipped) == ("interval:2,warmup_steps=0,final_steps=0", 0.25)
+    assert verdict.judged[0].quality["worst_psnr_db"] < 60

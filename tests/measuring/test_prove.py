@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 
+from parafuse.cache import IntervalCache, cache_of
 from parafuse.errors import ConfigError
 from parafuse.launch import prove
 from parafuse.launch.bench import run as run_module
@@ -70,9 +71,18 @@ def test_what_is_held_against_what() -> None:
         ("parafuse (ring 2, ulysses 2)", "parafuse", degrees, False),
         ("parafuse (ring 2, ulysses 2) + compile", "parafuse", degrees, True),
     ]
+    cached = variants({"cache": "first-block:0.3", "ring": "2"}, ranks=2)
+    assert cached[-1] == ("parafuse (ring 2, cache first-block:0.3)", "parafuse", {"ring": 2, "ulysses": 1}, False)
+    assert variants({"cache": "interval:2"})[3:] == [("parafuse (cache interval:2)", "parafuse", {}, False)]
     alone = [way for _, way, _, _ in variants({}, peers=True)[3:]]
     assert alone == ["diffusers first-block cache", "cache-dit", "para-attn first-block cache"]
     assert len(variants({}, peers=True, ranks=2)) == 4 + 6
+
+
+def test_a_cache_stands_beside_the_exact_plan() -> None:
+    job = prove.prepare("a red apple", prove.Proof(), CONFIG_OPTIONS, {"cache": "interval:2"})
+    exact, cached = (v for v in job.case.variants if v.way == "parafuse")
+    assert (exact.cache, cache_of(cached.cache), cached.may_fail) == ("", IntervalCache(2), True)
 
 
 def test_the_prompts_of_a_proof() -> None:

@@ -113,6 +113,7 @@ def test_the_command(tmp_path: Path) -> None:
         ("--ranks 2 --steps 0", "--steps 0: must be a whole number of at least 1."),
         ("--ranks 2 --width 63", "--width 63: must be a multiple of 8"),
         ("--ranks 2 --model gone", "model='gone': does not exist"),
+        ("--ranks 2 --cache interval:2", "--cache interval:2: changes what verify holds to be the same; leave it out"),
         (
             "--ranks 2 --ulysses 2",
             "verify: got parallel degrees, but every layout is tried",

@@ -327,7 +327,7 @@ def test_a_ladder_is_put_between_marks(tmp_path: Path) -> None:
     assert "(results/r.json)" in text
     assert not report.into_page(page, record(PLAIN, TWO), "results/r.json")
     page.write_text("no marks")
-    with pytest.raises(ConfigError, match="must have '<!-- bench:c -->' twice"):
+    with pytest.raises(ConfigError, match="must have '<!-- bench:c -->' or '<!-- caches:c -->' twice"):
         report.into_page(page, record(PLAIN), "x")
     assert page.read_text() == "no marks"
 

@@ -14,7 +14,11 @@ import pytest
 import parafuse
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = sorted(["Config", "Engine", "Handle", "ParafuseError", "Parallel", "Plan", "apply"])
+CACHES = (
+    "Cache DeepCache FasterCache FirstBlockCache ForaCache IntervalCache MagCache MaskCache PyramidAttentionBroadcast "
+    "TGateCache TaylorSeerCache TeaCache TokenMerging"
+).split()
+NAMES = sorted([*CACHES, "Config", "Engine", "Handle", "ParafuseError", "Parallel", "Plan", "apply"])
 STATE = """
 import asyncio, atexit, json, locale, logging, os, random, signal, sys, threading, warnings
 def state():

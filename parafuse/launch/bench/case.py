@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from parafuse.cache import cache_of
 from parafuse.config import DTYPES, Axis, Parallel
 from parafuse.engine.architecture import RANDOM, TINY
 from parafuse.errors import ConfigError, nearest, reject_unknown
@@ -18,9 +20,9 @@ WAYS = {
     "plain": "the pipeline as diffusers runs it",
     "parafuse": "under parafuse, with the degrees in `parallel`",
     "diffusers context parallel": "diffusers' own, Ulysses over all ranks",
-    "diffusers first-block cache": "diffusers' own, at its default threshold",
-    "cache-dit": "its default cache",
-    "para-attn first-block cache": "at its default threshold",
+    "diffusers first-block cache": "diffusers' own, at its default threshold, or at `threshold`",
+    "cache-dit": "its default cache, or with `threshold` as its residual_diff_threshold",
+    "para-attn first-block cache": "at its default threshold, or at `threshold` as its residual_diff_threshold",
     "para-attn context parallel": "over all ranks",
     "xfuser": "its Ulysses, and on one rank its first-block cache",
 }
@@ -32,6 +34,8 @@ ALONE = ("plain", "diffusers first-block cache", "para-attn first-block cache")
 """Ways that use one rank."""
 CACHES = ("diffusers first-block cache", "cache-dit", "para-attn first-block cache", "xfuser")
 """Ways that skip blocks in some steps (xfuser: on one rank), so that steps are not alike."""
+THRESHOLDS = ("diffusers first-block cache", "cache-dit", "para-attn first-block cache")
+"""Of these, those that take a threshold."""
 REPLICATED = ("cache-dit",)
 """Ways that do the whole on every rank: it reduces over all ranks that there are, and would wait for them."""
 
@@ -48,6 +52,10 @@ class Variant:
     """The repeated blocks, by torch.compile, in full graphs."""
     needs_ranks: int = 1
     """Left out where there are fewer."""
+    cache: str = ""
+    """Of way='parafuse': a cache as its text, such as first-block:0.1."""
+    threshold: float | None = None
+    """Of another engine's cache, in place of its default one."""
     share_of: int = 1
     """Above 1: one rank's share of a world of so many, on one device; the wire is modelled (see `share`)."""
     may_fail: bool = False
@@ -65,6 +73,31 @@ class Variant:
         reject_unknown(f"variant {self.name!r}: parallel", self.parallel, [str(axis) for axis in Axis])
         if self.parallel and self.way != "parafuse":
             raise ConfigError(f"variant {self.name!r}: parallel is for way='parafuse', not for {self.way!r}.")
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        if self.cache:
+            if self.way != "parafuse":
+                raise ConfigError(f"variant {self.name!r}: cache is for way='parafuse', not for {self.way!r}.")
+            if self.share_of > 1:
+                raise ConfigError(
+                    f"variant {self.name!r}: share_of={self.share_of}: has no cache, since what that skips depends on "
+                    "weights and pictures, and those of a share mean nothing; leave out one of the two."
+                )
+            try:
+                cache_of(self.cache)
+            except ConfigError as error:
+                raise ConfigError(f"variant {self.name!r}: {error}") from error
+        if self.threshold is None:
+            return
+        if self.way not in THRESHOLDS:
+            where = "in its text of `cache`" if self.way == "parafuse" else "nowhere"
+            raise ConfigError(
+                f"variant {self.name!r}: threshold is for {', '.join(THRESHOLDS)}; {self.way!r} takes one {where}."
+            )
+        is_number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if not is_number or not 0 < self.threshold < math.inf:
+            raise ConfigError(f"variant {self.name!r}: threshold={self.threshold!r}: must be a number above 0.")
 
     def config(self, ranks: int) -> Parallel:
         """The degrees for so many ranks. Raises ConfigError where they do not fit."""
@@ -100,6 +133,9 @@ class Case:
     seed: int = 0
     rounds: int = 5
     """How often each variant is timed, unless --rounds says otherwise."""
+    prompts: int = 0
+    """Above 0: so many of the model's own prompts, each in a round of its own with noise of its own. There are as many
+    rounds, and quality is over all of them."""
     warm_ups: int = 2
     """Requests before timing, the first one included."""
     whole_steps: int = 0
@@ -108,9 +144,10 @@ class Case:
     """Of shares: bytes_per_s and latency_s of the modelled wire."""
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 2), ("warm_ups", 1), ("whole_steps", 0)):
+        for name, least in (("rounds", 2), ("warm_ups", 1), ("whole_steps", 0), ("prompts", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"case {self.name!r}: {name}={getattr(self, name)}: must be at least {least}.")
+        self._check_prompts()
         reject_unknown(f"case {self.name!r}: link", self.link, ("bytes_per_s", "latency_s"))
         if any(isinstance(x, bool) or not isinstance(x, (int, float)) or x < 0 for x in self.link.values()):
             raise ConfigError(f"case {self.name!r}: link={self.link}: must be numbers of at least 0.")
@@ -137,6 +174,14 @@ class Case:
             raise ConfigError(
                 f"case {self.name!r}: baseline={self.baseline!r}: must be one of its variants, {', '.join(names)}."
             )
+
+    def _check_prompts(self) -> None:
+        if self.prompts == 1:
+            raise ConfigError(f"case {self.name!r}: prompts=1: must be at least 2, or there is no spread; or 0.")
+        if self.prompts and any("prompt" in call for call in (self.call, *(v.call for v in self.variants))):
+            raise ConfigError(f"case {self.name!r}: prompts={self.prompts}: stands beside a prompt; leave one out.")
+        if self.prompts and self.largest_share > 1:
+            raise ConfigError(f"case {self.name!r}: prompts={self.prompts}: shares paint no pictures; leave one out.")
 
     @property
     def largest_share(self) -> int:

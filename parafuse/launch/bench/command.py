@@ -25,6 +25,7 @@ from parafuse.launch.bench.record import FOLDER, commit, load, save
 from parafuse.launch.bench.starts import measure_starts, read_starts
 from parafuse.launch.keywords import refuse_unknown
 from parafuse.launch.options import Option, build, given
+from parafuse.launch.prompts import first_prompts
 from parafuse.log import note
 
 NEEDED = ("torchmetrics", "matplotlib", "psutil", "jinja2")
@@ -41,7 +42,8 @@ class Bench:
     ranks: int | None = None
     """Processes to start on this machine, one for each GPU. Not given: 1, or torchrun's."""
     rounds: int | None = None
-    """How often each variant is timed, in turns. Not given: as the case says, mostly 5."""
+    """How often each variant is timed, in turns. Not given: as the case says, mostly 5. Of a case whose rounds have
+    prompts of their own: the first so many."""
     out: str = FOLDER
     """Folder for the record (JSON)."""
     dirty: bool = False
@@ -107,6 +109,11 @@ def prepare(bench: Bench, options: list[Option], typed: dict[str, object]) -> Be
     source = locate(case.model, allow_pickle=config.allow_pickle)
     for variant in case.variants:
         refuse_unknown(source, case.call | variant.call)
+    first_prompts(source, case.prompts)
+    if 0 < case.prompts < (bench.rounds or 0):
+        raise ConfigError(
+            f"--rounds {bench.rounds}: case {case.name!r} has {case.prompts} prompts, one for each round."
+        )
     number, changed = commit()
     if changed and not (bench.dirty or bench.first_picture):
         raise ConfigError(f"--out {bench.out!r}: the source has changes since {number}; commit them, or give --dirty.")
@@ -164,7 +171,7 @@ def run(job: BenchJob) -> None:
     measuring = Run(
         job.case,
         load_model(job.case.model, job.config),
-        job.bench.rounds or job.case.rounds,
+        job.bench.rounds or job.case.prompts or job.case.rounds,
         job.config,
         job.bench.budget_s,
     )

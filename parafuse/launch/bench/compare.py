@@ -6,7 +6,7 @@ from parafuse.errors import ConfigError
 from parafuse.launch.bench.figures import Spread, figures_of
 from parafuse.launch.bench.record import Record
 
-SAME = ("call", "device", "dtype", "hardware", "ranks", "threads", "whole_steps", "link")
+SAME = ("call", "device", "dtype", "hardware", "ranks", "threads", "whole_steps", "link", "prompts")
 """What two records must have in common, beside their case."""
 
 

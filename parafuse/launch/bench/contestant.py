@@ -8,20 +8,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from parafuse.cache import cache_of
 from parafuse.config import Axis, Config
 from parafuse.engine.apply import DECODERS, DENOISERS, Handle, apply
+from parafuse.engine.caches.report import SKIPPED as LETTER
 from parafuse.engine.engine import Engine
 from parafuse.engine.stack import block_stack
 from parafuse.launch.bench import share
 from parafuse.launch.bench.case import CACHES, REPLICATED, Variant
 from parafuse.launch.bench.parts import PartClock
 from parafuse.launch.bench.peers import PEERS, watch_blocks
+from parafuse.launch.bench.record import CALLS, KEPT, RAN, SKIPPED
 
 Counts = dict[str, int]
-"""What shows that an option acted: graphs run, calls and bytes exchanged by axis, calls whose blocks were skipped."""
+"""What shows that an option acted: graphs run, calls and bytes exchanged by axis, calls whose blocks were skipped and
+bytes that a cache kept."""
 
 
 class Contestant:
@@ -39,13 +42,14 @@ class Contestant:
         if variant.share_of > 1:
             degrees = variant.config(variant.share_of).degrees(variant.share_of)
             self._handle = apply(pipeline, mesh=share.mesh_of(degrees, device.type, timeout_s))
-        elif variant.way == "parafuse" and (ranks > 1 or not dist.is_initialized()):
-            self._engine = Engine.from_pipeline(pipeline, Config(parallel=variant.config(ranks), timeout_s=timeout_s))
+        elif variant.way == "parafuse":
+            config = Config(parallel=variant.config(ranks), cache=variant.cache or None, timeout_s=timeout_s)
+            self._engine = Engine.from_pipeline(pipeline, config, alone=ranks == 1)
             self._handle, self.run = self._engine.handle, self._engine
         elif variant.way in PEERS:
             keep_apart(pipeline)
             watch_blocks(pipeline, self.count)
-            self.run = PEERS[variant.way](pipeline, ranks)
+            self.run = PEERS[variant.way](pipeline, ranks, variant.threshold)
         if variant.compile:
             self._compile(pipeline)
 
@@ -58,7 +62,17 @@ class Contestant:
             old = before.get(name)
             self.count(f"{name} calls", now.calls - (old.calls if old else 0))
             self.count(f"{name} bytes", now.bytes - (old.bytes if old else 0))
+        self._count_skips()
         return output
+
+    def _count_skips(self) -> None:
+        """What parafuse's own cache did in the request, by its receipt: the same on every rank."""
+        said = self._engine.receipt["cache"] if self._engine else {}
+        if said:
+            calls = calls_of(said)
+            self.count(CALLS, len(calls))
+            self.count(SKIPPED, sum(calls))
+            self.count(KEPT, sum(said["bytes"]))
 
     def count(self, name: str, number: int = 1) -> None:
         if number or name in self.counts:
@@ -70,8 +84,10 @@ class Contestant:
         found = [f"{axis}: no byte was exchanged" for axis in self.degrees if axis not in sent]
         if self.variant.compile and not self.counts.get("graphs run"):
             found.append("compile: no graph was run")
-        way, skipped = self.variant.way, self.counts.get("denoiser calls", 0)
-        skipped -= self.counts.get("calls that ran the last block", 0)
+        way, cache = self.variant.way, cache_of(self.variant.cache or None)
+        if cache is not None and not self.counts.get(SKIPPED) and getattr(cache, "threshold", None) != 0:
+            found.append(f"cache {cache.brief}: no call was skipped")
+        skipped = self.counts.get(CALLS, 0) - self.counts.get(RAN, 0)
         is_whole = self.ranks == 1 or way in REPLICATED
         if way in CACHES and is_whole and skipped <= 0:
             found.append(f"{way}: no block was skipped")
@@ -140,6 +156,12 @@ def keep_apart(pipeline: Any) -> None:
             one.__class__ = type(
                 kind.__name__, (kind,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
             )
+
+
+def calls_of(said: dict[str, Any]) -> list[bool]:
+    """Call by call whether all of its samples were skipped, of a receipt's "cache"."""
+    decisions = said.get("decisions", {})
+    return [set(samples) == {LETTER} for component in decisions.values() for samples in component]
 
 
 def call_of(keywords: dict[str, Any], seed: int) -> dict[str, Any]:

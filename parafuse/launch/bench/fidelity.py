@@ -19,6 +19,15 @@ from parafuse.errors import ConfigError, ModelError
 LPIPS_PIXELS = 31
 """Of each side: AlexNet's layers leave nothing of less."""
 Lpips = Callable[[Tensor, Tensor], float]
+OF_SEVERAL: dict[str, Callable[[list[float]], float]] = {
+    "psnr_db": lambda values: float(np.mean(values)),
+    "ssim": lambda values: float(np.mean(values)),
+    "worst_psnr_db": min,
+    "worst_ssim": min,
+    "largest_of_255": max,
+    "latent_error": max,
+}
+"""Figure -> what it is of several."""
 SAME_DB = 99.0
 """Stands for the infinite ratio of equal pictures, which JSON cannot hold."""
 
@@ -79,6 +88,12 @@ def compare(found: Tensor, want: Tensor) -> dict[str, float]:
         "worst_ssim": min(ssim),
         "largest_of_255": float((found - want).abs().max()) * 255,
     }
+
+
+def over_prompts(each: dict[str, list[float]]) -> dict[str, float]:
+    """One set of figures from those of each prompt: means, worst ones, and medians as `median_ssim`."""
+    made = {name: OF_SEVERAL[name](values) for name, values in each.items()}
+    return made | {f"median_{name}": float(np.median(each[name])) for name in ("psnr_db", "ssim") if name in each}
 
 
 def psnr_db(a: Tensor, b: Tensor) -> float:

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 from parafuse.launch.bench.case import CACHES, REPLICATED
-from parafuse.launch.bench.record import Record, Row
+from parafuse.launch.bench.record import CALLS, RAN, SKIPPED, Record, Row
 
 OVERLAP = ("gemm", "attention")
 
@@ -66,7 +66,7 @@ def figures_of(record: Record, row: Row) -> Figures | None:
     sharing = row.share_of * (1 if row.way in REPLICATED else row.ranks)
     moved = _bytes_of_a_rank(record, row, sharing)
     least = max(compute / sharing, moved / rates["bytes"]) + _wire_of_a_step(record, row)
-    alike = row.way not in CACHES  # a median of steps that skip and of steps that do not says nothing
+    alike = not is_cached(row)  # a median of steps that skip and of steps that do not says nothing
     median = step.median if step and alike else None
     return Figures(
         step_s=step,
@@ -79,6 +79,19 @@ def figures_of(record: Record, row: Row) -> Figures | None:
         bytes=moved / median if median else None,
         whole_s=_whole(record, step_s, total_s) if alike else None,
     )
+
+
+def is_cached(row: Row) -> bool:
+    """Whether it skips in some steps what it does in others."""
+    return bool(row.cache) or row.way in CACHES
+
+
+def skipped(row: Row) -> float | None:
+    """Share of the denoiser's calls that a cache skipped; None where they were not counted."""
+    calls = row.counts.get(CALLS)
+    if not calls:
+        return None
+    return row.counts.get(SKIPPED, 0.0) / calls if row.cache else 1 - row.counts.get(RAN, 0.0) / calls
 
 
 def _bytes_of_a_rank(record: Record, row: Row, sharing: int) -> float:

@@ -10,9 +10,10 @@ from torch import nn
 
 from parafuse.engine.apply import DENOISERS
 from parafuse.engine.stack import block_stack
+from parafuse.launch.bench.record import CALLS, RAN
 
-Switch = Callable[[Any, int], Any]
-"""(pipeline, ranks) -> what is called in its place."""
+Switch = Callable[[Any, int, float | None], Any]
+"""(pipeline, ranks, threshold of a cache or None for its default) -> what is called in its place."""
 
 
 def _denoisers(pipeline: Any) -> list[Any]:
@@ -20,7 +21,7 @@ def _denoisers(pipeline: Any) -> list[Any]:
     return [module for module in found if isinstance(module, nn.Module)]
 
 
-def diffusers_context_parallel(pipeline: Any, ranks: int) -> Any:
+def diffusers_context_parallel(pipeline: Any, ranks: int, threshold: float | None) -> Any:
     """https://huggingface.co/docs/diffusers/training/distributed_inference#context-parallelism"""
     from diffusers import ContextParallelConfig
 
@@ -29,24 +30,27 @@ def diffusers_context_parallel(pipeline: Any, ranks: int) -> Any:
     return pipeline
 
 
-def diffusers_first_block_cache(pipeline: Any, ranks: int) -> Any:
+def diffusers_first_block_cache(pipeline: Any, ranks: int, threshold: float | None) -> Any:
     """https://huggingface.co/docs/diffusers/optimization/cache"""
     from diffusers.hooks import FirstBlockCacheConfig
 
     for module in _denoisers(pipeline):
-        module.enable_cache(FirstBlockCacheConfig())
+        module.enable_cache(FirstBlockCacheConfig() if threshold is None else FirstBlockCacheConfig(threshold))
     return pipeline
 
 
-def cache_dit(pipeline: Any, ranks: int) -> Any:
+def cache_dit(pipeline: Any, ranks: int, threshold: float | None) -> Any:
     """https://github.com/vipshop/cache-dit"""
     import cache_dit as library  # pyright: ignore[reportMissingImports]
 
-    library.enable_cache(pipeline)
+    if threshold is None:
+        library.enable_cache(pipeline)
+    else:
+        library.enable_cache(pipeline, cache_config=library.DBCacheConfig(residual_diff_threshold=threshold))
     return pipeline
 
 
-def para_attn_context_parallel(pipeline: Any, ranks: int) -> Any:
+def para_attn_context_parallel(pipeline: Any, ranks: int, threshold: float | None) -> Any:
     """https://github.com/chengzeyi/ParaAttention"""
     from para_attn.context_parallel import init_context_parallel_mesh  # pyright: ignore[reportMissingImports]
     from para_attn.context_parallel.diffusers_adapters import parallelize_pipe  # pyright: ignore
@@ -55,15 +59,15 @@ def para_attn_context_parallel(pipeline: Any, ranks: int) -> Any:
     return pipeline
 
 
-def para_attn_first_block_cache(pipeline: Any, ranks: int) -> Any:
+def para_attn_first_block_cache(pipeline: Any, ranks: int, threshold: float | None) -> Any:
     """https://github.com/chengzeyi/ParaAttention"""
     from para_attn.first_block_cache.diffusers_adapters import apply_cache_on_pipe  # pyright: ignore
 
-    apply_cache_on_pipe(pipeline)
+    apply_cache_on_pipe(pipeline, **({} if threshold is None else {"residual_diff_threshold": threshold}))
     return pipeline
 
 
-def xfuser(pipeline: Any, ranks: int) -> Any:
+def xfuser(pipeline: Any, ranks: int, threshold: float | None) -> Any:
     """https://github.com/xdit-project/xDiT"""
     from xfuser import xDiTParallel, xFuserArgs  # pyright: ignore[reportMissingImports]
 
@@ -87,5 +91,5 @@ def watch_blocks(pipeline: Any, count: Callable[[str], None]) -> None:
     for module in _denoisers(pipeline):
         last = block_stack(module)[-1]
         inside = next(part for part in last.modules() if isinstance(part, nn.Linear))
-        module.register_forward_pre_hook(lambda *_: count("denoiser calls"))
-        inside.register_forward_pre_hook(lambda *_: count("calls that ran the last block"))
+        module.register_forward_pre_hook(lambda *_: count(CALLS))
+        inside.register_forward_pre_hook(lambda *_: count(RAN))

@@ -8,17 +8,19 @@ from typing import Any
 from parafuse.launch.bench.figures import Spread, figures_of
 from parafuse.launch.bench.record import Record
 from parafuse.launch.bench.tables import MODELLED, ranks_of
+from parafuse.launch.bench.trade import Trade, trades
 
 
 def plots(records: list[Record], folder: Path) -> list[Path]:
-    """`ladder`, `scaling` and `quality`, each as SVG and PNG, of what the records have."""
+    """`ladder`, `scaling`, `quality` and `caches`, each as SVG and PNG, of what the records have."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "parafuse"  # the same record, the same file
     made: list[Path] = []
-    for name, draw in (("ladder", _draw_ladder), ("scaling", _draw_scaling), ("quality", _draw_quality)):
-        figure = Figure(figsize=(7, 4), layout="constrained")
+    ways = {"ladder": _draw_ladder, "scaling": _draw_scaling, "quality": _draw_quality, "caches": _draw_caches}
+    for name, draw in ways.items():
+        figure = Figure(figsize=(9, 6) if name == "caches" else (7, 4), layout="constrained")
         if draw(figure.subplots(), records):
             for suffix in (".svg", ".png"):
                 path = folder / f"{name}{suffix}"
@@ -80,3 +82,33 @@ def _draw_quality(axes: Any, records: list[Record]) -> bool:
         xlabel="times as fast as the baseline", ylabel="PSNR of the worst picture, dB", title="Quality against speed"
     )
     return bool(points)
+
+
+def cache_lines(records: list[Record]) -> dict[str, list[Trade]]:
+    """Method -> its points in the order of their thresholds or intervals; of several records, with the case."""
+    lines: dict[str, list[Trade]] = {}
+    for record in records:
+        for one in trades(record):
+            name = f"{record.case}: {one.method}" if len(records) > 1 else one.method
+            lines.setdefault(name, []).append(one)
+    return {name: sorted(points, key=lambda one: one.number) for name, points in lines.items()}
+
+
+def _draw_caches(axes: Any, records: list[Record]) -> bool:
+    lines = cache_lines(records)
+    for number, (name, points) in enumerate(lines.items()):
+        color = f"C{number % 10}"
+        speeds = [one.speed.median for one in points]
+        axes.plot(speeds, [one.ssim for one in points], marker="o", color=color, label=name)
+        axes.plot(speeds, [one.worst_ssim for one in points], marker="x", linestyle=":", linewidth=0.8, color=color)
+        for one in points:
+            at = (one.speed.median, one.ssim)
+            axes.annotate(one.name, at, textcoords="offset points", xytext=(4, 4), fontsize=7)
+    if lines:
+        axes.legend(fontsize=8)
+        axes.set(
+            xlabel="times as fast as the baseline, by request",
+            ylabel="SSIM of the prompts: median (dots), worst (crosses)",
+            title="Caches: quality against speed",
+        )
+    return bool(lines)

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from parafuse.cache import cache_of
 from parafuse.config import Config
 from parafuse.engine.apply import DENOISERS, denoisers
 from parafuse.engine.engine import Engine
 from parafuse.engine.receipt import versions
 from parafuse.engine.request import check_call
-from parafuse.launch.bench.contestant import call_of, twin
+from parafuse.launch.bench.contestant import call_of, calls_of, twin
 from parafuse.launch.bench.fidelity import LPIPS_PIXELS, Lpips, compare, lacks_lpips, lpips_on, pictures, relative_error
 from parafuse.launch.bench.model import CALLBACK, Loaded
 from parafuse.launch.bench.record import commit, short_hardware, today
@@ -59,6 +60,10 @@ class Verdict:
     dirty: bool
     date: str
     hardware: str
+    cache: str = ""
+    """As its shortest text; empty: none, or a record of before there were caches."""
+    skipped: float | None = None
+    """Share of the calls that it skipped, over all prompts."""
     judged: list[Judged]
 
     @property
@@ -83,10 +88,12 @@ def judge(
     lpips = lpips_on("cpu") if rank == 0 and not lacks_lpips(LPIPS_PIXELS) else None
     judged: list[Judged] = []
     pairs: list[Any] = []
+    calls: list[bool] = []
     with Engine.from_pipeline(twin(loaded.pipeline), config) as engine:
         for number, prompt in enumerate(prompts):
             keywords = check_call(loaded.source, call | {"prompt": prompt})
             found, found_steps = _painted(engine, call_of(keywords, seed + number))
+            calls += calls_of(engine.receipt["cache"])
             if exact is not None:
                 want, want_steps = _painted(exact, call_of(keywords, seed + number))
                 errors = [relative_error(a, b) for a, b in zip(found_steps, want_steps, strict=True)]
@@ -111,6 +118,8 @@ def judge(
         dirty=dirty,
         date=today(),
         hardware=short_hardware(loaded.gpu, ranks),
+        cache=cache.brief if (cache := cache_of(config.cache)) else "",
+        skipped=sum(calls) / len(calls) if calls else None,
         judged=judged,
     )
     return verdict, pairs
@@ -170,12 +179,15 @@ def write(verdict: Verdict, pairs: list[Any], folder: Path) -> list[Path]:
 def markdown(verdict: Verdict) -> str:
     """A table of the set and of its worst prompts."""
     layout = ", ".join(f"{axis} {degree}" for axis, degree in verdict.degrees.items()) or "one rank"
+    if verdict.cache:
+        layout += f" and cache {verdict.cache}"
     figures = {name: [one.quality[name] for one in verdict.judged] for name in verdict.judged[0].quality}
     last = [one.step_errors[-1] for one in verdict.judged if one.step_errors]
+    said = f" The cache skipped {verdict.skipped * 100:.0f}% of the calls." if verdict.skipped is not None else ""
     lines = [
         f"# {verdict.model} with {layout} in {verdict.dtype} against one rank in {verdict.against}",
         "",
-        f"{len(verdict.judged)} prompts, seeds from {verdict.seed} on.",
+        f"{len(verdict.judged)} prompts, seeds from {verdict.seed} on.{said}",
         "",
         "| | median | worst |",
         "|---|---:|---:|",

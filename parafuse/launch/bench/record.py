@@ -16,6 +16,8 @@ from parafuse.hardware import cores
 
 SCHEMA = 1
 COMMIT_ENV = "PARAFUSE_COMMIT"
+CALLS, SKIPPED, RAN, KEPT = "denoiser calls", "skipped calls", "calls that ran the last block", "kept bytes"
+"""Counters of caches: of other engines' by what their last block did, of parafuse's by its receipt."""
 FOLDER = "benchmarks/results"
 """Where records go; new ones there are no change of the source."""
 
@@ -33,6 +35,10 @@ class Row:
     ranks: int
     degrees: dict[str, int] = field(default_factory=dict[str, int])
     compile: bool = False
+    cache: str = ""
+    """As its shortest text."""
+    threshold: float | None = None
+    """Of another engine's cache, where it is not its default one."""
     error: str = ""
     """Why there are no figures."""
     share_of: int = 1
@@ -56,7 +62,9 @@ class Row:
     shares: dict[str, float] = field(default_factory=dict[str, float])
     """Where the time of a step went."""
     quality: dict[str, float] = field(default_factory=dict[str, float])
-    """Its pictures against the baseline's."""
+    """Its pictures against the baseline's; over several prompts with their medians."""
+    quality_by_round: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    """The same of each prompt, where each round has one of its own."""
 
 
 @dataclass(kw_only=True)
@@ -91,6 +99,8 @@ class Record:
     """Of a request, as it was run; 0: not known."""
     whole_steps: int = 0
     """Above 0: requests of so many steps are extrapolated."""
+    prompts: list[str] = field(default_factory=list[str])
+    """Of the rounds, where each has one of its own; the seed goes on by one each time."""
     link: dict[str, float] = field(default_factory=dict[str, float])
     """The modelled wire of shares: bytes_per_s, latency_s."""
     starts_s: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])

@@ -16,6 +16,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from parafuse.cache import cache_of
 from parafuse.config import Config
 from parafuse.engine.apply import DENOISERS, denoisers
 from parafuse.engine.receipt import plain, versions
@@ -25,13 +26,14 @@ from parafuse.launch.bench import share
 from parafuse.launch.bench.case import PACKAGES, Case, Variant
 from parafuse.launch.bench.clock import Times, timed, wait
 from parafuse.launch.bench.contestant import Contestant, call_of
-from parafuse.launch.bench.fidelity import compare_outputs
+from parafuse.launch.bench.fidelity import compare_outputs, over_prompts
 from parafuse.launch.bench.files import write_file
 from parafuse.launch.bench.model import Loaded
 from parafuse.launch.bench.peers import PEERS
 from parafuse.launch.bench.profiled import shares
 from parafuse.launch.bench.record import NotAppliedError, Record, Row, commit, short_hardware, today
 from parafuse.launch.bench.work import Rates, Work, counted, rates
+from parafuse.launch.prompts import first_prompts
 from parafuse.log import note
 from parafuse.parallel.world import ensure_world, wait_for
 
@@ -53,6 +55,7 @@ class Entry:
     row: Row
     contestant: Contestant | None = None
     output: Any = None
+    """Of the first request; where rounds have prompts of their own, of the last one."""
     parts_s: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     """By round, on this rank."""
 
@@ -62,6 +65,8 @@ class Run:
 
     def __init__(self, case: Case, loaded: Loaded, rounds: int, config: Config, budget_s: float | None = None):
         self.case, self.loaded, self.rounds = case, loaded, rounds
+        self.prompts = first_prompts(loaded.source, case.prompts)[:rounds]
+        """One for each round; none: the case's own call in all of them."""
         self.deadline = math.inf if budget_s is None else time.monotonic() + budget_s - loaded.load_s
         self.timeout_s = config.timeout_s
         self._parts_done = 0
@@ -77,13 +82,7 @@ class Run:
         self.rank = dist.get_rank() if self.ranks > 1 else 0
         self.steps = 0
         """Of a request, as the pipeline called back."""
-        self.entries = [
-            Entry(
-                v,
-                Row(name=v.name, way=v.way, ranks=v.ranks(self.ranks), compile=v.compile, share_of=v.share_of),
-            )
-            for v in case.variants
-        ]
+        self.entries = [Entry(v, _row(v, self.ranks)) for v in case.variants]
 
     def measure(self, starts_s: dict[str, dict[str, float]], then: Callable[[Run], None] = lambda run: None) -> Record:
         """The record, the same on rank 0 alone as anywhere; others get one without figures of their own.
@@ -99,7 +98,9 @@ class Run:
                     if number >= FEWEST_ROUNDS and self._is_over():
                         break
                     for entry in alive[number % len(alive) :] + alive[: number % len(alive)]:
-                        self._time(entry)
+                        self._time(entry, number)
+                    if self.prompts:
+                        self._judge_all()
                 self._finish()
                 then(self)
             finally:
@@ -140,10 +141,15 @@ class Run:
     def _contestant(self, entry: Entry) -> Contestant:
         return Contestant(entry.variant, self.loaded.pipeline, entry.row.ranks, self.device, self.timeout_s)
 
-    def _call(self, entry: Entry | None) -> dict[str, Any]:
-        """With the model's defaults; of a variant, with its own keywords."""
-        keywords = check_call(self.loaded.source, self.case.call | (entry.variant.call if entry else {}))
-        return call_of(keywords, self.case.seed)
+    def _keywords(self, entry: Entry | None, number: int = 0) -> dict[str, Any]:
+        """Of the call in a round; of a variant, with its own."""
+        prompt = {"prompt": self.prompts[number]} if self.prompts else {}
+        return self.case.call | prompt | (entry.variant.call if entry else {})
+
+    def _call(self, entry: Entry | None, number: int = 0) -> dict[str, Any]:
+        """With the model's defaults and the round's noise."""
+        keywords = check_call(self.loaded.source, self._keywords(entry, number))
+        return call_of(keywords, self.case.seed + (number if self.prompts else 0))
 
     def _may_fail(self, entry: Entry) -> bool:
         """Another engine's failure is a row, as is one that the case allows; ours is no record."""
@@ -198,7 +204,7 @@ class Run:
         work, speeds = Work(), Rates(1.0, 1.0, 1.0)
         if self.rank == 0:
             modules = [module for _, module in denoisers(self.loaded.pipeline, DENOISERS)]
-            call = call_of(check_call(self.loaded.source, self.case.call | {"num_inference_steps": 1}), 0)
+            call = call_of(check_call(self.loaded.source, self._keywords(None) | {"num_inference_steps": 1}), 0)
             with counted(modules) as work:
                 self.loaded.pipeline(**call)
             speeds = rates(self.device, self.loaded.dtype)
@@ -224,7 +230,7 @@ class Run:
             return
         self._guarded(entry, begin)
 
-    def _time(self, entry: Entry) -> None:
+    def _time(self, entry: Entry, number: int) -> None:
         def once() -> tuple[Times, int]:
             if entry.contestant is None:
                 raise RuntimeError("nothing to time")
@@ -233,13 +239,15 @@ class Run:
             parts = entry.contestant.parts
             output, times = timed(
                 entry.contestant.paint,
-                self._call(entry),
+                self._call(entry, number),
                 self.device,
                 steps=self.loaded.calls_back,
                 first_step=lambda: parts.first_step,
             )
             entry.parts_s.append(parts.seconds() | (write_file(output) if self.rank == 0 else {}))
             self.steps = times.number
+            if self.prompts:
+                entry.output = output
             return times, self._memory()
 
         found = [x for x in self._together(self._guarded(entry, once)) if x is not None]
@@ -258,7 +266,7 @@ class Run:
 
     def _finish(self) -> None:
         """Counters, profiles and pictures, and whether every option did what it was asked for. Collective."""
-        baseline = next(entry for entry in self.entries if entry.variant.name == self.case.baseline)
+        baseline = self._baseline
         missing: list[str] = []
         for entry in [entry for entry in self.entries if not entry.row.error]:
             idle = self._guarded(entry, lambda entry=entry: self._look_back(entry))
@@ -267,7 +275,7 @@ class Run:
                 self._fail(entry, f"did not act: {'; '.join(everyone)}")  # it has no figures to show
             elif everyone:
                 missing += [f"{entry.variant.name}: {why}" for why in everyone]
-            elif entry is not baseline and entry.row.share_of == 1:
+            elif entry is not baseline and entry.row.share_of == 1 and not self.prompts:
                 self._guarded(entry, lambda entry=entry: self._judge(entry, baseline))
         if missing:
             raise NotAppliedError(f"nothing is recorded, since what was asked for did not act: {'; '.join(missing)}")
@@ -288,9 +296,22 @@ class Run:
         entry.row.degrees = entry.contestant.degrees
         return entry.contestant.missing(exchanges)
 
+    @property
+    def _baseline(self) -> Entry:
+        return next(entry for entry in self.entries if entry.variant.name == self.case.baseline)
+
     def _judge(self, entry: Entry, baseline: Entry) -> None:
         if self.rank == 0:
             entry.row.quality = compare_outputs(entry.output, baseline.output, self._call(entry))
+
+    def _judge_all(self) -> None:
+        """The pictures of a round that has a prompt of its own, together with those of earlier ones. Collective."""
+        baseline = self._baseline
+        for entry in [entry for entry in self.entries if entry is not baseline and not entry.row.error]:
+            self._guarded(entry, lambda entry=entry: self._judge(entry, baseline))
+            for name, value in entry.row.quality.items():
+                entry.row.quality_by_round.setdefault(name, []).append(value)
+            entry.row.quality = over_prompts(entry.row.quality_by_round)
 
     def _profile(self, entry: Entry) -> tuple[dict[str, float], int]:
         if entry.contestant is None:
@@ -310,12 +331,13 @@ class Run:
     def _record(self, work: Work, speeds: Rates, starts_s: dict[str, dict[str, float]]) -> Record:
         machine = asdict(hardware())
         number, dirty = commit()
+        own = ("generator", "prompt") if self.prompts else ("generator",)
         return Record(
             theme=self.case.theme,
             case=self.case.name,
             model=self.case.model,
             baseline=self.case.baseline,
-            call={name: value for name, value in plain(self._call(None)).items() if name != "generator"},
+            call={name: value for name, value in plain(self._call(None)).items() if name not in own},
             hardware=short_hardware(self.loaded.gpu, self.ranks),
             machine=machine,
             versions=versions() | self._versions_of_others(),
@@ -331,7 +353,22 @@ class Run:
             load_s=self.loaded.load_s,
             steps=self.steps,
             whole_steps=self.case.whole_steps,
+            prompts=list(self.prompts[: len(self._baseline.row.total_s)]),
             link=asdict(self.link) if self.case.largest_share > 1 else {},
             starts_s=starts_s,
             rows=[entry.row for entry in self.entries],
         )
+
+
+def _row(variant: Variant, there: int) -> Row:
+    """Without figures yet."""
+    cache = cache_of(variant.cache or None)
+    return Row(
+        name=variant.name,
+        way=variant.way,
+        ranks=variant.ranks(there),
+        compile=variant.compile,
+        cache=cache.brief if cache else "",
+        threshold=variant.threshold,
+        share_of=variant.share_of,
+    )

@@ -46,6 +46,7 @@ def conditions(record: Record) -> list[str]:
         f"{ranks} of {threads}, {record.dtype} on {record.device} ({device})",
         f"commit {record.commit}{changed}, {record.date}; the pipeline was on its device after {record.load_s:.1f} s",
         f"call: {', '.join(f'{name}={value!r}' for name, value in record.call.items())}",
+        *([f"{len(record.prompts)} prompts, one for each round, seeds one after another"] if record.prompts else []),
         f"versions: {', '.join(f'{name} {version}' for name, version in record.versions.items())}",
     ]
 

@@ -77,18 +77,19 @@ class Branches:
         """Numbers that a call may still get."""
         return set(self._numbers.values())
 
-    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any], hint: str = "") -> int:
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """The branch of a call. Calls of one number are of one branch; one branch may have several numbers in the
-        first steps. `hint`: a name that the pipeline itself gives the branch, which can only tell more apart."""
+        first steps."""
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
         latents = self._given_latents(arguments.pop(self._parameters[0], None))
-        leaves = {keystr(path): leaf for path, leaf in tree_flatten_with_path(arguments)[0]} | {"hint": hint}
-        is_same_step = bool(self._last) and self._are_same(latents, self._latents)
+        leaves = {keystr(path): leaf for path, leaf in tree_flatten_with_path(arguments)[0]}
+        is_first = not self._numbers
+        is_same_step = not is_first and self._are_same(latents, self._latents)
         self._calls = self._calls + 1 if is_same_step else 0
         if is_same_step:
             self._tell_apart(leaves)
         given = {name: self._given(name, leaf) for name, leaf in leaves.items()}
-        if self._last and not self._are_same(latents, self._latents):
+        if not is_first and not is_same_step:
             self._next_step(given)
         for name, one in given.items():
             self._known.setdefault(name, set()).add(one.content)

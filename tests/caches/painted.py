@@ -16,6 +16,17 @@ STEPS = 8
 EVERY_STEP: dict[str, Any] = dict(warmup_steps=0, final_steps=0)
 
 
+class Stopped(Exception):
+    """A user's own reason to end a run."""
+
+
+def stop_at_4(pipeline: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """A callback that ends a run in its fifth step."""
+    if step == 4:
+        raise Stopped
+    return values
+
+
 def painted(
     name: str, cache: parafuse.Cache | None, degrees: dict[str, int] | None = None, prompts: int = 1, **call: Any
 ) -> tuple[list[Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ from parafuse.cache import METHODS, PartCache, StackCache
 from parafuse.launch.options import field_docs
 from tests.caches.cells import Cell
 from tests.caches.methods import TEXTS
+from tests.zoo.collect import cases
 
 DOCS = Path(__file__).parents[2] / "docs"
 RECORD, PAGE, METHODS_PAGE = DOCS / "cache-support.json", DOCS / "cache-support.md", DOCS / "caches.md"
@@ -74,7 +75,12 @@ def page(record: Record) -> str:
     main = sum(name in right for name in classes)
     head = [f"| class | {' | '.join(columns)} | again |", f"|---{'|---' * len(columns)}|---:|"]
     lines = [INTRODUCTION + f"In all: {main} of {len(classes)} classes are exact in all layouts.", "", *head, *rows, ""]
+    missing = sorted({name.partition(":")[0] for name in cases()} - classes)
+    if missing:
+        lines += [f"Not measured yet: {', '.join(missing)}.", ""]
     lines += ["## The other methods", "", METHODS_INTRODUCTION]
+    if len(record.methods) < len(TEXTS):
+        lines += [f"Not measured yet: {', '.join(name for name in TEXTS if name not in record.methods)}.", ""]
     lines += ["| method | pipeline | cfg 2 | Ulysses 2 | skipped |", "|---|---|---|---|---:|"]
     for method in TEXTS:
         for name, row in record.methods.get(method, {}).items():

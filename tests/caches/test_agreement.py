@@ -15,7 +15,7 @@ from parafuse.cache import FirstBlockCache
 from parafuse.engine.caches.skipping import StackSkipping
 from parafuse.engine.verify import relative_error
 from parafuse.errors import ConfigError
-from tests.caches.painted import EVERY_STEP, painted, parting
+from tests.caches.painted import EVERY_STEP, Stopped, painted, parting, stop_at_4
 from tests.dist.ranks import run_ranks
 from tests.guided.cells import seeded, tensors
 from tests.guided.collect import cases
@@ -174,16 +174,6 @@ def diffusers_cache() -> Any:
     from diffusers.hooks import FirstBlockCacheConfig
 
     return FirstBlockCacheConfig()
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_at_4(pipeline: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
-    if step == 4:
-        raise Stopped
-    return values
 
 
 @pytest.mark.parametrize("forgets", [True, False])

@@ -16,21 +16,11 @@ from parafuse.engine.caches.report import report
 from parafuse.engine.verify import relative_error
 from parafuse.errors import ConfigError, RankError, UnsupportedError
 from parafuse.parallel.branches import Branches
-from tests.caches.painted import EVERY_STEP
+from tests.caches.painted import EVERY_STEP, Stopped, stop_at_4
 from tests.guided.cells import seeded, tensors
 from tests.guided.collect import cases
 
 ALWAYS = parafuse.Config(cache=FirstBlockCache(1e9, **EVERY_STEP))
-
-
-class Stopped(Exception):
-    pass
-
-
-def stopping(pipeline: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
-    if step == 4:
-        raise Stopped
-    return values
 
 
 def given(name: str = "FLUX.1", steps: int = 6) -> dict[str, Any]:
@@ -42,7 +32,7 @@ def test_a_scheduler_that_is_replaced_after_a_run_was_stopped_starts_anew() -> N
     with parafuse.apply(pipeline, ALWAYS) as handle:
         want = tensors(pipeline(**given()))
         with pytest.raises(Stopped):
-            pipeline(**given(), callback_on_step_end=stopping)
+            pipeline(**given(), callback_on_step_end=stop_at_4)
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         assert relative_error(tensors(pipeline(**given())), want) == 0
         (caching,) = handle.skipping.values()

@@ -113,15 +113,6 @@ def test_a_step_may_call_twice_at_one_time() -> None:
     assert len(set(numbers[3])) == 2
 
 
-def test_a_hint_tells_apart_what_arguments_do_not() -> None:
-    run = Run()
-    for _ in range(3):
-        run("p")
-    latents, when = torch.zeros(1, 2), torch.tensor([7.0])
-    found = [run.branches.of((latents, when), {"words": TEXT["p"]}, hint) for hint in ("cond", "uncond", "cond")]
-    assert found[0] == found[2] != found[1]
-
-
 def test_an_argument_that_was_left_out_counts_again_where_calls_differ_in_it() -> None:
     """A prompt that changes at every step looks like a matter of the step, until guidance starts."""
     run = Run()

@@ -4,6 +4,7 @@ call, and decisions on record."""
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,7 @@ Replay = Callable[[int, int], bool]
 """(number of the call, place of the sample) -> whether it is to be skipped."""
 
 
-class Caching:
+class Caching(ABC):
     """The base of all caches. `install` after what splits calls or compiles blocks, before what shares whole calls."""
 
     def __init__(self, root: nn.Module, clock: Clock, context: CallContext):
@@ -55,9 +56,9 @@ class Caching:
         if self.forget in self.clock.on_start:
             self.clock.on_start.remove(self.forget)
 
+    @abstractmethod
     def _root(self, original: Forward) -> Forward:
         """What stands for the denoiser's forward."""
-        raise NotImplementedError
 
     @contextmanager
     def request(self) -> Iterator[Memory]:

@@ -92,7 +92,7 @@ def rule_of(cache: Cache, curves: Curves | None = None) -> Rule:
         return Interval(cache.every, cache.warmup_steps)
     if isinstance(cache, MaskCache):
         return Mask(cache.steps)
-    raise NotImplementedError(type(cache).__name__)
+    raise TypeError(f"{type(cache).__name__}: has no rule; a new cache needs one here")
 
 
 def curves_for(cache: Cache, name: str, module: nn.Module) -> Curves | None:

@@ -90,7 +90,7 @@ def schedule_of(cache: Cache) -> Schedule:
     elif isinstance(cache, FasterCache):
         every, weight = {SELF: cache.every, TEMPORAL: cache.every}, cache.weight
     if not isinstance(cache, PartCache) or not every:
-        raise NotImplementedError(type(cache).__name__)
+        raise TypeError(f"{type(cache).__name__}: has no schedule; a new cache needs one here")
     return Intervals(every, cache.warmup_steps, cache.final_steps, weight)
 
 

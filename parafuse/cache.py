@@ -321,8 +321,10 @@ class TGateCache(Cache):
 
 @dataclass(frozen=True)
 class FasterCache(PartCache):
-    """Computes attention every n-th step only, and goes on along its last two outputs in between (Lv et al. 2024,
-    arXiv:2410.19355). Of the method's two halves this is the one within a branch: each branch is computed."""
+    """Computes attention every n-th step only, and goes on along its last two outputs in between; computes all branches
+    of guidance every m-th step only, and in between makes the others from one of them (Lv et al. 2024,
+    arXiv:2410.19355). That one is the first that is called in a step, or the last of those stacked in a batch: in
+    diffusers' pipelines mostly the conditional one."""
 
     method: ClassVar[str] = "fastercache"
 
@@ -331,11 +333,19 @@ class FasterCache(PartCache):
     weight: float = dataclasses.field(default=1.0, kw_only=True)
     """Of the difference between the last two outputs, at the end: it rises from 0 with the steps (arXiv:2410.19355).
     Where the number of steps is not known (a bare model) it is half of this throughout."""
+    unconditional: int = dataclasses.field(default=5, kw_only=True)
+    """All branches of guidance, and their attention, are computed in one step of so many; 1: in all
+    (arXiv:2410.19355)."""
+    frequency_weight: float = dataclasses.field(default=0.1, kw_only=True)
+    """Low frequencies of the difference between branches count for 1 + this in the first half of the steps, high ones
+    in the second; where the result has height and width, not tokens (arXiv:2410.19355)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("every", least=1)
-        self._check("weight", least=0, whole=False)
+        for name in ("every", "unconditional"):
+            self._check(name, least=1)
+        for name in ("weight", "frequency_weight"):
+            self._check(name, least=0, whole=False)
 
 
 @dataclass(frozen=True)

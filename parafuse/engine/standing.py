@@ -15,6 +15,7 @@ from parafuse.engine.caches.caching import Caching, CallWatch
 from parafuse.engine.caches.choose import curves_for, rule_of
 from parafuse.engine.caches.clock import Clock
 from parafuse.engine.caches.hosts import hosts_of
+from parafuse.engine.caches.other_branches import OtherBranches
 from parafuse.engine.caches.parts import PartReuse
 from parafuse.engine.caches.skipping import StackSkipping
 from parafuse.engine.caches.token_merging import Merging
@@ -26,6 +27,7 @@ from parafuse.parallel.compiled import CompiledUnits, CompiledWhole
 from parafuse.parallel.data import DataParallel
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
 from parafuse.parallel.hooks import guard
+from parafuse.parallel.leading_rows import LeadingRows
 from parafuse.parallel.led import Led
 from parafuse.parallel.mesh import Mesh, hold, release
 from parafuse.parallel.sequence import SequenceParallel
@@ -69,12 +71,7 @@ class Standing:
         if isinstance(self.cache, StackCache) and self.cache.branches == JOINT:
             context.led = Led(self.mesh.group_name(Axis.CFG))
         parts = self._parts(clock, context)
-        if is_forward and self.mesh.sequence_degree > 1:
-            prober = parts.without(derive) if parts else derive
-            self.sequence = SequenceParallel(self.module, block_stack(self.module), self.mesh, prober, parts)
-        elif is_forward and self.cache is None:
-            self._put_on(CompiledWhole(self.module))
-        self._put_on(self.sequence)
+        self._share_tokens(parts)
         if parts is not None:
             if self.sequence is None:
                 self._put_on(CompiledUnits(list(parts.hosts)))
@@ -91,15 +88,31 @@ class Standing:
                 self.module, skeleton, self.cache, rule, clock=clock, context=context, group=self.mesh.sequence
             )
         self._put_on(self.skipping)
+        if _makes_branches(parts):
+            self._put_on(LeadingRows(self.module, context))
         if degree(Axis.DATA) > 1:
             self.data = DataParallel(self.module, self.mesh, self.method, context=context)
             self._put_on(self.data)
         if degree(Axis.CFG) > 1 and is_forward:
             self.guidance = GuidanceParallel(self.module, self.mesh, rounds, context=context)
             self._put_on(self.guidance)
+        self._watch(parts)
+        self._sign()
+
+    def _watch(self, parts: PartReuse | None) -> None:
+        """What every rank passes with every call."""
+        if parts is not None and _makes_branches(parts):
+            self._put_on(OtherBranches(parts))
         if self.skipping is not None:
             self._put_on(CallWatch(self.skipping))
-        self._sign()
+
+    def _share_tokens(self, parts: PartReuse | None) -> None:
+        if self.method == "forward" and self.mesh.sequence_degree > 1:
+            prober = parts.without(derive) if parts else derive
+            self.sequence = SequenceParallel(self.module, block_stack(self.module), self.mesh, prober, parts)
+        elif self.method == "forward" and self.cache is None:
+            self._put_on(CompiledWhole(self.module))
+        self._put_on(self.sequence)
 
     def _parts(self, clock: Clock, context: CallContext) -> PartReuse | None:
         """What reuses parts of blocks; made before anything stands on these."""
@@ -153,6 +166,10 @@ class Standing:
         if self.cache is not None:
             found.append(f"cache {self.cache} on {name}")
         return found
+
+
+def _makes_branches(parts: PartReuse | None) -> bool:
+    return parts is not None and parts.schedule.every_branch > 1
 
 
 def standing_on(module: nn.Module, method: str) -> Standing | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from parafuse.parallel.hooks import Forward
 from parafuse.parallel.layout import head_range
 from parafuse.parallel.lent import Left, Lent, take
 
-STACKS = (1, 2, 3)
 MAX_ERROR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Of a batch that was cut against the whole one; a batch that is mixed is far above."""
 TRIES = 3
@@ -56,6 +55,8 @@ class Cut:
 class BatchCut:
     """Cuts the calls of one module between the ranks of a group. Collective on the group, once a call is known."""
 
+    STACKS: ClassVar[tuple[int, ...]] = (1, 2, 3)
+
     def __init__(self, module: nn.Module, degree: int, rank: int, group: str, context: CallContext | None = None):
         self.module, self.degree, self.rank, self.group = module, degree, rank, group
         self.context = context or CallContext()
@@ -70,6 +71,10 @@ class BatchCut:
         """Whether such a call can be cut, or has not been tried enough."""
         cut = self._cuts.get(_key(args, kwargs, rows(samples)), 0)
         return isinstance(cut, Cut) or cut < TRIES
+
+    def knows(self, args: Any, kwargs: Any, samples: Any) -> bool:
+        """Whether it is known how to cut such a call."""
+        return isinstance(self._cuts.get(_key(args, kwargs, rows(samples))), Cut)
 
     def __call__(self, original: Forward, args: Any, kwargs: Any, samples: Any) -> tuple[bool, Any]:
         """(whether the batch was cut, result). The first call of a structure is computed whole."""
@@ -119,20 +124,30 @@ class BatchCut:
 
     def _range(self, batch: int) -> tuple[int, int]:
         """The samples that this rank computes; a rank that is left over does the last one again."""
-        first, last = head_range(batch, self.degree, self.rank)
+        first, last = self._ranges(batch)[self.rank]
         return (first, last) if last > first else (batch - 1, batch)
+
+    def _ranges(self, batch: int) -> list[tuple[int, int]]:
+        """The samples of each part."""
+        return [head_range(batch, self.degree, rank) for rank in range(self.degree)]
+
+    def _everyones(
+        self, mine: list[Tensor], shapes: list[list[Tensor]], call: _Call, cut: Cut, error: Exception | None
+    ) -> list[list[Tensor]]:
+        """The samples of all parts, by part. Collective on the group."""
+        return exchange(mine, shapes, call.device, self.group, error)
 
     def _join(self, call: _Call, cut: Cut, part: Any, error: Exception | None = None) -> Any:
         """The whole result from every rank's part. Collective on the group."""
         samples = call.batch // cut.stacks
-        counts = [last - first for first, last in (head_range(samples, self.degree, r) for r in range(self.degree))]
+        counts = [last - first for first, last in self._ranges(samples)]
         own = len(range(*self._range(samples)))
         leaves, spec = call.flat(part, own) if error is None else ([], None)
         cut_leaves = [(i, like) for i, like in enumerate(cut.results) if like is not None]
         shapes = [[like for _, like in cut_leaves for _ in range(count)] for count in counts]
         mine = [x for i, _ in cut_leaves if error is None for x in _samples(leaves[i], own, cut)[: counts[self.rank]]]
         out: dict[int, list[Tensor]] = {i: [] for i, _ in cut_leaves}
-        everyone = exchange(mine, shapes, call.device, self.group, error)
+        everyone = self._everyones(mine, shapes, call, cut, error)
         for count, tensors in zip(counts, everyone, strict=True):
             for number, (i, _) in enumerate(cut_leaves):
                 out[i] += tensors[number * count : (number + 1) * count]
@@ -155,7 +170,7 @@ class BatchCut:
                 if is_out_of_memory(error):
                     raise
                 continue
-            found = (self._first_that_holds(trial, dims, want, stacks) for stacks in STACKS)
+            found = (self._first_that_holds(trial, dims, want, stacks) for stacks in self.STACKS)
             return next((cut for cut in found if cut is not None), None)
         return None
 

@@ -71,6 +71,8 @@ class Branches:
         """On the latents at hand."""
         self.places: dict[int, int] = {}
         """Number of a branch -> its place among the calls of the step in which it came first."""
+        self.leading = 0
+        """Number of the branch that was the first one on the latents at hand."""
 
     @property
     def alive(self) -> set[int]:
@@ -99,6 +101,8 @@ class Branches:
             self._numbers[key] = self._count
             self.places[self._count] = self._calls
             self._count += 1
+        if self._calls == 0:
+            self.leading = self._numbers[key]
         return self._numbers[key]
 
     def _tell_apart(self, leaves: dict[str, Any]) -> None:

@@ -27,12 +27,24 @@ class CallContext:
     """Branch -> the rank of the `cfg` axis that makes its calls, where it must be the same in all steps."""
     leads: bool = True
     """It is the first call of its step."""
+    follows: bool = False
+    """It is on the same latents as the call before, and of another branch than the first one on these."""
     led: Led | None = None
     """What the first call of the step decided, where the others follow it."""
+    leading: tuple[int, ...] | None = None
+    """The samples, as places in the whole batch, of the branch from which others may be made in some steps; None: no
+    branch is ever made from another."""
+    is_whole: bool = True
+    """All branches are computed in this step."""
     groups: tuple[str, ...] = ()
     """Groups whose ranks make parts of this very call."""
     batch: int | None = None
     """Rows of the whole batch, where only some are at hand."""
+
+    @property
+    def leads_only(self) -> bool:
+        """Whether the branches of this step but one are made from that one."""
+        return self.leading is not None and not self.is_whole
 
     def owner(self, busy: list[int], degree: int) -> int:
         """The rank that makes a call: by its place in the step, where `busy` ranks make those before it. Where branches
@@ -55,11 +67,11 @@ class CallContext:
 
     @contextmanager
     def part(self, group: str, batch: int, first: int, last: int, stacks: int = 1) -> Iterator[None]:
-        """Around a call with samples [first, last) of a batch, of each stack; ranks of `group` make the rest."""
+        """Around a call with samples [first, last) of a batch, of each stack; ranks of a `group` make the rest."""
         before, each = (self.rows, self.groups, self.batch), batch // stacks
         whole = self.rows if self.rows is not None else tuple(range(batch))
         self.rows = tuple(whole[stack * each + i] for stack in range(stacks) for i in range(first, last))
-        self.groups, self.batch = (*self.groups, group), self.batch or batch
+        self.groups, self.batch = (*self.groups, group) if group else self.groups, self.batch or batch
         try:
             yield
         finally:

@@ -41,6 +41,8 @@ class Branch:
     owner: int
     """The rank that computes it."""
     batch: int = 1
+    is_whole: bool = True
+    """Other branches of its step are called too, if there are any."""
     values: list[Tensor] = field(default_factory=list[Tensor])
     error: Exception | None = None
 
@@ -153,7 +155,8 @@ class GuidanceParallel(OnModule):
         here = self.rounds.current
         number = len(here.branches)
         owner = self._context.owner([other.owner for other in here.branches], self.degree)
-        branch = Branch([x for x in known.leaves if isinstance(x, Tensor)], owner, batch)
+        shapes, is_whole = [x for x in known.leaves if isinstance(x, Tensor)], not self._context.leads_only
+        branch = Branch(shapes, owner, batch, is_whole)
         here.branches.append(branch)
         device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))
         led = self._context.led if self._context.leads else None
@@ -231,8 +234,10 @@ class GuidanceParallel(OnModule):
         """One exchange that brings every branch of a round to all ranks. Collective on the group."""
         here.is_settled = True
         self.seen["together" if len(here.branches) > 1 else "alone"] += 1
-        if len(here.branches) == 1 and not self.rounds.by_all and here.branches[0].batch >= max(2, self._fewest):
-            self._one_call.add(here.branches[0].batch)
+        first = here.branches[0]
+        is_all = len(here.branches) == 1 and first.is_whole and not self.rounds.by_all
+        if is_all and first.batch >= max(2, self._fewest):
+            self._one_call.add(first.batch)
         self.rounds.by_all = 0
         owned = [[branch for branch in here.branches if branch.owner == rank] for rank in range(self.degree)]
         shapes = [[x for branch in branches for x in branch.shapes] for branches in owned]

@@ -50,6 +50,8 @@ class Cell:
     refused: str = ""
     failed: str = ""
     rounding: str = ""
+    decides: bool = True
+    """Whether the method leaves anything out of some calls only; else it does the same in all."""
 
     @property
     def faults(self) -> list[str]:
@@ -58,7 +60,7 @@ class Cell:
         limit = ROUNDED if self.rounding else EXACT
         wrong = [f"differs by {error:.1e}" for error in (self.error, self.again) if not error <= limit]
         wrong += [] if self.same else ["decides otherwise than one rank"]
-        wrong += [] if 0 < self.skipped < self.of else [f"skips {self.skipped} of {self.of}"]
+        wrong += [] if 0 < self.skipped < self.of or not self.decides else [f"skips {self.skipped} of {self.of}"]
         return wrong + ([f"makes {self.later} graphs after the first skip"] if self.later else [])
 
 
@@ -73,8 +75,9 @@ def parting_cache(name: str) -> FirstBlockCache:
     with _applied(model, FirstBlockCache(0.0, **EVERY_STEP)) as handle, handle.request() as memories:
         run(model, calls(cases()[name]))
         (memory,) = memories.values()
-    changes = sorted(x.change for samples in memory.decisions.values() for x in samples.values() if x.change)
-    if len(changes) < 2:
+    levels = [x.change for samples in memory.decisions.values() for x in samples.values()]
+    changes = sorted(x for x in levels if x)
+    if levels and all(x is None for x in levels):
         raise NeverSkippedError("writes into what it is given (keys for later calls), so no call of it is left out")
     low, high = max(pairwise(changes), key=lambda pair: pair[1] / pair[0])
     return FirstBlockCache(float(f"{(low * high) ** 0.5:.3g}"), **EVERY_STEP)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from parafuse.cache import METHODS, PartCache, StackCache
 from parafuse.launch.options import field_docs
-from tests.caches.cells import Cell
+from tests.caches.cells import COMPILED, LAYOUTS, Cell
 from tests.caches.methods import TEXTS
 from tests.zoo.collect import cases
 
@@ -62,15 +62,15 @@ def write_record(record: Record) -> None:
 
 def page(record: Record) -> str:
     notes: list[str] = []
-    columns = list(next(iter(record.first_block.values()), {}))
+    columns = (*LAYOUTS, COMPILED)
     rows = [
-        f"| {name} | {' | '.join(_shown(cell, notes) for cell in row.values())} | {_again(row)} |"
+        f"| {name} | {' | '.join(_shown(row[column], notes) for column in columns)} | {_again(row)} |"
         for name, row in sorted(record.first_block.items())
     ]
     classes = {name.partition(":")[0] for name in record.first_block}
     right = {
         name for name, row in record.first_block.items()
-        if not any(cell.faults or (cell.refused and c in columns[:-1]) for c, cell in row.items())
+        if not any(cell.faults or (cell.refused and column in LAYOUTS) for column, cell in row.items())
     }  # fmt: skip
     main = sum(name in right for name in classes)
     head = [f"| class | {' | '.join(columns)} | again |", f"|---{'|---' * len(columns)}|---:|"]
@@ -86,7 +86,8 @@ def page(record: Record) -> str:
         for name, row in record.methods.get(method, {}).items():
             cells = [_shown(row[c], notes) if c in row else "not split" for c in ("cfg 2", "Ulysses 2")]
             some = next(iter(row.values()))
-            lines.append(f"| {method} | {name} | {cells[0]} | {cells[1]} | {some.skipped} of {some.of} |")
+            skipped = f"{some.skipped} of {some.of}" if some.decides else "in every call"
+            lines.append(f"| {method} | {name} | {cells[0]} | {cells[1]} | {skipped} |")
     lines += ["", *(f"[{number}] {note}  " for number, note in enumerate(notes, 1))]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -124,7 +124,7 @@ class Parity:
     """Branches told by counting calls, two to a step."""
 
     def __init__(self) -> None:
-        self.count = self.steps = 0
+        self.count = self.steps = self.leading = 0
         self.places = [0, 1]
         self.alive = {0, 1}
 

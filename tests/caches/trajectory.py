@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -21,8 +22,12 @@ def calls(case: Case) -> list[Inputs]:
     name = next(iter(first))
 
     def between(a: Any, b: Any, place: float) -> Any:
-        is_sample = isinstance(a, Tensor) and a.is_floating_point()
-        return a.lerp(b, place) if is_sample else a
+        if not isinstance(a, Tensor) or a.dtype == torch.bool:
+            return a
+        if a.is_floating_point():
+            return a.lerp(b, place)
+        share = torch.linspace(0, 1, a[0].numel()).view(a.shape[1:])  # so many of its classes are the other's
+        return torch.where(share < place, b, a)
 
     return [
         first | {name: tree_map(lambda a, b, place=place: between(a, b, place), first[name], other[name])}

@@ -68,7 +68,7 @@ class Caching(ABC):
         try:
             yield self.memory
         finally:
-            self.memory.branches.clear()
+            self.memory.drop()
             self.memory, self._in_request, self.context.owners = before
 
     def forget(self) -> None:
@@ -78,7 +78,8 @@ class Caching(ABC):
         if self.context.led is not None:
             self.context.led.forget()
         if self._in_request:
-            kept.told, kept.branches, kept.numbers = self.memory.told, {}, {}
+            kept.drop()
+            kept.told, kept.numbers = self.memory.told, {}
             self.memory = kept
 
     def forget_if_changed(self) -> None:
@@ -95,7 +96,7 @@ class Caching(ABC):
 
     def renew(self) -> None:
         """Looks anew at a module that was changed."""
-        self.memory.branches.clear()
+        self.memory.drop()
 
     def rows_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
         """The samples of a call, as places in the whole batch."""
@@ -136,7 +137,7 @@ class CallWatch:
                 clock.step = memory.told.steps  # it steps copies of its scheduler
             context.leads = memory.at((clock.loops, clock.step))
             context.branch, context.number = memory.branch(number), len(memory.calls)
-            context.place = memory.told.places[number]
+            context.place, context.follows = memory.told.places[number], number != memory.told.leading
             memory.calls.append(context.branch)
             try:
                 return original(*args, **kwargs)

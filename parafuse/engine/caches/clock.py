@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -106,7 +107,7 @@ class Clock:
             return
         self._is_open = False
         self.step += 1
-        sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
+        sample = _named(type(scheduler).step, args, kwargs).get("sample")
         self.samples = len(sample) if isinstance(sample, Tensor) and sample.ndim else None
         if self.total is not None and self.step >= self.total:
             self._tell()  # nothing is kept beyond the last step
@@ -132,6 +133,11 @@ class Clock:
             if times is not None and len(times):
                 return len(times) - (getattr(scheduler, "begin_index", None) or 0)
         return None
+
+
+def _named(method: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """By name, what a method of a class is called with."""
+    return dict(zip(list(inspect.signature(method).parameters)[1:], args, strict=False)) | kwargs
 
 
 def schedulers_of(target: Any) -> list[Any]:

@@ -42,6 +42,13 @@ def sample_dim(x: Tensor, samples: int) -> int:
     )
 
 
+def tells_apart(x: Tensor, samples: int) -> bool:
+    try:
+        return sample_dim(x, samples) >= 0
+    except UnsupportedError:
+        return False
+
+
 def by_samples(x: Tensor, samples: int) -> Tensor:
     """(samples, n): what this rank holds of each."""
     dim = sample_dim(x, samples)

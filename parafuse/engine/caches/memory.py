@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from parafuse.engine.caches.forecast import Residual, chosen
+from parafuse.engine.caches.guided import Guided
 from parafuse.engine.caches.rules import Sample
 from parafuse.engine.caches.streams import Seen
 from parafuse.engine.caches.units import Span
@@ -43,6 +44,8 @@ class Kept:
     reference: Tensor | None = None
     """What changes are measured against: this rank's share of each sample's numbers, a row for each."""
     samples: list[Sample] = field(default_factory=list[Sample])
+    as_one: bool = False
+    """Streams do not tell samples apart (frames of a video, which mix), so that all are decided about together."""
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +56,7 @@ class Kept:
         """Keeps these samples alone; False where it has not all of them."""
         if rows == self.rows:
             return True
-        if not set(rows) <= set(self.rows):
+        if not set(rows) <= set(self.rows) or self.as_one:
             return False
         places, of = [self.rows.index(row) for row in rows], len(self.rows)
         for residual in self.residuals.values():
@@ -82,6 +85,7 @@ class Memory:
     """Number of the call -> place of the sample in the whole batch -> what was decided; of calls made here."""
     steps: dict[int, int] = field(default_factory=dict[int, int])
     """Number of the call -> its step."""
+    guided: Guided = field(default_factory=Guided)
     point: tuple[int, int] = (-1, -1)
     """The loop and step of the last call."""
     numbers: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])
@@ -94,7 +98,12 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        return sum(kept.nbytes for kept in self.branches.values())
+        return sum(kept.nbytes for kept in self.branches.values()) + self.guided.nbytes
+
+    def drop(self) -> None:
+        """Lets go of all that is kept."""
+        self.branches.clear()
+        self.guided = Guided()
 
     def at(self, point: tuple[int, int]) -> bool:
         """A call is made at that loop and step; whether it is the first one there."""

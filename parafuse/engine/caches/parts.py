@@ -104,7 +104,7 @@ class KeptParts:
     """Of one branch."""
 
     rows: tuple[int, ...] = ()
-    """The samples it has, as places in the whole batch."""
+    """The samples it has, as places in the whole batch. None of branches that are made from another."""
     blocks: dict[tuple[str, int], KeptBlock] = field(default_factory=dict[tuple[str, int], KeptBlock])
     """(name of the block, which of its calls) -> what is kept of it."""
 
@@ -250,8 +250,12 @@ class _Call:
         self.schedule: Schedule = owner.schedule
         self.step, self.total = owner.clock.step, owner.clock.total
         self.branch, self.number = owner.context.branch, owner.context.number
-        kept: KeptParts = owner.memory.branches.get(self.branch) or KeptParts(rows)
-        self.kept = kept if kept.narrow(rows) else KeptParts(rows)
+        leading = owner.context.leading
+        self.leading = rows if leading is None else tuple(row for row in rows if row in leading)
+        """Samples of which parts are kept."""
+        self.may_reuse = self.leading == rows and (leading is None or owner.context.leads_only)
+        kept: KeptParts = owner.memory.branches.get(self.branch) or KeptParts(self.leading)
+        self.kept = kept if kept.narrow(self.leading) else KeptParts(self.leading)
         owner.memory.branches[self.branch] = self.kept
         self.calls: Counter[str] = Counter()
         self.has_reused = self.has_parts = False
@@ -273,7 +277,7 @@ class _Call:
         for part in parts:
             cell.copies[part.number] = part.is_written
             outputs = kept.outputs.get(part.number)
-            if outputs and self.schedule.reuses(part.kind, self.step, self.total):
+            if outputs and self.may_reuse and self.schedule.reuses(part.kind, self.step, self.total):
                 cell.reuses[part.number] = True
                 cell.given[part.number] = self._forecast(outputs)
                 self.has_reused = True
@@ -291,11 +295,21 @@ class _Call:
         for part in parts:
             if cell.reuses[part.number]:
                 continue
-            if cell.made[part.number] and is_kept(self.schedule, part.kind, self.step, self.total):
-                new = Output(tree_map(_own, cell.made[part.number]))
+            is_used = self.leading and is_kept(self.schedule, part.kind, self.step, self.total)
+            if cell.made[part.number] and is_used:
+                new = Output(tree_map(self._own, cell.made[part.number]))
                 kept.outputs[part.number] = [new, *kept.outputs.get(part.number, [])][: self.schedule.depth]
             else:
                 kept.outputs.pop(part.number, None)
+
+    def _own(self, x: Any) -> Any:
+        """What is kept of a result: the samples that are, and of a Sharded tensor this rank's rows, without what they
+        were copied from."""
+        if not isinstance(x, Tensor):
+            return x
+        if self.leading != self.rows:
+            x = chosen(x, [self.rows.index(row) for row in self.leading], len(self.rows))
+        return x.like(x.local) if isinstance(x, Sharded) else x
 
     def _forecast(self, outputs: list[Output]) -> list[Any]:
         """The last output, or what lies beyond the last two."""
@@ -312,7 +326,7 @@ class _Call:
 
     def commit(self) -> None:
         """Puts on record what was decided; after the call ended well."""
-        if not self.has_parts:
+        if self.schedule.kinds and not self.has_parts:
             raise UnsupportedError(
                 f"{type(self.owner.root).__name__}: cache {self.owner.cache.method}: none of its blocks has "
                 f"{' or '.join(sorted(self.schedule.kinds))} of its own to reuse; run it without this cache."
@@ -325,11 +339,6 @@ class _Call:
         memory.steps[self.number] = self.step
         memory.decisions[self.number] = {row: Decision(self.has_reused) for row in self.rows}
         memory.most_bytes = max(memory.most_bytes, memory.nbytes)
-
-
-def _own(x: Any) -> Any:
-    """What is kept of a result: of a Sharded tensor its rows, without what they were copied from."""
-    return x.like(x.local) if isinstance(x, Sharded) else x
 
 
 def _copied(result: Any) -> Any:

@@ -32,15 +32,26 @@ class Schedule(Protocol):
         """What of the difference between the last two outputs is added to the last one."""
         ...
 
+    @property
+    def every_branch(self) -> int:
+        """All branches of guidance are computed in one step of so many."""
+        ...
+
+    def leads_only(self, step: int, total: int | None) -> bool:
+        """Whether a step computes one branch and makes the others from it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Intervals:
-    """Computes one step in so many of each kind, counted from the last step of the warm-up."""
+    """Computes one step in so many of each kind, counted from the last step of the warm-up; where branches are made
+    from one of them, from the last step that computed all."""
 
     every: Mapping[str, int]
     warmup_steps: int
     final_steps: int
     weight: float = 0.0
+    every_branch: int = 1
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -51,11 +62,20 @@ class Intervals:
         return 2 if self.weight else 1
 
     def reuses(self, kind: str, step: int, total: int | None) -> bool:
-        if kind not in self.kinds or step < self.warmup_steps:
+        if kind not in self.kinds or not self._is_on(step, total):
             return False
-        if total is not None and step >= total - self.final_steps:
-            return False
-        return (step - max(self.warmup_steps - 1, 0)) % self.every[kind] != 0
+        if self.every_branch == 1:
+            return self._since_warm_up(step) % self.every[kind] != 0
+        return self.leads_only(step, total) and self._since_warm_up(step) % self.every_branch % self.every[kind] != 0
+
+    def leads_only(self, step: int, total: int | None) -> bool:
+        return self._is_on(step, total) and self._since_warm_up(step) % self.every_branch != 0
+
+    def _is_on(self, step: int, total: int | None) -> bool:
+        return step >= self.warmup_steps and (total is None or step < total - self.final_steps)
+
+    def _since_warm_up(self, step: int) -> int:
+        return step - max(self.warmup_steps - 1, 0)
 
     def slope(self, step: int, total: int | None) -> float:
         return self.weight * (step / total if total else 0.5)
@@ -68,6 +88,10 @@ class Gate:
     steps: int
     kinds: frozenset[str] = frozenset({CROSS})
     depth: int = 1
+    every_branch: int = 1
+
+    def leads_only(self, step: int, total: int | None) -> bool:
+        return False
 
     def reuses(self, kind: str, step: int, total: int | None) -> bool:
         return kind in self.kinds and step >= self.steps
@@ -81,7 +105,7 @@ def schedule_of(cache: Cache) -> Schedule:
     if isinstance(cache, TGateCache):
         return Gate(cache.steps)
     every: dict[str, int] = {}
-    weight = 0.0
+    weight, every_branch = 0.0, 1
     if isinstance(cache, PyramidAttentionBroadcast):
         every = {SELF: cache.spatial, TEMPORAL: cache.temporal, CROSS: cache.cross}
     elif isinstance(cache, ForaCache):
@@ -89,9 +113,10 @@ def schedule_of(cache: Cache) -> Schedule:
         every[FEED_FORWARD] = cache.every if cache.feed_forward is None else cache.feed_forward
     elif isinstance(cache, FasterCache):
         every, weight = {SELF: cache.every, TEMPORAL: cache.every}, cache.weight
+        every_branch = cache.unconditional
     if not isinstance(cache, PartCache) or not every:
         raise TypeError(f"{type(cache).__name__}: has no schedule; a new cache needs one here")
-    return Intervals(every, cache.warmup_steps, cache.final_steps, weight)
+    return Intervals(every, cache.warmup_steps, cache.final_steps, weight, every_branch)
 
 
 def is_kept(schedule: Schedule, kind: str, step: int, total: int | None) -> bool:

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from parafuse.cache import SEPARATE, StackCache
 from parafuse.engine.caches.caching import Caching
 from parafuse.engine.caches.clock import Clock
-from parafuse.engine.caches.forecast import Residual, local_of, mixed
+from parafuse.engine.caches.forecast import Residual, local_of, mixed, tells_apart
 from parafuse.engine.caches.measure import modulated_input, own_share, relative_changes, relative_sizes
 from parafuse.engine.caches.memory import Decision, Kept
 from parafuse.engine.caches.rules import Measures, Moment, Rule, Sample, is_bound
@@ -117,12 +117,14 @@ class _Call:
     def __init__(self, owner: StackSkipping, rows: tuple[int, ...]):
         self.owner, self.cache = owner, owner.cache
         context = owner.context
-        self.rows = rows
+        self.asked = rows
         self.moment = Moment(owner.clock.step, owner.clock.total, context.place)
         self.branch, self.number = context.branch, context.number
         self.kept: Kept = owner.memory.branches.get(self.branch) or Kept()
-        if self.kept.rows and not self.kept.narrow(self.rows):
+        if self.kept.rows and not self.kept.narrow(rows):
             self.kept = Kept()
+        self.rows = rows[:1] if self.kept.as_one else rows
+        """Those that are decided about: the first one for all, where streams do not tell samples apart."""
         self.is_first = not self.kept.seen
         """Nothing is known of the order of units yet; nothing of this call is kept for later ones but that."""
         self.seen: list[Seen] = []
@@ -142,6 +144,8 @@ class _Call:
         self.padding: Tensor | None = None
         """Which tokens of each sample are its own, where that is told."""
         self.learned: dict[int, Tensor] = {}
+        self.untold: set[int] = set()
+        """Places at which a first call's stream did not tell its samples apart."""
 
     def unit(self, unit: nn.Module, original: Forward, args: Any, kwargs: Any) -> Any:
         """A unit's call: run, run beside its base, or left out."""
@@ -185,9 +189,11 @@ class _Call:
             self._as_led(led)  # other ranks may wait to hear of it
         skipped = self.skipped or [False] * len(self.rows)
         if self.is_first:
-            kept = Kept(rows=self.rows, sizes=self.sizes, samples=[Sample() for _ in self.rows], seen=self.seen)
             starts = self.owner.skeleton.starts(self.seen)
-            kept.span = self._span_from(starts[0], self.seen)
+            span = self._span_from(starts[0], self.seen)
+            kept = Kept(rows=self.asked, sizes=self.sizes, seen=self.seen, span=span)
+            kept.as_one = any(span.first <= place < span.end for place in self.untold)
+            kept.samples = [Sample() for _ in (self.asked[:1] if kept.as_one else self.asked)]
             is_open = len(starts) > 1 and all(place in self.came for place in starts)
             kept.entered = {place: self.came[place] for place in starts} if is_open else {}
         elif self.is_lost or self.place != len(kept.seen):
@@ -198,9 +204,10 @@ class _Call:
         memory = self.owner.memory
         memory.branches[self.branch] = kept
         memory.steps[self.number] = self.moment.step
-        memory.decisions[self.number] = {
-            row: Decision(mine, level) for row, mine, level in zip(self.rows, skipped, self.levels, strict=True)
-        }
+        decided = [Decision(mine, level) for mine, level in zip(skipped, self.levels, strict=True)]
+        if len(decided) < len(self.asked):
+            decided *= len(self.asked)
+        memory.decisions[self.number] = dict(zip(self.asked, decided, strict=True))
         memory.most_bytes = max(memory.most_bytes, memory.nbytes)
 
     def _keep(self, kept: Kept, skipped: list[bool]) -> None:
@@ -228,6 +235,9 @@ class _Call:
         result = original(*args, **kwargs)
         if self.is_first:
             self.seen.append(self.owner.observer.see(unit, original, leaves, spec, result))
+            stream = values(self.seen[-1].main_argument(leaves))
+            if isinstance(stream, Tensor) and not tells_apart(stream, len(self.asked)):
+                self.untold.add(place)
             source = self.seen[-1].sources.get(self.seen[-1].main)
             if source is not None and unit in self.owner.skeleton.openers:
                 self.came[place] = values(leaves[source])

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path
+
+from parafuse.parallel.nest import Flattener
 
 NEEDED_CHANGES = 2
 """New values, each in a step of its own, after which an argument is left out."""
@@ -46,6 +48,10 @@ class Branches:
 
     def __init__(self, denoiser: nn.Module):
         self._parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+        self._flatten = Flattener()
+        self._spec: TreeSpec | None = None
+        self._names: list[str] = []
+        """Of leaves, in the last call."""
         self._contents: dict[str, dict[Hashable, tuple[Any, Hashable]]] = {}
         """Argument -> where a tensor stands -> that tensor, so that its place is not another's, and its content."""
         self._known: dict[str, set[Hashable]] = {}
@@ -84,7 +90,7 @@ class Branches:
         first steps."""
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
         latents = self._given_latents(arguments.pop(self._parameters[0], None))
-        leaves = {keystr(path): leaf for path, leaf in tree_flatten_with_path(arguments)[0]}
+        leaves = dict(zip(*self._flat(arguments), strict=True))
         is_first = not self._numbers
         is_same_step = not is_first and self._are_same(latents, self._latents)
         self._calls = self._calls + 1 if is_same_step else 0
@@ -104,6 +110,13 @@ class Branches:
         if self._calls == 0:
             self.leading = self._numbers[key]
         return self._numbers[key]
+
+    def _flat(self, arguments: dict[str, Any]) -> tuple[list[str], list[Any]]:
+        """(names of leaves, leaves)."""
+        leaves, spec = self._flatten(arguments)
+        if self._spec is not spec:
+            self._spec, self._names = spec, [keystr(path) for path, _ in tree_flatten_with_path(arguments)[0]]
+        return self._names, leaves
 
     def _tell_apart(self, leaves: dict[str, Any]) -> None:
         """Another call on the same latents: what differs from the last one tells them apart."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from parafuse.parallel.held import ATOMS, Held
+from parafuse.parallel.nest import leaves_of
 
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, np.generic, enum.Enum)
 
@@ -44,7 +45,7 @@ class Handed:
     """Objects among the arguments of a call that it may write into: a cache of keys, say. Local."""
 
     def __init__(self, tree: Any):
-        self._held = [Held(x) for x in tree_flatten(tree)[0] if is_opaque(x)]
+        self._held = [Held(x) for x in leaves_of(tree) if is_opaque(x)]
 
     def have_changed(self) -> bool:
         """Whether one of them was written to, or cannot be looked into."""

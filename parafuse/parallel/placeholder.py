@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from parafuse.parallel.metadata import METADATA
+from parafuse.parallel.nest import leaves_of
 
 Family = list["weakref.ref[Placeholder]"]
 
@@ -84,7 +85,7 @@ def settled(tree: Any) -> Any:
     """The same nest with values in the place of placeholders. Collective where one is open.
 
     A nest without any is given back as it is: some output classes cannot be made anew from their leaves."""
-    if not any(isinstance(x, Placeholder) for x in tree_leaves(tree)):
+    if not any(isinstance(x, Placeholder) for x in leaves_of(tree)):
         return tree
     return tree_map_only(Placeholder, lambda x: x.needed(), tree)
 

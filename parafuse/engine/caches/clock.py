@@ -143,7 +143,7 @@ def _named(method: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]
 def schedulers_of(target: Any) -> list[Any]:
     """Those of a pipeline: its `scheduler`, else all components that are one."""
     own = getattr(target, "scheduler", None)
-    parts: dict[str, Any] = getattr(target, "components", None) or {}
+    parts: dict[str, Any] = {} if own is not None else getattr(target, "components", None) or {}
     found = [own] if own is not None else list(parts.values())
     return [one for one in found if hasattr(one, "set_timesteps") and hasattr(one, "step")]
 

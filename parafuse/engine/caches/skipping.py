@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from parafuse.cache import SEPARATE, StackCache
 from parafuse.engine.caches.caching import Caching
@@ -29,6 +29,7 @@ from parafuse.parallel.comm import all_reduce
 from parafuse.parallel.effects import Handed
 from parafuse.parallel.hooks import Forward, override_forward
 from parafuse.parallel.led import Led
+from parafuse.parallel.nest import Flattener, leaves_of
 from parafuse.parallel.shard import Sharded
 
 PAST = (
@@ -62,7 +63,7 @@ class StackSkipping(Caching):
     ):  # fmt: skip
         super().__init__(root, clock, context)
         self.skeleton, self.cache, self.rule, self.group = skeleton, cache, rule, group
-        self.observer = Observer()
+        self.observer, self.flatten = Observer(), Flattener()
         self._said: set[str] = set()
         self.witness: Callable[[Witnessed], None] | None = None
         """Is told of computed calls, where the rule measures the modulated input."""
@@ -91,7 +92,7 @@ class StackSkipping(Caching):
                 raise
             finally:
                 self._call = None
-            if any(isinstance(x, Twin) for x in tree_leaves(result)):
+            if any(isinstance(x, Twin) for x in leaves_of(result)):
                 raise UnsupportedError(f"{type(self.root).__name__}: {PAST}")
             if handed.have_changed():
                 self._say_once(f"{type(self.root).__name__}: calls that write into what they are given are computed")
@@ -131,6 +132,8 @@ class _Call:
         self.came: dict[int, Tensor] = {}
         """Place -> the stream that entered there, in a first call."""
         self.place = 0
+        self.only_watches = owner.rule.threshold == 0 and owner.witness is None and owner.replay is None
+        """Nothing is ever skipped, so that nothing is kept for it: once it is decided, units just run."""
         self.is_lost = False
         """Other units run than in the branch's last computed call."""
         self.skipped: list[bool] | None = None
@@ -150,7 +153,9 @@ class _Call:
     def unit(self, unit: nn.Module, original: Forward, args: Any, kwargs: Any) -> Any:
         """A unit's call: run, run beside its base, or left out."""
         place, self.place = self.place, self.place + 1
-        leaves, spec = tree_flatten((args, kwargs))
+        if self.only_watches and self.skipped is not None:
+            return original(*args, **kwargs)
+        leaves, spec = self.owner.flatten((args, kwargs))
         if place == 0:
             self._begin(leaves)
         if self.is_first:
@@ -246,7 +251,7 @@ class _Call:
     def _beside(self, unit: nn.Module, original: Forward, leaves: list[Any], spec: TreeSpec, place: int) -> Any:
         """A unit of the part that may be skipped, in a call that computes it."""
         args, kwargs = tree_unflatten(values(leaves), spec)
-        out, result_spec = tree_flatten(original(*args, **kwargs))
+        out, result_spec = self.owner.flatten(original(*args, **kwargs))
         seen = self.kept.seen[place]
         for i, source in seen.sources.items():
             base = leaves[source] if source is not None else seen.blanks[i].zeros()
@@ -299,7 +304,7 @@ class _Call:
 
     def _enter(self, leaves: list[Any], place: int) -> None:
         self.entered = self.kept.seen[place].main_argument(leaves)
-        self.padding = next((x for x in map(values, leaves) if _is_mask_of(x, self.entered)), None)
+        self.padding = next((x for x in values(leaves) if _is_mask_of(x, self.entered)), None)
 
     def _leave_first(self, result: Any, place: int) -> None:
         """Measures the first blocks' residual."""
@@ -330,7 +335,7 @@ class _Call:
         """Which samples skip: from sums over each sample's own tokens, on all ranks that share them and no others."""
         kept, rule, owner = self.kept, self.owner.rule, self.owner
         measures = rule.measures is not Measures.NOTHING
-        can_skip = bool(kept.residuals) and (not measures or kept.reference is not None)
+        can_skip = (bool(kept.residuals) or self.only_watches) and (not measures or kept.reference is not None)
         bound = [not can_skip or is_bound(self.cache, self.moment, sample) for sample in kept.samples]
         changes = self._changes() if measures and not all(bound) else [0.0] * len(self.rows)
         self.weighed = [
@@ -348,7 +353,7 @@ class _Call:
         if owner.replay is not None:
             for i, row in enumerate(self.rows):
                 self.skipped[i] = owner.replay(self.number, row)
-            if any(self.skipped) and not can_skip:
+            if any(self.skipped) and not kept.residuals:
                 raise ConfigError(f"plan.replay: skips call {self.number + 1}, before anything is kept to reuse.")
 
     def _as_led(self, led: Led) -> list[bool]:
@@ -415,7 +420,7 @@ class _Call:
 
 def _is_mask_of(x: Any, stream: Tensor | None) -> bool:
     """Whether it tells for each token of a stream (B, S, D) whether it is one, or filler up to the longest sample's."""
-    if stream is None or stream.ndim != 3 or not isinstance(x, Tensor) or x.dtype != torch.bool or x.ndim < 2:
+    if not isinstance(x, Tensor) or x.dtype != torch.bool or x.ndim < 2 or stream is None or stream.ndim != 3:
         return False
     return x.numel() == stream.shape[0] * stream.shape[1] and (x.shape[0], x.shape[-1]) == tuple(stream.shape[:2])
 

@@ -181,6 +181,8 @@ class _Call:
             return result
         if all(self.skipped or [False]):
             return self._left_out(leaves, place)
+        if self.only_watches:
+            return original(*args, **kwargs)
         return self._beside(unit, original, leaves, spec, place)
 
     def _refuse_past(self, leaves: list[Any]) -> None:

@@ -89,7 +89,7 @@ class Standing:
             )
         self._put_on(self.skipping)
         if _makes_branches(parts):
-            self._put_on(LeadingRows(self.module, context))
+            self._put_on(LeadingRows(self.module, context, self.mesh))
         if degree(Axis.DATA) > 1:
             self.data = DataParallel(self.module, self.mesh, self.method, context=context)
             self._put_on(self.data)

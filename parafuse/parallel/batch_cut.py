@@ -240,7 +240,7 @@ class _Call:
 def _key(args: Any, kwargs: Any, batch: int) -> Any:
     """Equal for calls that are cut alike."""
     leaves, spec = tree_flatten((args, kwargs))
-    return (str(spec), batch, *((x.shape[:2], x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in leaves))
+    return (str(spec), batch, *((x.shape, x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in leaves))
 
 
 def _rows_of(x: Tensor, at: Dim, first: int, last: int, stacks: int) -> Tensor:

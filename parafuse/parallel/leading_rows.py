@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from parafuse.parallel.batch_cut import BatchCut, Cut, rows
-from parafuse.parallel.bundle import without_values
+from parafuse.parallel.bundle import all_say, without_values
 from parafuse.parallel.call_context import CallContext
 from parafuse.parallel.effects import Parts
 from parafuse.parallel.hooks import Forward, override_forward
+from parafuse.parallel.mesh import Mesh
 
 
 class LastRows(BatchCut):
-    """The last rows of a batch, computed here without the others, whose results are zero. Makes no exchange: ranks that
-    share the tokens of a call have the same rows, and find the same."""
+    """The last rows of a batch, computed here without the others, whose results are zero. Ranks that share the tokens
+    of a call have the same rows, and learn together how to cut them."""
 
     STACKS: ClassVar[tuple[int, ...]] = (1,)
 
-    def __init__(self, module: nn.Module, context: CallContext):
+    def __init__(self, module: nn.Module, context: CallContext, mesh: Mesh):
         super().__init__(module, degree=2, rank=1, group="", context=context)
+        self._mesh = mesh
         self.first = 0
         """Of the rows that are computed."""
 
@@ -33,7 +35,9 @@ class LastRows(BatchCut):
         return [(0, self.first), (self.first, batch)]
 
     def _all_say(self, yes: bool) -> bool:
-        return yes
+        """Of the ranks that share the tokens of a call."""
+        group = self._mesh.sequence
+        return yes if group is None else all_say(yes, self.module, group.size(), group.group_name)
 
     def _everyones(
         self, mine: list[Tensor], shapes: list[list[Tensor]], call: Any, cut: Cut, error: Exception | None
@@ -51,9 +55,9 @@ class LastRows(BatchCut):
 class LeadingRows:
     """On one denoiser. `install` outside of the cache of its parts."""
 
-    def __init__(self, module: nn.Module, context: CallContext):
+    def __init__(self, module: nn.Module, context: CallContext, mesh: Mesh):
         self._module, self._context = module, context
-        self._cut = LastRows(module, context)
+        self._cut = LastRows(module, context, mesh)
         self._blank: dict[Any, Any] = {}
         """By shapes of the arguments, results without values, where this rank has no leading rows."""
         self._made_of = Parts(module)

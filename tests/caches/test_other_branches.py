@@ -228,23 +228,50 @@ def test_a_batch_is_taken_apart_and_put_together() -> None:
 def test_ranks_wait_for_each_other_once_a_step() -> None:
     guided = Guided()
     for step, calls in enumerate((3, 3, 2, 2, 3)):
-        guided.begin((0, 0), keeps=False)
-        last = [guided.is_last((n, 0), None) for n in range(1, calls)]
+        guided.begin(step, keeps=False)
+        last = [guided.is_last((n, 0, ()), None) for n in range(1, calls)]
         assert last == [[True, True], [False, True], [False], [True], [True, True]][step]
         if any(last):
             guided.waiting.clear()
 
 
 def test_what_was_learned_before_guidance_paused_is_not_used_after_it() -> None:
-    guided = Guided()
-    x = torch.ones(2)
-    guided.begin((0, 0), keeps=False)
-    guided.learn((0, 0), x, (1, 0), 3 * x)
-    guided.begin((0, 0), keeps=True)
-    assert guided.knows((0, 0), [(1, 0)])
-    guided.begin((0, 0), keeps=False)  # all are computed, and the other one is not there
-    guided.begin((0, 0), keeps=True)
-    assert not guided.knows((0, 0), [(1, 0)])
+    guided, x, one, other = Guided(), torch.ones(2), (0, 0, ()), (1, 0, ())
+    guided.begin(1, keeps=False)
+    guided.learn(1, one, x, other, 3 * x)
+    guided.begin(1, keeps=False)  # another view of the same step
+    guided.begin(2, keeps=True)
+    assert guided.knows(one, [other])
+    guided.begin(3, keeps=False)  # all are computed, and the other one is not there
+    guided.begin(4, keeps=True)
+    assert not guided.knows(one, [other])
+
+
+def test_results_of_other_shapes_are_not_made_from_each_other() -> None:
+    guided, one, other = Guided(), (0, 0, ()), (1, 0, ())
+    guided.learn(1, one, torch.ones(2, 3), other, torch.ones(2, 1))
+    assert not guided.knows(one, [other])
+
+
+def test_channels_in_the_last_dim_are_no_width() -> None:
+    x = torch.randn(2, 3, 8, 12, 4)  # (B, F, H, W, C)
+    want = weighed(x.movedim(-1, 1), 0.3, 0.2).movedim(1, -1)
+    assert relative_error([weighed(x, 0.3, 0.2, (4,))], [want]) == 0
+    assert relative_error([weighed(x, 0.3, 0.2, (3,))], [want]) > 0.01
+
+
+def test_pictures_of_several_sizes_one_after_another() -> None:
+    """How a batch is cut holds for one size alone."""
+    pipeline = cases()["Stable Diffusion 3"].build()
+    call = cases()["Stable Diffusion 3"].call(2) | {"num_inference_steps": STEPS}
+    sizes = [{}, {"height": 2 * call["height"]}, {}]
+    with parafuse.apply(pipeline, parafuse.Config(cache=BOTH)):
+        found = [tensors(pipeline(**seeded(call | more))) for more in sizes]
+    for more, one in zip(sizes[:2], found, strict=False):
+        alone = cases()["Stable Diffusion 3"].build()
+        with parafuse.apply(alone, parafuse.Config(cache=BOTH)):
+            assert relative_error(one, tensors(alone(**seeded(call | more)))) <= EXACT
+    assert relative_error(found[2], found[0]) <= EXACT
 
 
 def test_nothing_stands_in_the_way_of_caches_that_make_no_branches() -> None:

@@ -133,7 +133,7 @@ class CallWatch:
             number = memory.told.of(args, kwargs)
             if not clock.counts:
                 clock.step = memory.told.steps
-            elif clock.step == 0 and memory.told.steps >= MANY:
+            elif not clock.has_stepped and memory.told.steps >= MANY:
                 clock.step = memory.told.steps  # it steps copies of its scheduler
             context.leads = memory.at((clock.loops, clock.step))
             context.branch, context.number = memory.branch(number), len(memory.calls)

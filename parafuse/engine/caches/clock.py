@@ -34,6 +34,8 @@ class Clock:
         self.on_start: list[Callable[[], None]] = []
         """Called when a loop over steps begins, and when one has ended."""
         self._watched: list[_Watch] = []
+        self.has_stepped = False
+        """Whether the scheduler has, since the loop began."""
         self._is_open = False
         """Whether a denoiser was called since the scheduler last stepped: some pipelines step twice with one result."""
 
@@ -71,19 +73,20 @@ class Clock:
     def start(self, target: Any = None) -> None:
         """A loop over steps begins, of that pipeline where it is known."""
         self.step, self.total, self.samples, self._running, self._is_open = 0, None, None, target, False
+        self.has_stepped = False
         self.loops += 1
         self._tell()
 
     @contextmanager
     def anew(self, target: Any) -> Iterator[None]:
         """A loop over steps inside of another, which then goes on where it was."""
-        before = (self.step, self.total, self.samples, self._running, self._is_open)
+        before = (self.step, self.total, self.samples, self._running, self._is_open, self.has_stepped)
         self._see_to_schedulers()
         self.start(target)
         try:
             yield
         finally:
-            self.step, self.total, self.samples, self._running, self._is_open = before
+            self.step, self.total, self.samples, self._running, self._is_open, self.has_stepped = before
 
     def _tell(self) -> None:
         for told in self.on_start:
@@ -106,7 +109,7 @@ class Clock:
         if not self._is_open or not self._owners(scheduler):
             return
         self._is_open = False
-        self.step += 1
+        self.step, self.has_stepped = self.step + 1, True
         sample = _named(type(scheduler).step, args, kwargs).get("sample")
         self.samples = len(sample) if isinstance(sample, Tensor) and sample.ndim else None
         if self.total is not None and self.step >= self.total:

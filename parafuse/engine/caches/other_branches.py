@@ -3,10 +3,11 @@ shares calls between ranks, where every rank passes with every call and has its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from parafuse.cache import FasterCache
 from parafuse.engine.caches.guided import Part, apart, together, weighed
@@ -15,7 +16,7 @@ from parafuse.engine.caches.parts import PartReuse
 from parafuse.errors import ConfigError
 from parafuse.log import note
 from parafuse.parallel.hooks import Forward, override_forward
-from parafuse.parallel.placeholder import settled
+from parafuse.parallel.placeholder import Placeholder, settled
 
 
 class OtherBranches:
@@ -24,6 +25,7 @@ class OtherBranches:
     def __init__(self, caching: PartReuse):
         self._caching = caching
         self._weight = caching.cache.frequency_weight if isinstance(caching.cache, FasterCache) else 0.0
+        self._channels = _channels_of(caching.root)
         self._has_said = False
         self._undo: Callable[[], None] | None = None
 
@@ -56,22 +58,23 @@ class OtherBranches:
         batch = len(caching.rows_of(args, kwargs))
         each = self._samples(batch)
         stacks = batch // each if each and batch % each == 0 else 1
-        parts: list[Part] = [(context.branch, place) for place in range(stacks)]
+        sizes = _sizes(args[0] if args else next(iter(kwargs.values()), None))
+        parts: list[Part] = [(context.branch, place, sizes) for place in range(stacks)]
         wants = caching.schedule.leads_only(clock.step, clock.total)
         if context.follows:
             return self._other(parts, wants, original, args, kwargs)
         leading, others = parts[-1], parts[:-1]
-        guided.begin(leading, keeps=wants)
+        guided.begin(clock.step, keeps=wants)
         context.is_whole = each is None or not wants or not guided.knows(leading, others)
         context.leading = () if each is None else tuple(range(batch - batch // stacks, batch))
         result = original(*args, **kwargs)
         if stacks == 1:
-            guided.leading = (leading, result) if each is not None else None
+            guided.leading = (leading, _own(result)) if each is not None else None
             return result
         results = apart(settled(result), batch, stacks)
         if context.is_whole:
             for other, its in zip(others, results, strict=False):
-                guided.learn(leading, results[-1], other, its)
+                guided.learn(clock.step, leading, results[-1], other, its)
             self._count_bytes()
             return result
         made = [guided.made(leading, results[-1], other, self._weigh) for other in others]
@@ -99,19 +102,20 @@ class OtherBranches:
             guided.leading = (leading, its)
             self._record(range(len(self._caching.rows_of(args, kwargs))))
             return guided.made(leading, its, parts[0], self._weigh)
-        context.leading = ()
+        context.leading, context.is_whole = (), False
         result = original(*args, **kwargs)
-        if guided.leading is not None and len(parts) == 1 and guided.is_last(parts[0], result):
+        if guided.leading is not None and len(parts) == 1 and guided.is_last(parts[0], _own(result)):
             leading, its = guided.leading[0], settled(guided.leading[1])
             for other, found in guided.waiting:
-                guided.learn(leading, its, other, settled(found))
+                guided.learn(self._caching.clock.step, leading, its, other, settled(found))
             guided.waiting.clear()
             self._count_bytes()
         return result
 
     def _weigh(self, difference: Tensor) -> Tensor:
         clock = self._caching.clock
-        return weighed(difference, self._weight, clock.step / clock.total if clock.total else None)
+        passed = clock.step / clock.total if clock.total else None
+        return weighed(difference, self._weight, passed, self._channels)
 
     def _record(self, made: range) -> None:
         """Samples that were made from others."""
@@ -127,3 +131,20 @@ class OtherBranches:
     def _count_bytes(self) -> None:
         memory = self._caching.memory
         memory.most_bytes = max(memory.most_bytes, memory.nbytes)
+
+
+def _own(result: Any) -> Any:
+    """A result that nobody else writes into; of placeholders as they are."""
+    return tree_map_only(Tensor, lambda x: x if isinstance(x, Placeholder) else x.clone(), result)
+
+
+def _sizes(sample: Any) -> Hashable:
+    """Of each sample."""
+    return tuple(x.shape[1:] if x is sample else x.shape for x in tree_leaves(sample) if isinstance(x, Tensor))
+
+
+def _channels_of(module: nn.Module) -> tuple[int, ...]:
+    """How many channels the results of a denoiser may have, as its configuration tells."""
+    config: Any = getattr(module, "config", {})
+    names = ("out_channels", "in_channels", "out_visual_dim", "in_visual_dim")
+    return tuple(config[name] for name in names if isinstance(config.get(name), int))

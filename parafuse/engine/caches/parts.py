@@ -253,6 +253,7 @@ class _Call:
         leading = owner.context.leading
         self.leading = rows if leading is None else tuple(row for row in rows if row in leading)
         """Samples of which parts are kept."""
+        self.decided = (self.leading or rows) if owner.context.leads_only else rows
         self.may_reuse = self.leading == rows and (leading is None or owner.context.leads_only)
         kept: KeptParts = owner.memory.branches.get(self.branch) or KeptParts(self.leading)
         self.kept = kept if kept.narrow(self.leading) else KeptParts(self.leading)
@@ -332,12 +333,12 @@ class _Call:
                 f"{' or '.join(sorted(self.schedule.kinds))} of its own to reuse; run it without this cache."
             )
         memory, replay = self.owner.memory, self.owner.replay
-        if replay is not None and any(replay(self.number, row) != self.has_reused for row in self.rows):
+        if replay is not None and any(replay(self.number, row) != self.has_reused for row in self.decided):
             raise ConfigError(
                 f"plan.replay: call {self.number + 1} is decided otherwise by the schedule of cache {self.owner.cache}."
             )
         memory.steps[self.number] = self.step
-        memory.decisions[self.number] = {row: Decision(self.has_reused) for row in self.rows}
+        memory.decisions[self.number] = {row: Decision(self.has_reused) for row in self.decided}
         memory.most_bytes = max(memory.most_bytes, memory.nbytes)
 
 

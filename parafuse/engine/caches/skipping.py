@@ -179,11 +179,10 @@ class _Call:
                 self._leave_first(result, place)
                 self._decide()
             return result
-        if all(self.skipped or [False]):
-            return self._left_out(leaves, place)
         if self.only_watches:
             return original(*args, **kwargs)
-        return self._beside(unit, original, leaves, spec, place)
+        leaves_out = all(self.skipped or [False])
+        return self._left_out(leaves, place) if leaves_out else self._beside(unit, original, leaves, spec, place)
 
     def _refuse_past(self, leaves: list[Any]) -> None:
         if any(isinstance(x, Twin) for x in leaves):
@@ -361,7 +360,7 @@ class _Call:
     def _as_led(self, led: Led) -> list[bool]:
         """By sample: what the first branch of this step decides for it."""
         context = self.owner.context
-        batch = context.batch or len(self.rows)
+        batch = context.batch or len(self.asked)
         each = self.owner.clock.samples or batch
         if batch % each:
             raise UnsupportedError(

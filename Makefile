@@ -72,9 +72,10 @@ bench: setup ## Time every option on emoji, 1 and 2 ranks, and its first picture
 	$(BIN)/parafuse bench report benchmarks/results/*.json --out out/bench
 
 bench-caches: setup ## Time caches on emoji against the exact pictures of 64 prompts: docs/caches.md (an hour)
-	$(BIN)/parafuse bench --case emoji-caches $(BENCH)
-	newest=$$(ls -t benchmarks/results/emoji-caches_*.json | head -1); \
-	$(BIN)/parafuse bench report $$newest --out out/bench && $(BIN)/parafuse bench report $$newest --page docs/caches.md
+	for case in emoji-caches emoji-forecasts; do \
+	$(BIN)/parafuse bench --case $$case $(BENCH) && newest=$$(ls -t benchmarks/results/$${case}_*.json | head -1) && \
+	$(BIN)/parafuse bench report $$newest --out out/bench && $(BIN)/parafuse bench report $$newest --page docs/caches.md \
+	|| exit 1; done
 
 bench-gpu: ## Time FLUX.1-dev and HunyuanVideo on one GPU, random weights, with the interpreter at hand (nine minutes)
 	$(PYTHON) tools/bench_gpu.py $(BENCH)

@@ -122,6 +122,7 @@ def test_branches_apart() -> None:
         ("Stable Diffusion 3", dict(data=2, ulysses=1), 2),
         ("Stable Diffusion 3", dict(ulysses=2), 1),
         ("Stable Diffusion 3: skipped layers", dict(cfg=2, ulysses=1), 1),  # a third branch, in some steps
+        ("Stable Diffusion 3: skipped layers", dict(cfg=2, ulysses=1), 3),
         ("Wan 2.1", dict(cfg=2, ulysses=1), 2),
         ("Wan 2.1", dict(cfg=2, ulysses=1), 3),
         ("Wan 2.1", dict(ring=2, ulysses=1), 1),

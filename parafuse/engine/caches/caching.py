@@ -102,7 +102,11 @@ class Caching(ABC):
         """The samples of a call, as places in the whole batch."""
         if self.context.rows is not None:
             return self.context.rows
-        return tuple(range(rows(args[0] if args else kwargs.get(self._first)) or 1))
+        return tuple(range(rows(self.sample_of(args, kwargs)) or 1))
+
+    def sample_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call is to denoise: the first parameter."""
+        return args[0] if args else kwargs.get(self._first)
 
 
 class CallWatch:

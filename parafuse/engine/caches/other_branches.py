@@ -58,7 +58,7 @@ class OtherBranches:
         batch = len(caching.rows_of(args, kwargs))
         each = self._samples(batch)
         stacks = batch // each if each and batch % each == 0 else 1
-        sizes = _sizes(args[0] if args else next(iter(kwargs.values()), None))
+        sizes = _sizes(caching.sample_of(args, kwargs))
         parts: list[Part] = [(context.branch, place, sizes) for place in range(stacks)]
         wants = caching.schedule.leads_only(clock.step, clock.total)
         if context.follows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,27 @@ def override_forward(module: nn.Module, make: Callable[[Forward], Forward]) -> C
     replacement: Any = torch.compiler.disable(make(module.forward), reason=_WHY_DISABLED)
     replacement.parafuse = True
     return override(module, "forward", replacement)
+
+
+class OnForward(ABC):
+    """What stands for the forward of one module."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self._undo: Callable[[], None] | None = None
+
+    def install(self) -> None:
+        self._undo = override_forward(self.module, self._forward)
+
+    def remove(self) -> None:
+        """Puts back what stood there. No communication."""
+        if self._undo:
+            self._undo()
+            self._undo = None
+
+    @abstractmethod
+    def _forward(self, original: Forward) -> Forward:
+        """What stands there, over what stood there before."""
 
 
 def override(module: Any, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:

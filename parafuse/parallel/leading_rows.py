@@ -4,7 +4,6 @@ others are made from it. Stands inside of what shares calls between ranks: each 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from parafuse.parallel.batch_cut import BatchCut, Cut, rows
 from parafuse.parallel.bundle import all_say, without_values
 from parafuse.parallel.call_context import CallContext
 from parafuse.parallel.effects import Parts
-from parafuse.parallel.hooks import Forward, override_forward
+from parafuse.parallel.hooks import Forward, OnForward
 from parafuse.parallel.mesh import Mesh
 
 
@@ -52,26 +51,17 @@ class LastRows(BatchCut):
         return [[x for i in found for x in leaves[i]], mine]
 
 
-class LeadingRows:
+class LeadingRows(OnForward):
     """On one denoiser. `install` outside of the cache of its parts."""
 
     def __init__(self, module: nn.Module, context: CallContext, mesh: Mesh):
-        self._module, self._context = module, context
+        super().__init__(module)
+        self._context = context
         self._cut = LastRows(module, context, mesh)
         self._blank: dict[Any, Any] = {}
         """By shapes of the arguments, results without values, where this rank has no leading rows."""
         self._made_of = Parts(module)
-        self._undo: Callable[[], None] | None = None
         self._first = next(iter(list(inspect.signature(type(module).forward).parameters)[1:]), "")
-
-    def install(self) -> None:
-        self._undo = override_forward(self._module, self._forward)
-
-    def remove(self) -> None:
-        """Puts the forward back as it was. No communication."""
-        if self._undo:
-            self._undo()
-            self._undo = None
 
     def _forward(self, original: Forward) -> Forward:
         context = self._context
@@ -80,7 +70,7 @@ class LeadingRows:
             if context.leading is None or context.is_trial:
                 return original(*args, **kwargs)
             if self._made_of.have_other_objects():
-                self._made_of = Parts(self._module)
+                self._made_of = Parts(self.module)
                 self._cut.forget()
                 self._blank.clear()
             samples = args[0] if args else kwargs.get(self._first)

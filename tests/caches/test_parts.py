@@ -9,7 +9,6 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.debugging import aot_eager
 
 import parafuse
 from parafuse.cache import cache_of
@@ -19,6 +18,7 @@ from parafuse.engine.caches.schedules import CROSS, FEED_FORWARD, SELF, TEMPORAL
 from parafuse.errors import ConfigError, UnsupportedError
 from tests import pipelines
 from tests.caches.steps import letters, steps_of
+from tests.graphs import Graphs
 from tests.models import Inputs, error
 from tests.zoo.collect import cases, inputs_of, outputs, randomized
 
@@ -160,17 +160,6 @@ def test_forecast_goes_on_along_the_last_two() -> None:
             got = one._forecast(outs)
             for x, y in zip(Output(got).tensors, outs[0].tensors, strict=True):
                 assert error(x, 1.5 * y) <= EXACT
-
-
-class Graphs:
-    """A backend that counts."""
-
-    def __init__(self) -> None:
-        self.made = 0
-
-    def __call__(self, module: Any, values: Any) -> Any:
-        self.made += 1
-        return aot_eager(module, values)
 
 
 @pytest.mark.parametrize(

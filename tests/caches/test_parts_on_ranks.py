@@ -8,7 +8,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch._dynamo.backends.debugging import aot_eager
 
 import parafuse
 from parafuse.engine import standing
@@ -17,6 +16,7 @@ from parafuse.engine.stack import block_stack
 from tests.caches.steps import Run, later, painted, steps_of
 from tests.dist.ranks import run_ranks
 from tests.dist.test_sequence import EXACT
+from tests.graphs import Graphs
 from tests.models import ODD, Inputs, build, error, inputs
 from tests.zoo.collect import cases, inputs_of, randomized
 
@@ -80,17 +80,6 @@ def test_examining_blocks_leaves_nothing_to_reuse() -> None:
     for got in run_ranks(from_the_first_call, 2, (1, 2)):
         assert got.decisions == want.decisions
         assert max(map(error, got.outputs, want.outputs)) <= EXACT
-
-
-class Graphs:
-    """A backend that counts."""
-
-    def __init__(self) -> None:
-        self.made = 0
-
-    def __call__(self, module: Any, values: Any) -> Any:
-        self.made += 1
-        return aot_eager(module, values)
 
 
 def compiled(name: str, cache: str, ulysses: int) -> tuple[Run, Run, int]:

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.backends.debugging import aot_eager
 
 import parafuse
 from parafuse.parallel import traced
@@ -18,6 +17,7 @@ from parafuse.parallel.comm import Count, since
 from tests.dist.ranks import run_ranks
 from tests.dist.test_refused_blocks import Stack
 from tests.dist.test_sequence import EXACT, attempt, parallel
+from tests.graphs import Graphs
 from tests.models import EVEN, ODD, build, call, error, inputs
 from tests.support.compiled import compiled_of
 from tests.unit.test_probe_refusals import D, Good, Mean
@@ -42,17 +42,6 @@ def test_with_inductor() -> None:
     found = compiled_of("Flux2Transformer2DModel", "Ulysses 2", "inductor")
     assert (found.faults, found.refused) == ([], "")
     assert found.graphs == found.plain
-
-
-class Graphs:
-    """A backend that counts."""
-
-    def __init__(self) -> None:
-        self.made = 0
-
-    def __call__(self, module: Any, values: Any) -> Any:
-        self.made += 1
-        return aot_eager(module, values)
 
 
 def sizes_counters_and_removal() -> dict[str, Any]:

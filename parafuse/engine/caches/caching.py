@@ -18,7 +18,7 @@ from parafuse.parallel.branches import Branches
 from parafuse.parallel.call_context import CallContext
 from parafuse.parallel.compiled import refuse_compile
 from parafuse.parallel.effects import Parts
-from parafuse.parallel.hooks import Forward, override_forward
+from parafuse.parallel.hooks import Forward, OnForward, override_forward
 from parafuse.parallel.placeholder import settled
 
 MANY = 8
@@ -109,21 +109,12 @@ class Caching(ABC):
         return args[0] if args else kwargs.get(self._first)
 
 
-class CallWatch:
+class CallWatch(OnForward):
     """Tells a cache which branch and which step a call is: outermost, where every rank passes with every call."""
 
     def __init__(self, caching: Caching):
+        super().__init__(caching.root)
         self._caching = caching
-        self._undo: Callable[[], None] | None = None
-
-    def install(self) -> None:
-        self._undo = override_forward(self._caching.root, self._forward)
-
-    def remove(self) -> None:
-        """Puts the forward back as it was. No communication."""
-        if self._undo:
-            self._undo()
-            self._undo = None
 
     def _forward(self, original: Forward) -> Forward:
         caching = self._caching

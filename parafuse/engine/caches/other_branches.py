@@ -3,7 +3,7 @@ shares calls between ranks, where every rank passes with every call and has its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,28 +15,19 @@ from parafuse.engine.caches.memory import Decision
 from parafuse.engine.caches.parts import PartReuse
 from parafuse.errors import ConfigError
 from parafuse.log import note
-from parafuse.parallel.hooks import Forward, override_forward
+from parafuse.parallel.hooks import Forward, OnForward
 from parafuse.parallel.placeholder import Placeholder, settled
 
 
-class OtherBranches:
+class OtherBranches(OnForward):
     """On one denoiser. Branches are calls on the same latents, or batches on top of each other in one call."""
 
     def __init__(self, caching: PartReuse):
+        super().__init__(caching.root)
         self._caching = caching
         self._weight = caching.cache.frequency_weight if isinstance(caching.cache, FasterCache) else 0.0
         self._channels = _channels_of(caching.root)
         self._has_said = False
-        self._undo: Callable[[], None] | None = None
-
-    def install(self) -> None:
-        self._undo = override_forward(self._caching.root, self._forward)
-
-    def remove(self) -> None:
-        """Puts the forward back as it was. No communication."""
-        if self._undo:
-            self._undo()
-            self._undo = None
 
     def _forward(self, original: Forward) -> Forward:
         context = self._caching.context

@@ -32,6 +32,8 @@ SEQUENCE_AXES = (Axis.RING, Axis.ULYSSES)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 Auto = Literal["auto"]
+REWRITES = ("qkv", "text", "modulation", "rope")
+"""Exact changes of what a denoiser computes, in the order in which they are put on."""
 LOSSY = "lossy"
 """In a field's metadata: the values of it that change pictures by more than the order of sums. Each has a measured
 loss, which its help quotes (`make losses`)."""
@@ -105,6 +107,14 @@ class Config:
     cache: Cache | str | None = field(default=None, metadata={LOSSY: ("first-block:0.2", "taylorseer:3", "interval:2")})
     """Skips work that changes little from step to step: first-block:0.1, taylorseer:4, interval:2, mask:1101, ... with
     fields after a comma (first-block:0.1,warmup_steps=4); docs/caches.md has them all."""
+    compile: bool = False
+    """Compiles each kind of repeated block once (torch.compile, one whole graph), in every layout and with caches."""
+    cuda_graphs: bool = False
+    """Captures what is compiled as CUDA graphs, one for each shape. Needs compile and a GPU."""
+    rewrites: str = ""
+    """Exact changes of what is computed, by name with commas: qkv (one product for queries, keys and values), text
+    (padded text is cut off), modulation (of all steps at once), rope (fewer kernels in blocks of two streams); auto:
+    those that pay here."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for another one before the request fails on all of them."""
     allow_pickle: bool = False
@@ -118,11 +128,27 @@ class Config:
         if self.device not in DEVICES:
             raise ConfigError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}.")
         object.__setattr__(self, "cache", cache_of(self.cache))
+        for name in ("compile", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be true or false.")
+        if self.cuda_graphs and not self.compile:
+            raise ConfigError("cuda_graphs=True: captures what is compiled; give compile=True too.")
+        self._check_rewrites()
         number = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
         if not number or not 1 <= self.timeout_s <= 86_400:
             raise ConfigError(f"timeout_s={self.timeout_s!r}: must be from 1 to 86400 seconds.")
         if not isinstance(self.allow_pickle, bool):
             raise ConfigError(f"allow_pickle={self.allow_pickle!r}: must be true or false.")
+
+    def _check_rewrites(self) -> None:
+        """Puts the names in their order."""
+        if not isinstance(self.rewrites, str):
+            raise ConfigError(f"rewrites={self.rewrites!r}: must be a text of names with commas, such as 'qkv,rope'.")
+        names = [name.strip() for name in self.rewrites.split(",") if name.strip()]
+        if names == ["auto"]:
+            return
+        reject_unknown(f"rewrites={self.rewrites!r}", names, REWRITES)
+        object.__setattr__(self, "rewrites", ",".join(name for name in REWRITES if name in names))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"cache": str(self.cache) if self.cache else None}

@@ -13,13 +13,14 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from parafuse.cache import JOINT, SEPARATE, UNET, Cache, StackCache, cache_of, with_calibration
+from parafuse.cache import JOINT, SEPARATE, UNET, Cache, StackCache, cache_of
 from parafuse.config import Axis, Config
 from parafuse.engine.caches.caching import Caching
 from parafuse.engine.caches.choose import KINDS, fitting, refuse_kind
 from parafuse.engine.caches.clock import Clock, schedulers_of
 from parafuse.engine.caches.memory import Memory
 from parafuse.engine.devices import remove_offload
+from parafuse.engine.extras import Extras
 from parafuse.engine.following import Component, follow, is_manager, managed
 from parafuse.engine.host_times import host_times
 from parafuse.engine.plan import Plan
@@ -60,8 +61,8 @@ class Handle:
     """Component -> its batch over replicas."""
     sequence: dict[str, SequenceParallel] = field(default_factory=dict[str, SequenceParallel])
     """Component -> its split block stack."""
-    cache: Cache | None = None
-    """What is put on the denoisers that can have it."""
+    extras: Extras = field(default_factory=Extras)
+    """What is put on the denoisers beside the layout; a cache on those that can have it."""
     skipping: dict[str, Caching] = field(default_factory=dict[str, Caching])
     """Component -> its cache."""
     rounds: Rounds = field(default_factory=Rounds)
@@ -102,11 +103,11 @@ class Handle:
         if mesh is None:
             return
         kept: list[tuple[str, Standing]] = []
-        cached = _cached(self.cache, wanted)
+        extras = _extras(self.extras, wanted)
         for name, module, method in wanted:
             one = standing_on(module, method)
             if one is None:
-                one = Standing(module, method, mesh, self.cache if (module, method) in cached else None, name=name)
+                one = Standing(module, method, mesh, extras[module, method], name=name)
                 one.install(self.rounds, self.clock)
             if not any(one is other for _, other in self._on):
                 self._on.append((name, one))
@@ -149,9 +150,9 @@ class Handle:
         if mesh is None:
             return
         wanted = [*_wanted(target, mesh.degree), *_wanted(SimpleNamespace(**dict(arriving)), mesh.degree)]
-        cached = _cached(self.cache, wanted)
+        extras = _extras(self.extras, wanted)
         for each in wanted:
-            _check(*each, {axis: mesh.degree(axis) for axis in Axis}, self.cache if each[1:] in cached else None)
+            _check(*each, {axis: mesh.degree(axis) for axis in Axis}, extras[each[1:]])
         staying = [id(module) for _, module, _ in wanted]
         for module in self.own_modules():
             if id(module) not in staying:
@@ -162,6 +163,10 @@ class Handle:
         """Counts the target's steps, where a cache needs them."""
         if self.cache is not None:
             self.clock.add(self.target)
+
+    @property
+    def cache(self) -> Cache | None:
+        return self.extras.cache
 
     def own_modules(self) -> list[nn.Module]:
         """Components that no other handle uses."""
@@ -303,8 +308,8 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
             raise ConfigError(f"{field_name}={value!r}: apply takes the model as it is; set it when loading the model.")
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
-    cache = with_calibration(cache_of(config.cache))
-    if world_size == 1 and cache is None:
+    extras = Extras.of(config)
+    if world_size == 1 and not extras:
         return Handle()
     if mesh is not None:
         degrees = {axis: mesh.degree(axis) for axis in Axis}
@@ -313,9 +318,9 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         denoisers(
             target, STACKS if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 else DENOISERS
         )  # says what is missing
-    _refuse_joint(cache, target)
-    cached = _cached(cache, wanted)
-    found = [_check(*each, degrees, cache if each[1:] in cached else None) for each in wanted]
+    _refuse_joint(extras.cache, target)
+    each_has = _extras(extras, wanted)
+    found = [_check(*each, degrees, each_has[each[1:]]) for each in wanted]
     shared = [one for one in found if one is not None]
     if shared:
         if mesh is not None:
@@ -330,7 +335,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         mesh = make_mesh(degrees, device, config.timeout_s)
         if mesh.sequence_degree > 1 and config.parallel.ulysses == "auto":
             note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
-    handle = Handle(mesh=mesh, cache=cache, target=target)
+    handle = Handle(mesh=mesh, extras=extras, target=target)
     known = next((one.guidance for one in shared if one.guidance), None)
     handle.rounds = known.rounds if known else handle.rounds
     counting = next((one.skipping for one in shared if one.skipping), None)
@@ -348,13 +353,15 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     return handle
 
 
-def _cached(cache: Cache | None, wanted: list[Wanted]) -> list[tuple[nn.Module, str]]:
-    """Those that get the cache. Raises ConfigError where none can have it."""
-    if cache is None or not wanted:
-        return []
+def _extras(extras: Extras, wanted: list[Wanted]) -> dict[tuple[nn.Module, str], Extras]:
+    """What each gets. Raises ConfigError where none can have the cache."""
     modules = [(name, module) for name, module, method in wanted if method == "forward"]
-    names = fitting(cache, modules)
-    return [(module, "forward") for name, module in modules if name in names]
+    cached = fitting(extras.cache, modules) if extras.cache is not None and wanted else ()
+    found: dict[tuple[nn.Module, str], Extras] = {}
+    for name, module, method in wanted:
+        fits = extras if name in cached else extras.without_cache()
+        found[module, method] = fits if method == "forward" else Extras()
+    return found
 
 
 def _refuse_joint(cache: Cache | None, target: Any) -> None:
@@ -366,9 +373,7 @@ def _refuse_joint(cache: Cache | None, target: Any) -> None:
         )
 
 
-def _check(
-    name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int], cache: Cache | None = None
-) -> Standing | None:
+def _check(name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int], extras: Extras) -> Standing | None:
     """What stands on a component already, to be shared. Raises ConfigError where that, or something else, stands in the
     way."""
     one = standing_on(module, method)
@@ -378,10 +383,11 @@ def _check(
                 f"{name}: runs with {_layout(one.mesh.degree)} already; call remove() on the handle of the first "
                 f"apply, or give both the same degrees ({_layout(lambda axis: degrees[axis])} is asked for)."
             )
-        if one.cache != cache:
+        if one.extras != extras:
+            there, asked = (", ".join(each.lines()) or "nothing beside its layout" for each in (one.extras, extras))
             raise ConfigError(
-                f"{name}: runs with {f'cache {one.cache}' if one.cache else 'no cache'} already; call remove() on the "
-                f"handle of the first apply, or give both the same (cache {cache} is asked for)."
+                f"{name}: runs with {there} already; call remove() on the handle of the first apply, or give both the "
+                f"same ({asked} is asked for)."
             )
         return one
     if method == "forward":

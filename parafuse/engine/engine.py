@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parafuse.config import Axis, Config, Parallel
+from parafuse.config import Axis, Config
 from parafuse.engine import saved
 from parafuse.engine.apply import DENOISERS, Handle, apply, check_components, denoisers
 from parafuse.engine.caches.report import check_followed, following, report, skips
@@ -235,10 +235,11 @@ class Engine(Surface):
         if not denoisers(self.pipeline, DENOISERS, required=False):
             note(f"{type(self.pipeline).__name__} has no denoiser: every rank does all of the work")
             return
-        layout, cache = Parallel(**self.plan.degrees), self.plan.cache_with_calibration()
-        config = Config(parallel=layout, cache=cache, timeout_s=self.plan.timeout_s)
+        config = replace(self.plan.config(), device="auto", dtype="auto")  # the pipeline has both
         # alone, it is one rank whatever a launcher has started
-        mesh = make_mesh(layout.degrees(1), self.plan.device, config.timeout_s) if self.world.size == 1 else None
+        mesh = (
+            make_mesh(config.parallel.degrees(1), self.plan.device, config.timeout_s) if self.world.size == 1 else None
+        )
         self.handle = apply(self.pipeline, config, mesh=mesh)
         self._guard()
 

@@ -17,7 +17,7 @@ from parafuse.config import Axis, Config, Parallel
 from parafuse.errors import ConfigError, reject_unknown
 
 SCHEMA = 1
-OPTIONAL = ("cache", "calibration", "replay", "why", "schema")
+OPTIONAL = ("cache", "compile", "cuda_graphs", "rewrites", "calibration", "replay", "why", "schema")
 """Fields that a plan may lack: an earlier version wrote it, or somebody by hand."""
 
 
@@ -41,6 +41,12 @@ class Plan:
     """Seconds that a rank waits for another."""
     cache: str = ""
     """The cache, as its text with every field; empty: none."""
+    compile: bool = False
+    """Whether each kind of repeated block is compiled."""
+    cuda_graphs: bool = False
+    """Whether that is captured as CUDA graphs."""
+    rewrites: str = ""
+    """Exact changes of what a denoiser computes, by name."""
     calibration: dict[str, Any] | None = None
     """What the file that the cache names holds: so every rank has it, and a plan runs where the file is not."""
     replay: dict[str, list[str]] | None = None
@@ -56,17 +62,11 @@ class Plan:
             raise ConfigError(f"plan.degrees={self.degrees!r}: must give a degree for each of {', '.join(Axis)}.")
         if not isinstance(self.world_size, int) or isinstance(self.world_size, bool) or self.world_size < 1:
             raise ConfigError(f"plan.world_size={self.world_size!r}: must be a whole number of at least 1.")
-        for name, value in (("device", self.device), ("dtype", self.dtype)):
+        for name, value in (("device", self.device), ("dtype", self.dtype), ("rewrites", self.rewrites)):
             if value == "auto":
                 raise ConfigError(f"plan.{name}='auto': a plan is explicit; only a Config may say 'auto'.")
         parallel = Parallel(**cast("dict[str, Any]", self.degrees))
-        Config(
-            parallel=parallel,
-            device=self.device,
-            dtype=self.dtype,
-            cache=self.cache or None,
-            timeout_s=self.timeout_s,
-        )
+        self._config(parallel, cache_of(self.cache or None))
         if self.replay is not None and not self.cache:
             raise ConfigError("plan.replay: holds decisions of a cache, but plan.cache is empty.")
         parallel.degrees(self.world_size)
@@ -83,6 +83,22 @@ class Plan:
             return cache
         return dataclasses.replace(cache, calibration=Calibration.from_dict(self.calibration, str(file)))
 
+    def config(self) -> Config:
+        """What makes this plan again, on these ranks."""
+        return self._config(Parallel(**cast("dict[str, Any]", self.degrees)), self.cache_with_calibration())
+
+    def _config(self, parallel: Parallel, cache: Cache | None) -> Config:
+        return Config(
+            parallel=parallel,
+            device=self.device,
+            dtype=self.dtype,
+            cache=cache,
+            compile=self.compile,
+            cuda_graphs=self.cuda_graphs,
+            rewrites=self.rewrites,
+            timeout_s=self.timeout_s,
+        )
+
     def degree(self, axis: Axis) -> int:
         return self.degrees[axis]
 
@@ -94,7 +110,7 @@ class Plan:
     @property
     def changes_nothing(self) -> bool:
         """Whether the model runs as it is."""
-        return self.world_size == 1 and not self.cache
+        return self.world_size == 1 and not (self.cache or self.compile or self.rewrites)
 
     def without_replay(self) -> Plan:
         """The same, where the cache decides."""
@@ -104,9 +120,11 @@ class Plan:
         """E.g. `2 ranks: ulysses 2, float32 on cpu (all ranks left go to Ulysses)`."""
         axes = ", ".join(f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1) or "no splitting"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        cache = f", cache {self.cache}" if self.cache else ""
+        more = f", cache {self.cache}" if self.cache else ""
+        more += ", compiled" + (" to CUDA graphs" if self.cuda_graphs else "") if self.compile else ""
+        more += f", rewrites {self.rewrites}" if self.rewrites else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""
-        return f"{ranks}: {axes}, {self.dtype} on {self.device}{cache}{again}" + (f" ({self.why})" if self.why else "")
+        return f"{ranks}: {axes}, {self.dtype} on {self.device}{more}{again}" + (f" ({self.why})" if self.why else "")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -50,6 +50,9 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
         dtype=dtype,
         timeout_s=config.timeout_s,
         cache=str(config.cache or ""),
+        compile=config.compile,
+        cuda_graphs=config.cuda_graphs,
+        rewrites=config.rewrites,
         calibration=calibration.to_dict() if calibration is not None else None,
         why=why,
     )

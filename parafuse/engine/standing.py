@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from parafuse.cache import JOINT, Cache, StackCache, TokenMerging
+from parafuse.cache import JOINT, StackCache, TokenMerging
 from parafuse.config import Axis
 from parafuse.engine.caches.caching import Caching, CallWatch
 from parafuse.engine.caches.choose import curves_for, rule_of
@@ -21,6 +21,7 @@ from parafuse.engine.caches.skipping import StackSkipping
 from parafuse.engine.caches.token_merging import Merging
 from parafuse.engine.caches.units import skeleton_of
 from parafuse.engine.derive import derive
+from parafuse.engine.extras import Extras
 from parafuse.engine.stack import block_stack
 from parafuse.parallel.call_context import CallContext
 from parafuse.parallel.compiled import CompiledUnits, CompiledWhole
@@ -42,8 +43,8 @@ class Standing:
     module: nn.Module
     method: str
     mesh: Mesh
-    cache: Cache | None = None
-    """What is asked for; not of modules that cannot have it."""
+    extras: Extras = field(default_factory=Extras)
+    """What is asked for beside the layout; of what a module cannot have, nothing."""
     name: str = ""
     """Of the component."""
     skipping: Caching | None = None
@@ -66,9 +67,9 @@ class Standing:
         self._undo.insert(0, lambda: release(self.mesh))
 
     def _install(self, rounds: Rounds, clock: Clock) -> None:
-        degree, is_forward = self.mesh.degree, self.method == "forward"
-        context = CallContext(owners={} if self.cache else None)
-        if isinstance(self.cache, StackCache) and self.cache.branches == JOINT:
+        degree, is_forward, cache = self.mesh.degree, self.method == "forward", self.extras.cache
+        context = CallContext(owners={} if cache else None)
+        if isinstance(cache, StackCache) and cache.branches == JOINT:
             context.led = Led(self.mesh.group_name(Axis.CFG))
         parts = self._parts(clock, context)
         self._share_tokens(parts)
@@ -76,16 +77,16 @@ class Standing:
             if self.sequence is None:
                 self._put_on(CompiledUnits(list(parts.hosts)))
             self.skipping = parts
-        elif isinstance(self.cache, TokenMerging):
-            self.skipping = Merging(self.module, self.cache, clock=clock, context=context)
+        elif isinstance(cache, TokenMerging):
+            self.skipping = Merging(self.module, cache, clock=clock, context=context)
             self._put_on(CompiledUnits([site.block for site in self.skipping.sites]))
-        elif isinstance(self.cache, StackCache):
+        elif isinstance(cache, StackCache):
             skeleton = skeleton_of(self.module)
             if self.sequence is None:
                 self._put_on(CompiledUnits(skeleton.units))
-            rule = rule_of(self.cache, curves_for(self.cache, self.name, self.module))
+            rule = rule_of(cache, curves_for(cache, self.name, self.module))
             self.skipping = StackSkipping(
-                self.module, skeleton, self.cache, rule, clock=clock, context=context, group=self.mesh.sequence
+                self.module, skeleton, cache, rule, clock=clock, context=context, group=self.mesh.sequence
             )
         self._put_on(self.skipping)
         if _makes_branches(parts):
@@ -110,15 +111,15 @@ class Standing:
         if self.method == "forward" and self.mesh.sequence_degree > 1:
             prober = parts.without(derive) if parts else derive
             self.sequence = SequenceParallel(self.module, block_stack(self.module), self.mesh, prober, parts)
-        elif self.method == "forward" and self.cache is None:
+        elif self.method == "forward" and self.extras.cache is None:
             self._put_on(CompiledWhole(self.module))
         self._put_on(self.sequence)
 
     def _parts(self, clock: Clock, context: CallContext) -> PartReuse | None:
         """What reuses parts of blocks; made before anything stands on these."""
-        if self.cache is None or isinstance(self.cache, (StackCache, TokenMerging)):
+        if self.extras.cache is None or isinstance(self.extras.cache, (StackCache, TokenMerging)):
             return None
-        return PartReuse(self.module, hosts_of(self.module), self.cache, clock=clock, context=context)
+        return PartReuse(self.module, hosts_of(self.module), self.extras.cache, clock=clock, context=context)
 
     def _put_on(self, one: Any) -> None:
         if one is not None:
@@ -163,8 +164,7 @@ class Standing:
             found.append(f"data parallel (data {degree(Axis.DATA)}) on {name}")
         if self.guidance:
             found.append(f"guidance parallel (cfg {degree(Axis.CFG)}) on {name}")
-        if self.cache is not None:
-            found.append(f"cache {self.cache} on {name}")
+        found += [f"{line} on {name}" for line in self.extras.lines()]
         return found
 
 

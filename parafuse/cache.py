@@ -1,8 +1,4 @@
-"""The caches that can be asked for: frozen, torch-free. Each skips work that would change little from step to step.
-
-A cache has a short text, for the command line and for files: `first-block:0.1`, `first-block:0.1,warmup_steps=4`.
-Values without a name fill the fields in their order.
-"""
+"""The caches that can be asked for: frozen, torch-free. Each skips work that would change little from step to step."""
 
 # Users pass what they like, so types are checked at run time too.
 # pyright: reportUnnecessaryIsInstance=false
@@ -10,54 +6,25 @@ Values without a name fill the fields in their order.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, ClassVar
 
 from parafuse.calibration import Calibration
-from parafuse.errors import ConfigError, nearest, reject_unknown
+from parafuse.errors import ConfigError
+from parafuse.spelled import Spelled, read
 
 TRANSFORMER, UNET = "transformer", "unet"
 SEPARATE, JOINT = "separate", "joint"
 
 
 @dataclass(frozen=True)
-class Cache:
+class Cache(Spelled):
     """What all caches have in common."""
 
-    method: ClassVar[str]
-    """Its name in texts."""
+    what: ClassVar[str] = "cache"
     models: ClassVar[tuple[str, ...]] = (TRANSFORMER,)
     """The kinds of denoiser that can have it."""
-
-    def __str__(self) -> str:
-        """The text that makes it again, every field by name."""
-        fields = ",".join(f"{f.name}={_shown(getattr(self, f.name))}" for f in dataclasses.fields(self))
-        return f"{self.method}:{fields}"
-
-    @property
-    def brief(self) -> str:
-        """The shortest text that makes it again: `first-block:0.1`."""
-        fields = {f.name: f for f in dataclasses.fields(self)}
-        said = [_shown(getattr(self, name)) for name, f in fields.items() if not f.kw_only]
-        said += [
-            f"{name}={_shown(getattr(self, name))}"
-            for name, f in fields.items()
-            if f.kw_only and getattr(self, name) != f.default
-        ]
-        return f"{self.method}:{','.join(said)}" if said else self.method
-
-    def _check(self, name: str, *, least: float, whole: bool = True, optional: bool = False) -> None:
-        """Raises ConfigError for a field that is no number of at least `least`."""
-        value = getattr(self, name)
-        if optional and value is None:
-            return
-        is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value < least:
-            kind = "a whole number" if whole else "a number"
-            more = ", or none" if optional else ""
-            raise ConfigError(f"cache {self.method}: {name}={value!r}: must be {kind} of at least {least:g}{more}.")
 
 
 @dataclass(frozen=True)
@@ -397,42 +364,4 @@ def cache_of(value: Any) -> Cache | None:
         return value
     if not isinstance(value, str):
         raise ConfigError(f"cache={value!r}: must be a text such as 'first-block:0.1', a parafuse.Cache, or None.")
-    name, _, rest = value.partition(":")
-    if name not in METHODS:
-        known = ", ".join(METHODS)
-        raise ConfigError(f"cache={value!r}: {name!r} is no cache; there are {known}{nearest(name, METHODS) or '.'}")
-    kind = METHODS[name]
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    in_order = [f.name for f in fields.values() if not f.kw_only]
-    given: dict[str, Any] = {}
-    for place, item in enumerate(rest.split(",") if rest else ()):
-        key, is_named, text = item.partition("=")
-        if not is_named:
-            if place >= len(in_order):
-                raise ConfigError(f"cache={value!r}: {item!r} has no name; {name} takes {', '.join(fields)}.")
-            key, text = in_order[place], item
-        reject_unknown(f"cache {name}", [key], fields)
-        if key in given:
-            raise ConfigError(f"cache={value!r}: {key} is given twice.")
-        given[key] = _parsed(name, key, text, str(fields[key].type))
-    return kind(**given)
-
-
-def _parsed(method: str, name: str, text: str, kind: str) -> Any:
-    """A field's value from its text; what is no number where one is needed is refused."""
-    if "None" in kind and text.lower() == "none":
-        return None
-    if "str" in kind:
-        return text
-    try:
-        return int(text) if "int" in kind else float(text)
-    except ValueError as error:
-        wanted = "a whole number" if "int" in kind else "a number"
-        more = " or none" if "None" in kind else ""
-        raise ConfigError(f"cache {method}: {name}={text!r}: must be {wanted}{more}.") from error
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Calibration):
-        return value.file or "measured"
-    return "none" if value is None else str(value)
+    return read("cache", value, METHODS)

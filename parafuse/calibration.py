@@ -57,6 +57,9 @@ class Calibration:
     file: str = field(default="", compare=False)
     """Where it was read from."""
 
+    def __str__(self) -> str:
+        return self.file or "measured"
+
     def check(self, *, model: str, model_id: str) -> None:
         """Raises ConfigError for another architecture."""
         if self.model_id != model_id:

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 from parafuse.cache import Cache, cache_of
 from parafuse.errors import ConfigError, reject_unknown
+from parafuse.quantization import Quantize, quantize_of
 
 
 class Axis(StrEnum):
@@ -107,6 +108,11 @@ class Config:
     cache: Cache | str | None = field(default=None, metadata={LOSSY: ("first-block:0.2", "taylorseer:3", "interval:2")})
     """Skips work that changes little from step to step: first-block:0.1, taylorseer:4, interval:2, mask:1101, ... with
     fields after a comma (first-block:0.1,warmup_steps=4); docs/caches.md has them all."""
+    quantize: Quantize | str | None = field(
+        default=None, metadata={LOSSY: ("fp8:reference=true", "int8", "int8-weight")}
+    )
+    """Computes or keeps linear layers in 8 bits: fp8, fp8-weight, int8 or int8-weight, with fields after a colon
+    (fp8:text_encoders=int8-weight); docs/quantize.md has them all."""
     compile: bool = False
     """Compiles each kind of repeated block once (torch.compile, one whole graph), in every layout and with caches."""
     cuda_graphs: bool = False
@@ -128,6 +134,7 @@ class Config:
         if self.device not in DEVICES:
             raise ConfigError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}.")
         object.__setattr__(self, "cache", cache_of(self.cache))
+        object.__setattr__(self, "quantize", quantize_of(self.quantize))
         for name in ("compile", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be true or false.")
@@ -151,7 +158,8 @@ class Config:
         object.__setattr__(self, "rewrites", ",".join(name for name in REWRITES if name in names))
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"cache": str(self.cache) if self.cache else None}
+        texts = {name: str(one) if one else None for name, one in (("cache", self.cache), ("quantize", self.quantize))}
+        return dataclasses.asdict(self) | texts
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, where: str = "config") -> Config:

@@ -25,6 +25,8 @@ from parafuse.engine.following import Component, follow, is_manager, managed
 from parafuse.engine.host_times import host_times
 from parafuse.engine.plan import Plan
 from parafuse.engine.plan_store import key_for
+from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, quantize
+from parafuse.engine.quantize.report import lines
 from parafuse.engine.source import ModelSource
 from parafuse.engine.stack import block_stack
 from parafuse.engine.standing import Standing, standing_on
@@ -38,6 +40,7 @@ from parafuse.parallel.hooks import is_overridden
 from parafuse.parallel.mesh import Mesh, hold, make_mesh, release
 from parafuse.parallel.sequence import SequenceParallel
 from parafuse.parallel.world import ensure_world
+from parafuse.quantization import Quantize
 
 STACKS = ("transformer", "transformer_2", "unconditional_transformer")
 """Pipeline components that hold a block stack, where they are present: what sequence parallel splits."""
@@ -65,6 +68,10 @@ class Handle:
     """What is put on the denoisers beside the layout; a cache on those that can have it."""
     skipping: dict[str, Caching] = field(default_factory=dict[str, Caching])
     """Component -> its cache."""
+    quantize: Quantize | None = None
+    """What the denoisers, and text encoders if it says so, are quantized with."""
+    quantized: dict[str, Quantized] = field(default_factory=dict[str, Quantized])
+    """Component -> what was done to its layers."""
     rounds: Rounds = field(default_factory=Rounds)
     clock: Clock = field(default_factory=Clock)
     """The step that a call belongs to, for caches."""
@@ -91,11 +98,33 @@ class Handle:
         while self._on or self._stuck:
             (self._stuck or [one for _, one in self._on])[-1].leave(self)
             (self._stuck or self._on).pop()
+        self._put_weights_back()
         self._tell()
         self.clock.drop(self.target)
         if self.mesh is not None and not self._is_off:
             release(self.mesh)
         self._is_off = True
+
+    def quantize_weights(self, target: Any) -> None:
+        """Quantizes what is to be and is not yet. Local. Raises ConfigError before anything is changed."""
+        if self.quantize is not None:
+            asked = asked_of(denoisers(target, DENOISERS, required=False), target, self.quantize)
+            for one in quantize(asked, self.quantize):
+                if one.choice.layers or one.choice.component not in self.quantized:
+                    self.quantized[one.choice.component] = one
+            self._tell()
+
+    def _put_weights_back(self) -> None:
+        left = [name for name, one in self.quantized.items() if one.choice.layers and one.undo is None]
+        for one in self.quantized.values():
+            if one.undo is not None:
+                one.undo()
+        if left:
+            note(
+                f"{', '.join(left)}: stays quantized: the original weights are not kept (keep_originals=true keeps "
+                "them); load the model again for these."
+            )
+        self.quantized.clear()
 
     def put_on(self, wanted: list[Wanted]) -> None:
         """Puts on what is wanted and not on yet, and lets go of what is wanted no more. Local."""
@@ -135,17 +164,25 @@ class Handle:
         self.data = {name: one.data for name, one in self._on if one.data}
         self.guidance = {name: one.guidance for name, one in self._on if one.guidance}
         self.skipping = {name: one.skipping for name, one in self._on if one.skipping}
-        self.applied[:] = [line for name, one in self._on for line in one.lines(name)]
+        self.applied[:] = [
+            *lines(self.quantized.values()),
+            *(line for name, one in self._on for line in one.lines(name)),
+        ]
 
     def stands_on(self, target: Any) -> bool:
         """Whether all that it would be put on now, it is on: not so where a component was replaced. What was taken off
         stays off."""
-        wanted = [] if self.mesh is None or self._is_off else _wanted(target, self.mesh.degree)
+        if self._is_off or any(
+            getattr(target, name, one.model) is not one.model for name, one in self.quantized.items()
+        ):
+            return self._is_off
+        wanted = [] if self.mesh is None else _wanted(target, self.mesh.degree)
         return [(module, method) for _, module, method in wanted] == [(one.module, one.method) for _, one in self._on]
 
     def renew(self, target: Any, arriving: Sequence[Component] = ()) -> None:
         """Puts it on what the target has now or is about to get, and takes it off what that has no more. Local. Raises
         ConfigError before anything is changed."""
+        self.quantize_weights(target)
         mesh = self.mesh
         if mesh is None:
             return
@@ -309,8 +346,9 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
     extras = Extras.of(config)
+    method = checked(config.quantize, denoisers(target, DENOISERS, required=False), target, world_size)
     if world_size == 1 and not extras:
-        return Handle()
+        return _without_mesh(target, method)
     if mesh is not None:
         degrees = {axis: mesh.degree(axis) for axis in Axis}
     wanted = _wanted(target, lambda axis: degrees[axis])
@@ -335,13 +373,14 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         mesh = make_mesh(degrees, device, config.timeout_s)
         if mesh.sequence_degree > 1 and config.parallel.ulysses == "auto":
             note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
-    handle = Handle(mesh=mesh, extras=extras, target=target)
+    handle = Handle(mesh=mesh, extras=extras, quantize=method, target=target)
     known = next((one.guidance for one in shared if one.guidance), None)
     handle.rounds = known.rounds if known else handle.rounds
     counting = next((one.skipping for one in shared if one.skipping), None)
     handle.clock = counting.clock if counting else handle.clock
     handle.go_by_steps()
     try:
+        handle.quantize_weights(target)
         handle.put_on(wanted)
         handle.follow(target)
         times = ExitStack()
@@ -350,6 +389,13 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     except BaseException:
         handle.remove()
         raise
+    return handle
+
+
+def _without_mesh(target: Any, method: Quantize | None) -> Handle:
+    """On one rank, where nothing stands on the model."""
+    handle = Handle(quantize=method, target=target)
+    handle.quantize_weights(target)
     return handle
 
 

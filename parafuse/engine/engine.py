@@ -25,6 +25,8 @@ from parafuse.engine.loading_checks import check_loading, own_config, taken
 from parafuse.engine.modular import continues, hush, takes_generator
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
+from parafuse.engine.quantize.put_on import quantize_loaded
+from parafuse.engine.quantize.report import report as quantized_report
 from parafuse.engine.quantized import compute_dtype, weights_of
 from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import SAME_CALL, facts, fresh_seed
@@ -221,6 +223,7 @@ class Engine(Surface):
         keywords = {"dtype": plan.dtype} | settings["pipeline_kwargs"]  # dtypes by component may be among them
         if pipeline is None:
             pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], device=world.device, **keywords)
+            quantize_loaded(pipeline, plan, denoisers(pipeline, DENOISERS, required=False), world.device)
             pipeline.to(world.device)
         hush(pipeline)
         engine = cls(pipeline, source, plan, Handle(), world, progress)
@@ -398,6 +401,7 @@ class Engine(Surface):
             "call": plain(keywords),
             "versions": versions(),
             "weights": weights_of(self.pipeline),
+            "quantized": quantized_report(self.handle.quantized.values()),
             "applied": list(self.handle.applied),
             "guidance": {name: one.report(seen[one]) for name, one in self.handle.guidance.items()},
             "data": {name: one.report(seen[one]) for name, one in self.handle.data.items()},

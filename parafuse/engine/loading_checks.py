@@ -69,7 +69,7 @@ def taken(
 
 def check_loading(source: ModelSource, plan: Plan, given: dict[str, Any], *, sent: bool) -> None:
     """What depends on the plan. `sent`: this process starts other ranks, which get all that is given."""
-    check_quantized(source, plan.device, given)
+    check_quantized(source, plan, given)
     for name, value in given.items() if sent else ():
         _check_sent(name, value)
 

@@ -17,7 +17,7 @@ from parafuse.config import Axis, Config, Parallel
 from parafuse.errors import ConfigError, reject_unknown
 
 SCHEMA = 1
-OPTIONAL = ("cache", "compile", "cuda_graphs", "rewrites", "calibration", "replay", "why", "schema")
+OPTIONAL = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "calibration", "replay", "why", "schema")
 """Fields that a plan may lack: an earlier version wrote it, or somebody by hand."""
 
 
@@ -41,6 +41,8 @@ class Plan:
     """Seconds that a rank waits for another."""
     cache: str = ""
     """The cache, as its text with every field; empty: none."""
+    quantize: str = ""
+    """The quantization, as its text with every field; empty: none."""
     compile: bool = False
     """Whether each kind of repeated block is compiled."""
     cuda_graphs: bool = False
@@ -93,6 +95,7 @@ class Plan:
             device=self.device,
             dtype=self.dtype,
             cache=cache,
+            quantize=self.quantize or None,
             compile=self.compile,
             cuda_graphs=self.cuda_graphs,
             rewrites=self.rewrites,
@@ -110,7 +113,7 @@ class Plan:
     @property
     def changes_nothing(self) -> bool:
         """Whether the model runs as it is."""
-        return self.world_size == 1 and not (self.cache or self.compile or self.rewrites)
+        return self.world_size == 1 and not (self.cache or self.quantize or self.compile or self.rewrites)
 
     def without_replay(self) -> Plan:
         """The same, where the cache decides."""
@@ -121,6 +124,7 @@ class Plan:
         axes = ", ".join(f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1) or "no splitting"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         more = f", cache {self.cache}" if self.cache else ""
+        more += f", quantize {self.quantize}" if self.quantize else ""
         more += ", compiled" + (" to CUDA graphs" if self.cuda_graphs else "") if self.compile else ""
         more += f", rewrites {self.rewrites}" if self.rewrites else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""

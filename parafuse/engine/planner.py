@@ -9,8 +9,11 @@ from parafuse.cache import cache_of, calibration_of, with_calibration
 from parafuse.config import Axis, Config
 from parafuse.engine.memory import check_memory
 from parafuse.engine.plan import Plan
+from parafuse.engine.quantize.saved import saved_by
+from parafuse.engine.quantize.settle import capability_here, settled
 from parafuse.errors import ConfigError
 from parafuse.hardware import num_cuda_devices
+from parafuse.quantization import Quantize, quantize_of
 
 if TYPE_CHECKING:
     from parafuse.engine.source import ModelSource
@@ -50,9 +53,26 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
         dtype=dtype,
         timeout_s=config.timeout_s,
         cache=str(config.cache or ""),
+        quantize=str(_settled(config, source, device, dtype, world_size) or ""),
         compile=config.compile,
         cuda_graphs=config.cuda_graphs,
         rewrites=config.rewrites,
         calibration=calibration.to_dict() if calibration is not None else None,
         why=why,
+    )
+
+
+def _settled(config: Config, source: ModelSource, device: str, dtype: str, world_size: int) -> Quantize | None:
+    """The quantization with nothing left to be told. Raises ConfigError where it cannot be had."""
+    method = quantize_of(config.quantize)
+    if method is None:
+        return None
+    capability = capability_here() if device == "cuda" else None
+    return settled(
+        method,
+        device=device,
+        capability=capability,
+        dtype=dtype,
+        world_size=world_size,
+        saved=bool(saved_by(source)),
     )

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parafuse.engine.plan import Plan
+from parafuse.engine.quantize.saved import check_saved, configurations
+from parafuse.engine.quantize.settle import capability_here
 from parafuse.engine.source import ModelSource, read_json
 from parafuse.engine.state import components_of
 from parafuse.errors import ConfigError, reject_unknown
@@ -41,15 +44,19 @@ METHODS: dict[str, Method] = {
 """By diffusers' names. Others, as those of transformers for text encoders, are left to their library."""
 
 
-def check_quantized(source: ModelSource, device: str, given: dict[str, Any]) -> None:
+def check_quantized(source: ModelSource, plan: Plan, given: dict[str, Any]) -> None:
     """Raises ConfigError for a quantized model, or a wish for one, that cannot be had here. Reads no weights."""
-    saved = dict(_saved(source, given))
+    device = plan.device
+    check_saved(source, plan, given, capability_here() if device == "cuda" else None)
+    saved = dict(configurations(source, given))
     for part, facts in saved.items():
         is_ours = _library(source, part) == "diffusers"
         _check(f"model={source.name!r}: {part} is quantized", _method(facts), device if is_ours else "", saved=True)
     wish = given.get("quantization_config")
     if wish is None:
         return
+    if plan.quantize:
+        raise ConfigError(f"quantization_config: given beside quantize={plan.quantize!r}; leave one out.")
     if type(wish).__name__ != "PipelineQuantizationConfig":
         raise ConfigError(
             f"quantization_config={type(wish).__name__}: must be a diffusers.PipelineQuantizationConfig, which says it "
@@ -88,16 +95,6 @@ def _is_there(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # its parent
         return False
-
-
-def _saved(source: ModelSource, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(component, its quantization_config) of what a folder has quantized."""
-    for part in source.components or () if source.kind == "folder" else ():
-        file = Path(source.path) / part / "config.json"
-        if part not in given and file.is_file():
-            facts = read_json(file, source.name).get("quantization_config")
-            if isinstance(facts, dict):
-                yield part, facts
 
 
 def _method(facts: dict[str, Any]) -> str:

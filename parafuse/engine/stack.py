@@ -45,3 +45,23 @@ def block_stack(model: nn.Module) -> list[nn.Module]:
             "needs one. Run it on one rank."
         )
     return list(dict.fromkeys(blocks))  # a block that is used twice is wrapped once
+
+
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Full name -> each repeated block, of any model of layers: a denoiser, also a UNet, or a text encoder.
+
+    Those of a class that the model declares (`_repeated_blocks`, or else `_no_split_modules`); where it declares none,
+    or none is there, the items of its outermost ModuleLists."""
+    for attribute in ("_repeated_blocks", "_no_split_modules"):
+        declared: Any = getattr(model, attribute, None) or ()
+        found = {name: one for name, one in model.named_modules() if type(one).__name__ in declared}
+        if found:
+            return {name: one for name, one in found.items() if not _is_inside(name, found)}
+    items = {id(item) for each in _lists(model) for item in each}
+    return {name: one for name, one in model.named_modules() if id(one) in items}
+
+
+def _is_inside(name: str, others: dict[str, nn.Module]) -> bool:
+    """Whether it is part of another one."""
+    parts = name.split(".")
+    return any(".".join(parts[:length]) in others for length in range(1, len(parts)))

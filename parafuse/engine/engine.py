@@ -200,7 +200,9 @@ class Engine(Surface):
 
         def written() -> str:
             try:
-                saved.save(Path(folder), self.pipeline, self.plan, self._source.defaults, self.handle.block_plans())
+                methods = {name: one.method for name, one in self.handle.quantized.items()}
+                plans = self.handle.block_plans()
+                saved.save(Path(folder), self.pipeline, self.plan, self._source.defaults, plans, methods)
             except OSError as error:
                 return str(error)
             return ""

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from torch import nn
 from parafuse.config import Config
 from parafuse.engine import plan_store
 from parafuse.engine.plan import Plan
+from parafuse.engine.quantize.saved import write_record
 from parafuse.engine.receipt import versions
-from parafuse.engine.source import DEFAULTS_FILE, locate, read_json
+from parafuse.engine.source import locate, read_json, write_defaults
 from parafuse.engine.state import components_of
 from parafuse.errors import ConfigError, ModelError
 from parafuse.hardware import num_cuda_devices
+from parafuse.quantization import Quantize
 
 FOLDER, RECORD, PLANS, COMPILED = "parafuse", "engine.json", "plans", "compiled"
 SCHEMA = 1
@@ -49,16 +52,26 @@ def check(pipeline: Any) -> None:
             _refuse_unsaved(name, part)
 
 
-def save(folder: Path, pipeline: Any, plan: Plan, defaults: dict[str, Any], block_plans: dict[str, Any]) -> None:
-    """Writes all of it. `block_plans`: key of the store -> (class of the block, plan). One rank calls it."""
+def save(
+    folder: Path,
+    pipeline: Any,
+    plan: Plan,
+    defaults: dict[str, Any],
+    block_plans: dict[str, Any],
+    methods: Mapping[str, Quantize],
+) -> None:
+    """Writes all of it. One rank calls it.
+
+    `block_plans`: key of the store -> (class of the block, plan). `methods`: component -> what it is quantized with."""
     pipeline.save_pretrained(folder)
-    if defaults:
-        (folder / DEFAULTS_FILE).write_text(json.dumps({"call": defaults}, indent=2) + "\n")
+    write_defaults(folder, defaults)
     own = folder / FOLDER
     shutil.rmtree(own, ignore_errors=True)
     (own / PLANS).mkdir(parents=True)
     for key, (block, block_plan) in block_plans.items():
         plan_store.write(own / PLANS, key, block, block_plan)
+    if methods:
+        write_record(folder, methods)
     source = locate(str(folder), allow_pickle=True)
     record = {
         "schema": SCHEMA,

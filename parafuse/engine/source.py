@@ -44,6 +44,12 @@ class ModelSource:
     """Width and height must be multiples of it; None: unknown, left to the pipeline."""
 
 
+def write_defaults(folder: Path, defaults: dict[str, Any]) -> None:
+    """Keeps a model's own keywords of the call in its folder. One rank calls it."""
+    if defaults:
+        (folder / DEFAULTS_FILE).write_text(json.dumps({"call": defaults}, indent=2) + "\n")
+
+
 def source_of(pipeline: Any) -> ModelSource:
     """The source of a pipeline that is loaded already: what its components say of themselves."""
     components: dict[str, Any] = {name: part for name, part in pipeline.components.items() if part is not None}

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from parafuse.config import SEQUENCE_AXES, Axis
 from parafuse.engine.apply import apply, denoisers
-from parafuse.engine.probe import owned
+from parafuse.engine.recorded import RecordedCall, recording
 from parafuse.errors import ConfigError, ParafuseError, RankError
 from parafuse.parallel.comm import all_gather
 from parafuse.parallel.mesh import Mesh, make_mesh
@@ -51,26 +50,6 @@ class Verdict:
         return self.error is not None and self.error <= self.limit
 
 
-@dataclass
-class RecordedCall:
-    """One call of a denoiser: its arguments, and the tensors that it returned alone."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    plain: list[Tensor]
-    truth: list[Tensor]
-    """The same in fp32; `plain` itself where the model is fp32."""
-
-    def again(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The tensors of this call, made anew; with floating point arguments in `dtype`, if one is given."""
-        args, kwargs = tree_map(owned, (self.args, self.kwargs))
-        if dtype is not None:
-            args, kwargs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs))
-        with torch.no_grad():
-            return _tensors(self.module(*args, **kwargs))
-
-
 def layouts(world_size: int) -> list[dict[Axis, int]]:
     """Every way to share a sequence among all ranks, Ulysses first."""
     found = [(ring, world_size // ring) for ring in range(1, world_size + 1) if world_size % ring == 0]
@@ -102,7 +81,7 @@ def record(engine: Engine, seed: int, call: dict[str, Any]) -> list[RecordedCall
     recorded: list[RecordedCall] = []
     with ExitStack() as hooks:
         for _, module in denoisers(engine.pipeline):
-            hooks.enter_context(_recording(module, recorded))
+            hooks.enter_context(recording(module, recorded))
         engine(seed=seed, **call)
     if not recorded:
         raise ConfigError("call: the pipeline did not call its denoiser; give it at least one step.")
@@ -117,25 +96,6 @@ def _add_truth(recorded: list[RecordedCall]) -> None:
             with _in_float32(module):
                 for r in mine:
                     r.truth = r.again(torch.float32)
-
-
-@contextmanager
-def _recording(module: nn.Module, into: list[RecordedCall]) -> Iterator[None]:
-    """Notes every call of `module`: arguments as they were before it."""
-
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        args, kwargs = tree_map(owned, (args, kwargs))
-        into.append(RecordedCall(module, args, kwargs, [], []))
-
-    def after(_module: nn.Module, _args: Any, result: Any) -> None:
-        into[-1].plain = into[-1].truth = [x.detach().clone() for x in _tensors(result)]
-
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -187,7 +147,3 @@ def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
             largest = float(other.float().abs().max())
             worst = max(worst, float((mine.float() - other.float()).abs().max()) / (largest or 1.0))
     return worst
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

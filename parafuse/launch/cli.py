@@ -24,6 +24,7 @@ from parafuse.launch import calibrate as calibrating
 from parafuse.launch import export as exporting
 from parafuse.launch import generate as generating
 from parafuse.launch import prove as proving
+from parafuse.launch import quantize as quantizing
 from parafuse.launch import quiet
 from parafuse.launch import verify as verifying
 from parafuse.launch.asked import Asked, start_ranks
@@ -47,9 +48,11 @@ BENCH_OPTIONS = options_of(benching.Bench)
 PROOF_OPTIONS = options_of(proving.Proof)
 TRIAL_OPTIONS = options_of(verifying.Trial)
 CALIBRATE_OPTIONS = options_of(calibrating.Calibrate)
+PACKING_OPTIONS = [option for option in options_of(quantizing.Packing) if option.name != "ranks"]
 EXPORT_OPTIONS = [option for option in options_of(exporting.Export) if option.name != "ranks"]
 SCORING_OPTIONS = options_of(scoring.Scoring)
-LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1 and option.name != "cache"]
+EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites")
+LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1 and option.name not in EXTRAS]
 """Those of the configuration without the degrees, where all of them are tried, and without a cache, which a case's
 variants name and an exported plan cannot have."""
 
@@ -150,6 +153,21 @@ def calibrate(
         return start_ranks(job.world_size, ctx.obj.argv)
     calibrating.run(job)
     return 0
+
+
+@app.command()
+@with_options(*PACKING_OPTIONS, *(option for option in CONFIG_OPTIONS if option.name == "quantize"), *LOADING_OPTIONS)
+def quantize(
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="In place of a set of them.")] = None,
+    **options: Any,
+) -> None:
+    """Measure what 8 bits lose, one forward for each group of layers, and write the model in 8 bits: --out DIR.
+
+    The folder is loaded by its name, here and by diffusers, without the model as it was. On one rank."""
+    packing = build(quantizing.Packing(), given(PACKING_OPTIONS, options))
+    _hush(packing)
+    chosen = [option for option in CONFIG_OPTIONS if option.name == "quantize"]
+    quantizing.run(quantizing.prepare(prompt, packing, [*chosen, *LOADING_OPTIONS], options))
 
 
 @app.command("export-plan")

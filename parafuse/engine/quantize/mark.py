@@ -31,10 +31,12 @@ def _mark_diffusers(model: Any, method: Quantize) -> Callable[[], None]:
     from diffusers.quantizers.auto import DiffusersAutoQuantizer
 
     config = TorchAoConfig(equivalent(method))
+    quantizer: Any = DiffusersAutoQuantizer.from_config(config, pre_quantized=True)
+    quantizer.validate_environment()
     before = model.config
     undo = _set(
         model,
-        hf_quantizer=DiffusersAutoQuantizer.from_config(config, pre_quantized=True),
+        hf_quantizer=quantizer,
         is_quantized=True,
         quantization_method=config.quant_method,
     )

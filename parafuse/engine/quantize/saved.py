@@ -60,7 +60,14 @@ def saved_by(source: ModelSource, given: Mapping[str, Any] | None = None) -> dic
 def write_record(folder: Path, methods: Mapping[str, Quantize]) -> None:
     """Beside the components of a folder that has been saved. One rank calls it."""
     (folder / RECORD).parent.mkdir(exist_ok=True)
-    (folder / RECORD).write_text(json.dumps({part: str(method) for part, method in methods.items()}, indent=2) + "\n")
+    texts = {part: str(_for_files(method)) for part, method in methods.items()}
+    (folder / RECORD).write_text(json.dumps(texts, indent=2) + "\n")
+
+
+def _for_files(method: Quantize) -> Quantize:
+    """Whether a CPU may compute it is no property of the weights, nor is what was kept beside them."""
+    method = replace(method, keep_originals=False)
+    return replace(method, reference=False) if isinstance(method, Fp8) else method
 
 
 def check_saved(source: ModelSource, plan: Plan, given: Mapping[str, Any], capability: Capability | None) -> None:

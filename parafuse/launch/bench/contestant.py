@@ -15,6 +15,7 @@ from parafuse.config import Axis, Config
 from parafuse.engine.apply import DECODERS, DENOISERS, Handle, apply
 from parafuse.engine.caches.report import SKIPPED as LETTER
 from parafuse.engine.engine import Engine
+from parafuse.engine.quantize.put_on import TEXT_ENCODERS
 from parafuse.engine.stack import block_stack
 from parafuse.launch.bench import share
 from parafuse.launch.bench.case import CACHES, REPLICATED, Variant
@@ -137,7 +138,7 @@ class Contestant:
 def twin(pipeline: Any) -> Any:
     """The same pipeline with all that parafuse puts something on of its own, over the same weights."""
     made = copy.copy(pipeline)
-    for name in (*DENOISERS, *DECODERS):
+    for name in (*DENOISERS, *DECODERS, *TEXT_ENCODERS):
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
             tensors = [*module.parameters(), *module.buffers()]

@@ -50,11 +50,12 @@ def block_stack(model: nn.Module) -> list[nn.Module]:
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Full name -> each repeated block, of any model of layers: a denoiser, also a UNet, or a text encoder.
 
-    Those of a class that the model declares (`_repeated_blocks`, or else `_no_split_modules`); where it declares none,
-    or none is there, the items of its outermost ModuleLists."""
+    Items of lists whose class the model declares (`_repeated_blocks`, or else `_no_split_modules`, which has patch
+    embedders too); where it declares none, or none is there, the items of its outermost ModuleLists."""
     for attribute in ("_repeated_blocks", "_no_split_modules"):
         declared: Any = getattr(model, attribute, None) or ()
-        found = {name: one for name, one in model.named_modules() if type(one).__name__ in declared}
+        named = model.named_modules()
+        found = {name: one for name, one in named if type(one).__name__ in declared and name.split(".")[-1].isdigit()}
         if found:
             return {name: one for name, one in found.items() if not _is_inside(name, found)}
     items = {id(item) for each in _lists(model) for item in each}

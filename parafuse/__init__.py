@@ -26,16 +26,18 @@ if TYPE_CHECKING:
     from parafuse.engine.engine import Engine
     from parafuse.engine.plan import Plan
     from parafuse.errors import ParafuseError
+    from parafuse.quantization import Fp8, Fp8Weight, Int8, Int8Weight, Quantize
 
 __version__ = "0.1.0"
 __all__ = [
-    "Cache", "Config", "DeepCache", "Engine", "FasterCache", "FirstBlockCache", "ForaCache", "Handle", "IntervalCache",
-    "MagCache", "MaskCache", "ParafuseError", "Parallel", "Plan", "PyramidAttentionBroadcast", "TGateCache",
-    "TaylorSeerCache", "TeaCache", "TokenMerging", "apply",
+    "Cache", "Config", "DeepCache", "Engine", "FasterCache", "FirstBlockCache", "ForaCache", "Fp8", "Fp8Weight",
+    "Handle", "Int8", "Int8Weight", "IntervalCache", "MagCache", "MaskCache", "ParafuseError", "Parallel", "Plan",
+    "PyramidAttentionBroadcast", "Quantize", "TGateCache", "TaylorSeerCache", "TeaCache", "TokenMerging", "apply",
 ]  # fmt: skip
 
 _HOMES = {
     **{name: "parafuse.cache" for name in __all__ if name.endswith(("Cache", "Broadcast", "Merging"))},
+    **dict.fromkeys(("Quantize", "Fp8", "Fp8Weight", "Int8", "Int8Weight"), "parafuse.quantization"),
     "Config": "parafuse.config",
     "Parallel": "parafuse.config",
     "ParafuseError": "parafuse.errors",

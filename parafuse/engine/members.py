@@ -39,6 +39,7 @@ OTHER_WAYS = {
     "from_config": f"{ANOTHER}; make it first, then parafuse.Engine.from_pipeline(pipeline)",
 }
 XFORMERS = ("enable_xformers_memory_efficient_attention", "set_use_memory_efficient_attention_xformers")
+FUSES = ("fuse_lora", "unfuse_lora")
 PARTS = {
     "enable_vae_slicing": ("vae", "enable_slicing"),
     "disable_vae_slicing": ("vae", "disable_slicing"),
@@ -60,6 +61,11 @@ def refusal(name: str, plan: Plan, args: tuple[object, ...] = (), *, part: str =
     it can."""
     if name in OTHER_WAYS and not part:
         return OTHER_WAYS[name]
+    if name in FUSES and plan.quantize:
+        return (
+            f"weights in {plan.quantize.partition(':')[0]} cannot be added to; fuse LoRAs before quantizing "
+            "(Engine.from_pipeline of a pipeline with fused LoRAs), or leave them as adapters, which work"
+        )
     splits = plan.degree(Axis.RING) * plan.degree(Axis.ULYSSES)
     if name in XFORMERS and args[:1] != (False,) and splits > 1:
         return (

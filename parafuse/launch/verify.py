@@ -20,6 +20,7 @@ from parafuse.launch.asked import Asked, number_of_ranks
 from parafuse.launch.keywords import call_for_prompts, one_step_call
 from parafuse.launch.options import Option, build, given
 from parafuse.launch.prompts import prompts_of
+from parafuse.quantization import quantize_of
 
 if TYPE_CHECKING:
     from parafuse.engine.verify import Verdict
@@ -82,20 +83,20 @@ def prepare(prompt: str | None, trial: Trial, options: list[Option], typed: dict
         raise ConfigError(
             f"{where} parallel degrees, but every layout is tried; leave them out, or give --quality for one layout."
         )
-    cache = cache_of(config.cache)
-    if cache is not None and not trial.quality:
+    lossy = [one for one in (cache_of(config.cache), quantize_of(config.quantize)) if one is not None]
+    if lossy and not trial.quality:
         raise ConfigError(
-            f"--cache {cache.brief}: changes what verify holds to be the same; leave it out, or give --quality to "
-            "compare pictures."
+            f"--{lossy[0].what} {lossy[0].brief}: changes what verify holds to be the same; leave it out, or give "
+            "--quality to compare pictures."
         )
     world_size = number_of_ranks(trial)
-    if world_size == 1 and trial.against is None and cache is None:
-        way_out = ", or another dtype with --against, or a --cache" if trial.quality else ""
+    if world_size == 1 and trial.against is None and not lossy:
+        way_out = ", or another dtype with --against, or --cache or --quantize" if trial.quality else ""
         raise ConfigError(f"--ranks 1: one rank has nothing to be compared with; give --ranks 2 or more{way_out}.")
     source = locate(trial.model, allow_pickle=config.allow_pickle)
     if trial.quality:
         plan = resolve(config, source, world_size)
-        if world_size == 1 and plan.dtype == trial.against and cache is None:
+        if world_size == 1 and plan.dtype == trial.against and not lossy:
             raise ConfigError(f"--against {trial.against!r}: is what one rank would run too; give another --dtype.")
         prompts = prompts_of(source, prompt, trial.prompts, trial.first)
         call = call_for_prompts(trial, source, prompts)

@@ -14,7 +14,7 @@ from parafuse.engine.quantize.report import ranges
 from parafuse.engine.quantize.roles import measured, pattern_of, sees_samples
 from parafuse.engine.stack import repeated_blocks
 from parafuse.errors import ConfigError
-from parafuse.quantization import Fp8, Int8, quantize_of
+from parafuse.quantization import Fp8, Fp8Weight, Int8
 from tests.models import build
 from tests.quantize.roles import SAMPLES, measure, seen
 from tests.zoo.collect import cases
@@ -84,7 +84,9 @@ def test_skip_takes_full_names_alone() -> None:
 
     whole = chosen("")
     assert chosen("transformer.proj_out") == whole
-    assert whole - chosen("transformer.single_transformer_blocks.0.proj_out") == {"single_transformer_blocks.0.proj_out"}
+    assert whole - chosen("transformer.single_transformer_blocks.0.proj_out") == {
+        "single_transformer_blocks.0.proj_out"
+    }
     all_of_them = {name for name in whole if pattern_of(name) == "single_transformer_blocks.*.proj_out"}
     assert whole - chosen("transformer.single_transformer_blocks.*.proj_out") == all_of_them
     assert len(all_of_them) == 2
@@ -105,7 +107,7 @@ def test_what_does_not_fit_is_listed_with_its_size() -> None:
     wan = build("wan", heads=3)
     left = choose("t", wan, Fp8(min_features=16)).left
     assert left["blocks.0.attn1.to_q"] == "36 inputs, no multiple of 16"
-    assert "blocks.0.attn1.to_q" in choose("t", wan, quantize_of("fp8-weight:min_features=16")).layers
+    assert "blocks.0.attn1.to_q" in choose("t", wan, Fp8Weight(min_features=16)).layers
 
 
 class Block(nn.Module):

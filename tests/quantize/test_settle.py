@@ -1,4 +1,4 @@
-"""A quantization that cannot be had is refused before weights are loaded: field, value, what is allowed, the way out."""
+"""A quantization that cannot be had is refused before weights are loaded, in one line that says the way out."""
 
 from __future__ import annotations
 

@@ -210,5 +210,5 @@ def test_who_takes_a_cache() -> None:
         verify.prepare(None, verify.Trial(ranks=2), CONFIG_OPTIONS, {"cache": "interval:2"})
     job = verify.prepare(None, verify.Trial(quality=True), CONFIG_OPTIONS, {"cache": "interval:2"})
     assert (job.world_size, job.config.cache) == (1, cache_of("interval:2"))
-    with pytest.raises(ConfigError, match="or a --cache"):
+    with pytest.raises(ConfigError, match="or --cache or --quantize"):
         verify.prepare(None, verify.Trial(quality=True), CONFIG_OPTIONS, {})

@@ -15,7 +15,10 @@ from parafuse.launch.options import options_of
 from tools.losses import figures
 
 ROOT = Path(__file__).parents[2]
-LOSSLESS = {"parallel", "device", "timeout_s", "allow_pickle", "data", "cfg", "pipe", "ring", "ulysses", "tensor"}
+LOSSLESS = {
+    "parallel", "device", "timeout_s", "allow_pickle", "data", "cfg", "pipe", "ring", "ulysses", "tensor",
+    "compile", "cuda_graphs", "rewrites",
+}  # fmt: skip
 """Options that leave pictures as they are; the tests of each show it."""
 FIELDS = {field.name: field for cls in (Config, Parallel) for field in dataclasses.fields(cls)}
 LOSSY_FIELDS = {name: field for name, field in FIELDS.items() if LOSSY in field.metadata}

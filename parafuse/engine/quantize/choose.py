@@ -42,6 +42,7 @@ def choose(component: str, model: nn.Module, method: Quantize) -> Choice:
     choice = Choice(component)
     shared = Counter(id(module.weight) for module in model.modules() if isinstance(module, nn.Linear))
     skipped = _skipped(component, model, method)
+    own: Any = getattr(model, "dtype", None)  # diffusers looks through all weights for it
     for name, holder, layer in _linears(model):
         known = name.removesuffix(BASE)
         packed = method_of(layer.weight)
@@ -51,7 +52,7 @@ def choose(component: str, model: nn.Module, method: Quantize) -> Choice:
         reason = (
             _place(model, known, holder, blocks)
             or (NAMED if pattern_of(known) in skipped or known in skipped else "")
-            or _kind(layer, shared, model)
+            or _kind(layer, shared, own)
             or _size(layer, method)
         )
         if reason:
@@ -80,7 +81,7 @@ def _place(model: nn.Module, name: str, holder: nn.Module, blocks: dict[str, nn.
     return MODULATION if sees_samples(model, name, holder) else ""
 
 
-def _kind(layer: nn.Linear, shared: Counter[int], model: nn.Module) -> str:
+def _kind(layer: nn.Linear, shared: Counter[int], own: Any) -> str:
     weight: Any = layer.weight
     if type(layer) is not nn.Linear:
         return f"a {type(layer).__name__}, no plain linear layer"
@@ -91,8 +92,8 @@ def _kind(layer: nn.Linear, shared: Counter[int], model: nn.Module) -> str:
     dtype = str(weight.dtype).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16", "float16"):
         return f"kept in {dtype}"
-    own: Any = getattr(model, "dtype", weight.dtype)
-    return f"kept in {dtype}, the model in {str(own).removeprefix('torch.')}" if weight.dtype != own else ""
+    other = str(own).removeprefix("torch.")
+    return f"kept in {dtype}, the model in {other}" if own is not None and weight.dtype != own else ""
 
 
 def _size(layer: nn.Linear, method: Quantize) -> str:

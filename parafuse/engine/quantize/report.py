@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from parafuse.engine.quantize.choose import choose
@@ -64,8 +64,3 @@ def _runs(numbers: list[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def total(found: Mapping[str, Any]) -> dict[str, int]:
-    """Layers quantized and left, over all components of a report."""
-    return {name: sum(one[name] for one in found.values()) for name in ("num_quantized", "num_left")}

@@ -12,6 +12,7 @@ from parafuse.cache import cache_of
 from parafuse.config import DTYPES, Axis, Parallel
 from parafuse.engine.architecture import RANDOM, TINY
 from parafuse.errors import ConfigError, nearest, reject_unknown
+from parafuse.quantization import quantize_of
 
 CASES = Path(__file__).parent / "cases"
 ALL = "all"
@@ -54,6 +55,8 @@ class Variant:
     """Left out where there are fewer."""
     cache: str = ""
     """Of way='parafuse': a cache as its text, such as first-block:0.1."""
+    quantize: str = ""
+    """Of way='parafuse': a quantization as its text, such as fp8."""
     threshold: float | None = None
     """Of another engine's cache, in place of its default one."""
     share_of: int = 1
@@ -73,7 +76,17 @@ class Variant:
         reject_unknown(f"variant {self.name!r}: parallel", self.parallel, [str(axis) for axis in Axis])
         if self.parallel and self.way != "parafuse":
             raise ConfigError(f"variant {self.name!r}: parallel is for way='parafuse', not for {self.way!r}.")
+        if self.quantize:
+            self._check_quantize()
         self._check_cache()
+
+    def _check_quantize(self) -> None:
+        if self.way != "parafuse":
+            raise ConfigError(f"variant {self.name!r}: quantize is for way='parafuse', not for {self.way!r}.")
+        try:
+            quantize_of(self.quantize)
+        except ConfigError as error:
+            raise ConfigError(f"variant {self.name!r}: {error}") from error
 
     def _check_cache(self) -> None:
         if self.cache:

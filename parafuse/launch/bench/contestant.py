@@ -21,7 +21,7 @@ from parafuse.launch.bench import share
 from parafuse.launch.bench.case import CACHES, REPLICATED, Variant
 from parafuse.launch.bench.parts import PartClock
 from parafuse.launch.bench.peers import PEERS, watch_blocks
-from parafuse.launch.bench.record import CALLS, KEPT, RAN, SKIPPED
+from parafuse.launch.bench.record import CALLS, KEPT, QUANTIZED, RAN, SKIPPED
 
 Counts = dict[str, int]
 """What shows that an option acted: graphs run, calls and bytes exchanged by axis, calls whose blocks were skipped and
@@ -42,9 +42,15 @@ class Contestant:
         self.run: Callable[..., Any] = pipeline
         if variant.share_of > 1:
             degrees = variant.config(variant.share_of).degrees(variant.share_of)
-            self._handle = apply(pipeline, mesh=share.mesh_of(degrees, device.type, timeout_s))
+            config = Config(quantize=variant.quantize or None)
+            self._handle = apply(pipeline, config, mesh=share.mesh_of(degrees, device.type, timeout_s))
         elif variant.way == "parafuse":
-            config = Config(parallel=variant.config(ranks), cache=variant.cache or None, timeout_s=timeout_s)
+            config = Config(
+                parallel=variant.config(ranks),
+                cache=variant.cache or None,
+                quantize=variant.quantize or None,
+                timeout_s=timeout_s,
+            )
             self._engine = Engine.from_pipeline(pipeline, config, alone=ranks == 1)
             self._handle, self.run = self._engine.handle, self._engine
         elif variant.way in PEERS:
@@ -64,6 +70,7 @@ class Contestant:
             self.count(f"{name} calls", now.calls - (old.calls if old else 0))
             self.count(f"{name} bytes", now.bytes - (old.bytes if old else 0))
         self._count_skips()
+        self.count(QUANTIZED, sum(len(one.choice.layers) for one in self._handle.quantized.values()))
         return output
 
     def _count_skips(self) -> None:
@@ -85,6 +92,8 @@ class Contestant:
         found = [f"{axis}: no byte was exchanged" for axis in self.degrees if axis not in sent]
         if self.variant.compile and not self.counts.get("graphs run"):
             found.append("compile: no graph was run")
+        if self.variant.quantize and not self.counts.get(QUANTIZED):
+            found.append(f"quantize {self.variant.quantize}: no layer was quantized")
         way, cache = self.variant.way, cache_of(self.variant.cache or None)
         if cache is not None and not self.counts.get(SKIPPED) and getattr(cache, "threshold", None) != 0:
             found.append(f"cache {cache.brief}: no call was skipped")

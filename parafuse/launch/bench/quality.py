@@ -24,6 +24,7 @@ from parafuse.launch.bench.contestant import call_of, calls_of, twin
 from parafuse.launch.bench.fidelity import LPIPS_PIXELS, Lpips, compare, lacks_lpips, lpips_on, pictures, relative_error
 from parafuse.launch.bench.model import CALLBACK, Loaded
 from parafuse.launch.bench.record import commit, short_hardware, today
+from parafuse.quantization import quantize_of
 
 EMOJI = "emoji"
 NUM_WORST = 8
@@ -62,6 +63,8 @@ class Verdict:
     hardware: str
     cache: str = ""
     """As its shortest text; empty: none, or a record of before there were caches."""
+    quantize: str = ""
+    """As its shortest text; empty: none."""
     skipped: float | None = None
     """Share of the calls that it skipped, over all prompts."""
     judged: list[Judged]
@@ -119,6 +122,7 @@ def judge(
         date=today(),
         hardware=short_hardware(loaded.gpu, ranks),
         cache=cache.brief if (cache := cache_of(config.cache)) else "",
+        quantize=method.brief if (method := quantize_of(config.quantize)) else "",
         skipped=sum(calls) / len(calls) if calls else None,
         judged=judged,
     )
@@ -181,6 +185,8 @@ def markdown(verdict: Verdict) -> str:
     layout = ", ".join(f"{axis} {degree}" for axis, degree in verdict.degrees.items()) or "one rank"
     if verdict.cache:
         layout += f" and cache {verdict.cache}"
+    if verdict.quantize:
+        layout += f" and quantize {verdict.quantize}"
     figures = {name: [one.quality[name] for one in verdict.judged] for name in verdict.judged[0].quality}
     last = [one.step_errors[-1] for one in verdict.judged if one.step_errors]
     said = f" The cache skipped {verdict.skipped * 100:.0f}% of the calls." if verdict.skipped is not None else ""

@@ -18,6 +18,8 @@ SCHEMA = 1
 COMMIT_ENV = "PARAFUSE_COMMIT"
 CALLS, SKIPPED, RAN, KEPT = "denoiser calls", "skipped calls", "calls that ran the last block", "kept bytes"
 """Counters of caches: of other engines' by what their last block did, of parafuse's by its receipt."""
+QUANTIZED = "layers quantized"
+"""Counter: linear layers in 8 bits, of each request."""
 FOLDER = "benchmarks/results"
 """Where records go; new ones there are no change of the source."""
 
@@ -35,6 +37,8 @@ class Row:
     ranks: int
     degrees: dict[str, int] = field(default_factory=dict[str, int])
     compile: bool = False
+    quantize: str = ""
+    """As its shortest text; empty: none."""
     cache: str = ""
     """As its shortest text."""
     threshold: float | None = None

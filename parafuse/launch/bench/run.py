@@ -36,6 +36,7 @@ from parafuse.launch.bench.work import Rates, Work, counted, rates
 from parafuse.launch.prompts import first_prompts
 from parafuse.log import note
 from parafuse.parallel.world import ensure_world, wait_for
+from parafuse.quantization import quantize_of
 
 PROFILED_STEPS = 3
 """Of the request whose second step is looked at."""
@@ -368,6 +369,7 @@ def _row(variant: Variant, there: int) -> Row:
         way=variant.way,
         ranks=variant.ranks(there),
         compile=variant.compile,
+        quantize=method.brief if (method := quantize_of(variant.quantize or None)) else "",
         cache=cache.brief if cache else "",
         threshold=variant.threshold,
         share_of=variant.share_of,

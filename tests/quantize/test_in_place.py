@@ -1,0 +1,123 @@
+"""Quantized in place: what memory it takes meanwhile, what remove() gives back, and what comes later."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import parafuse
+from parafuse.errors import ConfigError
+from parafuse.quantization import Int8
+from tests.guided import flux
+from tests.models import ODD, build, call, inputs
+
+TEXT = "int8:min_features=16"
+PEAK = """
+import gc, json, sys, torch
+from pathlib import Path
+from torch import nn
+import parafuse
+import torchao.quantization  # before what is measured
+LAYERS, WIDTH = 24, 1536
+def status(name):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.one = nn.Linear(width, width, bias=False)
+    def forward(self, x):
+        return self.one(x)
+model = nn.Module()
+model.blocks = nn.ModuleList(Block(WIDTH) for _ in range(LAYERS))
+layer = WIDTH * WIDTH * 4
+tiny = nn.Module()
+tiny.blocks = nn.ModuleList([Block(128)])
+parafuse.apply(tiny, parafuse.Config(quantize=sys.argv[1]))  # imports what it needs
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+handle = parafuse.apply(model, parafuse.Config(quantize=sys.argv[1]))
+gc.collect()
+found = {"layer": layer, "all": LAYERS * layer, "peak": status("VmHWM") - before, "after": status("VmRSS") - before}
+print(json.dumps(found))
+"""
+
+
+def peak(text: str) -> dict[str, int]:
+    done = subprocess.run([sys.executable, "-c", PEAK, text], check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_no_more_than_one_layer_is_there_twice() -> None:
+    found = peak("int8-weight")
+    assert found["peak"] < 6 * found["layer"] < 0.26 * found["all"], "temporaries of one layer"
+    assert found["after"] < -0.6 * found["all"]
+    kept = peak("int8-weight:keep_originals=true")
+    assert kept["after"] > 0.2 * kept["all"], "control: with the originals it grows"
+
+
+@pytest.mark.parametrize("text", [TEXT, "fp8:reference=true,min_features=16"])
+def test_remove_gives_the_originals_back_bit_for_bit(text: str) -> None:
+    model, values = build("flux", heads=4), inputs("flux", ODD)
+    want = call(model, values)
+    state = {name: (x, x.clone()) for name, x in model.state_dict(keep_vars=True).items()}
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    handle = parafuse.apply(model, parafuse.Config(quantize=f"{text},keep_originals=true"))
+    config: Any = model.config
+    assert "quantization_config" in config
+    assert not torch.equal(call(model, values), want)
+    handle.remove()
+    assert torch.equal(call(model, values), want)
+    now = model.state_dict(keep_vars=True)
+    assert all(now[name] is x and torch.equal(x, copy) for name, (x, copy) in state.items())
+    assert attributes == [sorted(vars(module)) for module in model.modules()]
+    assert "quantization_config" not in model.config  # pyright: ignore[reportOperatorIssue]
+    handle.remove()
+
+
+def test_without_them_it_says_that_it_stays(capfd: pytest.CaptureFixture[str]) -> None:
+    model = build("flux", heads=4)
+    handle = parafuse.apply(model, parafuse.Config(quantize=TEXT))
+    quantized = call(model, inputs("flux", ODD))
+    handle.remove()
+    assert "stays quantized: the original weights are not kept" in capfd.readouterr().err
+    assert torch.equal(call(model, inputs("flux", ODD)), quantized)
+
+
+def test_what_is_quantized_already() -> None:
+    model, part = build("flux", heads=4), build("flux", heads=4)
+    parafuse.apply(model, parafuse.Config(quantize=TEXT))
+    again = parafuse.apply(model, parafuse.Config(quantize=TEXT))
+    assert again.applied == ["int8:min_features=16 on FluxTransformer2DModel: 34 of 48 layers"]
+    with pytest.raises(ConfigError, match=r"is quantized already \(transformer_blocks.0.attn.to_q is int8\)"):
+        parafuse.apply(model, parafuse.Config(quantize="int8-weight:min_features=16"))
+    one = "FluxTransformer2DModel.transformer_blocks.0.attn.to_q"
+    parafuse.apply(part, parafuse.Config(quantize=f"{TEXT},skip={one}"))
+    with pytest.raises(ConfigError, match=r"is quantized already \(in part\)"):
+        parafuse.apply(part, parafuse.Config(quantize=TEXT))
+
+
+def test_a_component_that_comes_later_is_quantized_too() -> None:
+    pipeline = flux.build("FluxPipeline")
+    with parafuse.Engine.from_pipeline(pipeline, parafuse.Config(quantize=Int8(min_features=8))) as engine:
+        values = flux.call(1) | {"num_inference_steps": 1, "seed": 1, "true_cfg_scale": 1.0}
+        first = engine(**values).images
+        engine.transformer = flux.build("FluxPipeline").transformer
+        assert torch.equal(engine(**values).images, first)
+        report = engine.receipt["quantized"]["transformer"]
+        assert "came later" not in report["left"]
+        assert report["num_quantized"] > 0
+
+
+def test_nothing_is_changed_where_it_is_refused() -> None:
+    model = build("flux", heads=4)
+    before = [type(p) for p in model.parameters()]
+    with pytest.raises(ConfigError, match="a CPU has no fp8"):
+        parafuse.apply(model, parafuse.Config(quantize="fp8:min_features=16"))
+    assert [type(p) for p in model.parameters()] == before

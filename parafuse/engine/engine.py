@@ -354,7 +354,7 @@ class Engine(Surface):
         split, before anything is changed."""
         if self.plan.changes_nothing:
             return
-        if self.handle.mesh is None:
+        if self.handle.mesh is None and not self.handle.quantized:
             if denoisers(self.pipeline, DENOISERS, required=False):
                 self._put_on()
         elif not self.handle.stands_on(self.pipeline):

@@ -61,6 +61,11 @@ def refusal(name: str, plan: Plan, args: tuple[object, ...] = (), *, part: str =
     it can."""
     if name in OTHER_WAYS and not part:
         return OTHER_WAYS[name]
+    if name == "enable_sequential_cpu_offload" and plan.quantize:
+        return (
+            f"accelerate moves weights one by one, and cannot move those in {plan.quantize.partition(':')[0]}; use "
+            "enable_model_cpu_offload, or enable_group_offload of the parts"
+        )
     if name in FUSES and plan.quantize:
         return (
             f"weights in {plan.quantize.partition(':')[0]} cannot be added to; fuse LoRAs before quantizing "

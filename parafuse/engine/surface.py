@@ -165,6 +165,7 @@ class Surface(ABC):
         self._offload("enable_sequential_cpu_offload", gpu_id, device)
 
     def _offload(self, name: str, gpu_id: int | None, device: Any) -> None:
+        _refuse(self, "", name)
         own = self.world.device.type == "cuda" and gpu_id is None and device in (None, "cuda", torch.device("cuda"))
         given = {key: value for key, value in (("gpu_id", gpu_id), ("device", device)) if value is not None and not own}
         self.act(Act(name=name, kwargs=given, own_device=("device",) if own else ()))
@@ -251,10 +252,15 @@ def _reach(engine: Surface, path: str, name: str) -> Any:
     return partial(_act, engine, path, name)
 
 
-def _act(engine: Surface, path: str, name: str, /, *args: Any, **kwargs: Any) -> Any:
+def _refuse(engine: Surface, path: str, name: str, args: tuple[Any, ...] = ()) -> None:
+    """Raises ConfigError for what cannot be called under the engine's plan."""
     reason = refusal(name, engine.plan, args, part=path)
     if reason:
         raise ConfigError(f"{name}: {reason}.")
+
+
+def _act(engine: Surface, path: str, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    _refuse(engine, path, name, args)
     result = engine.act(Act(part=path, name=name, args=args, kwargs=kwargs))
     is_part = engine._feeds_ranks and path and result is part_of(engine.pipeline, path)
     return Part(engine, path) if is_part else result  # so that calls can be chained, as with to()

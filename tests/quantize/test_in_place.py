@@ -121,3 +121,35 @@ def test_nothing_is_changed_where_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="a CPU has no fp8"):
         parafuse.apply(model, parafuse.Config(quantize="fp8:min_features=16"))
     assert [type(p) for p in model.parameters()] == before
+
+
+OFFLOADS: dict[str, Any] = {
+    "model": lambda engine: engine.enable_model_cpu_offload(device="cpu"),
+    "leaves": lambda engine: engine.transformer.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    ),
+    "blocks": lambda engine: engine.transformer.enable_group_offload(
+        onload_device=torch.device("cpu"),
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+    ),
+}
+
+
+@pytest.mark.parametrize("text", ["int8:min_features=8", "fp8:reference=true,min_features=16"])
+def test_offload_moves_quantized_weights(text: str) -> None:
+    values = flux.call(1) | {"num_inference_steps": 1, "seed": 1, "true_cfg_scale": 1.0}
+
+    def engine() -> parafuse.Engine:
+        return parafuse.Engine.from_pipeline(flux.build("FluxPipeline"), parafuse.Config(quantize=text))
+
+    with engine() as one:
+        want = one(**values).images
+        with pytest.raises(ConfigError, match="cannot move those in .*; use enable_model_cpu_offload"):
+            one.enable_sequential_cpu_offload(device="cpu")
+        assert torch.equal(one(**values).images, want)
+    for offload in OFFLOADS.values():
+        with engine() as one:
+            offload(one)
+            assert torch.equal(one(**values).images, want)

@@ -1,0 +1,58 @@
+"""`python -m tests.options` tries every option beside everything else and writes docs/options-support.md. With
+`--fixed-part` it measures a part, writes nothing, and fails where a cell is not right."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+
+from tests.dist.ranks import close_pools
+from tests.options.cells import OPTIONS, PIPELINES, SETTINGS, cell_of
+from tests.options.table import read_record, write_record
+
+FIXED_PART = {
+    ("FLUX.1", "fp8"): ("Ulysses 2", "ring 2", "model offload"),
+    ("FLUX.1", "all of them"): ("Ulysses 2, cache, LoRA",),
+    ("Wan 2.1", "int8"): ("cfg 2", "cache of stacks"),
+    ("Stable Diffusion 3", "compile"): ("cfg 2", "cache of parts", "LoRA"),
+    ("Stable Diffusion XL", "rewrites qkv"): ("cfg 2", "data 2", "group offload"),
+}
+"""Every option in some, every setting once."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--fixed-part", action="store_true", help="a part; writes nothing")
+    parser.add_argument("--pipeline", action="append", default=[], help="by name; may be repeated")
+    parser.add_argument("--option", action="append", default=[], help="by name; may be repeated")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PARAFUSE_CACHE"] = folder
+        return measure(asked)
+
+
+def measure(asked: argparse.Namespace) -> int:
+    rows, faults = ({} if asked.fixed_part else read_record()), 0
+    for pipeline in asked.pipeline or PIPELINES:
+        for option in asked.option or OPTIONS:
+            names = FIXED_PART.get((pipeline, option), ()) if asked.fixed_part else SETTINGS
+            if not names:
+                continue
+            row = rows.setdefault(pipeline, {})[option] = {
+                name: cell_of(pipeline, OPTIONS[option], SETTINGS[name]) for name in names
+            }
+            wrong = [f"{name}: {cell.fault}" for name, cell in row.items() if cell.fault]
+            refused = [f"{name}: refused" for name, cell in row.items() if cell.refused]
+            faults += len(wrong) + (len(refused) if asked.fixed_part else 0)
+            print(f"{pipeline}, {option}: {'; '.join(wrong + refused) or 'right'}", flush=True)
+            if not asked.fixed_part:
+                write_record(rows)
+    close_pools()
+    print(f"{faults} cells are not right", flush=True)
+    return min(faults, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""One option of `Config` in one setting, against one rank with nothing on but what loses something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache as cached
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import parafuse
+from parafuse.errors import ParafuseError
+from tests import adapters
+from tests.dist.ranks import RankFailure, run_ranks
+from tests.guided import flux, sd3, sdxl, wan
+
+EXACT = 1e-5
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is asked for."""
+
+    config: dict[str, Any]
+    is_exact: bool = False
+    """Whether the picture is to be what it is without it; otherwise: what one rank gives with it."""
+    rounds: bool = False
+    """Whether it rounds what layers are given, so that another order of sums may show (docs/quantize.md)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What it stands beside."""
+
+    ranks: int = 1
+    parallel: dict[str, int] = field(default_factory=dict[str, int])
+    cache: str | None = None
+    lora: bool = False
+    offload: str = ""
+
+
+@dataclass
+class Cell:
+    """What came of it."""
+
+    error: float | None = None
+    """Largest difference over the largest value, of the worst rank; None where it was refused."""
+    limit: float = EXACT
+    refused: str = ""
+    failed: str = ""
+    applied: list[str] = field(default_factory=list[str])
+
+    @property
+    def fault(self) -> str:
+        if self.failed:
+            return self.failed
+        if self.error is not None and not self.error <= self.limit:
+            return f"{self.error:.1e}, allowed {self.limit:.1e}"
+        return ""
+
+
+OPTIONS: dict[str, Option] = {
+    "fp8": Option({"quantize": "fp8:reference=true,min_features=16"}, rounds=True),
+    "fp8-weight": Option({"quantize": "fp8-weight:min_features=8"}),
+    "int8": Option({"quantize": "int8:min_features=8,text_encoders=int8-weight"}, rounds=True),
+    "int8-weight": Option({"quantize": "int8-weight:min_features=8"}),
+    "compile": Option({"compile": True}, is_exact=True),
+    "int8-weight and compile": Option({"quantize": "int8-weight:min_features=8", "compile": True}),
+    "rewrites qkv": Option({"rewrites": "qkv"}, is_exact=True),
+    "rewrites text": Option({"rewrites": "text"}, is_exact=True),
+    "rewrites modulation": Option({"rewrites": "modulation"}, is_exact=True),
+    "rewrites rope and compile": Option({"rewrites": "rope", "compile": True}, is_exact=True),
+    "all of them": Option(
+        {"quantize": "int8-weight:min_features=8", "compile": True, "rewrites": "qkv,modulation,rope"},
+    ),
+}
+SETTINGS: dict[str, Setting] = {
+    "one rank": Setting(),
+    "Ulysses 2": Setting(2, {"ulysses": 2}),
+    "ring 2": Setting(2, {"ring": 2}),
+    "cfg 2": Setting(2, {"cfg": 2}),
+    "data 2": Setting(2, {"data": 2}),
+    "cache of stacks": Setting(cache="interval:2,warmup_steps=1,final_steps=0"),
+    "cache of parts": Setting(cache="fora:2,warmup_steps=1,final_steps=0"),
+    "LoRA": Setting(lora=True),
+    "model offload": Setting(offload="model"),
+    "group offload": Setting(offload="group"),
+    "Ulysses 2, cache, LoRA": Setting(2, {"ulysses": 2}, cache="interval:2,warmup_steps=1,final_steps=0", lora=True),
+}
+PIPELINES: dict[str, tuple[Callable[[], Any], Callable[[int], dict[str, Any]], str]] = {
+    "FLUX.1": (lambda: flux.build("FluxPipeline"), flux.call, "transformer"),
+    "Stable Diffusion 3": (sd3.build, sd3.call, "transformer"),
+    "Wan 2.1": (wan.build, wan.call, "transformer"),
+    "Stable Diffusion XL": (sdxl.build, sdxl.call_text, "unet"),
+}
+
+
+def painted(pipeline: str, config: dict[str, Any], setting: Setting) -> tuple[Tensor, list[str]]:
+    """(latents of two prompts, what was applied), as one rank sees it."""
+    build, call, denoiser = PIPELINES[pipeline]
+    torch.compiler.reset()
+    made = build()
+    options = parafuse.Config(parallel=parafuse.Parallel(**setting.parallel), cache=setting.cache, **config)
+    if setting.lora:
+        made.load_lora_weights(adapters.lora(made, (denoiser,), rank=3, seed=1, every=2), adapter_name="a")
+    with parafuse.Engine.from_pipeline(made, options) as engine:
+        part, here = getattr(engine, denoiser), torch.device("cpu")
+        if setting.offload == "model":
+            engine.enable_model_cpu_offload(device="cpu")
+        elif setting.offload == "group":
+            part.enable_group_offload(onload_device=here, offload_device=here, offload_type="leaf_level")
+        values = call(2) | {"num_inference_steps": STEPS}
+        output = engine(**values, seed=[3, 4])
+        latents: Tensor = output.frames if hasattr(output, "frames") else output.images
+        engine(**values, seed=[3, 4])  # nothing of the first request is in the second one's way
+        return latents.detach().clone(), engine.receipt["applied"]
+
+
+@cached
+def alone(pipeline: str, texts: tuple[tuple[str, Any], ...], cache: str | None, lora: bool) -> Tensor:
+    """What one rank gives with no more than what loses something."""
+    return painted(pipeline, dict(texts), Setting(cache=cache, lora=lora))[0]
+
+
+def cell_of(pipeline: str, option: Option, setting: Setting) -> Cell:
+    lossy = tuple((name, value) for name, value in option.config.items() if name == "quantize")
+    try:
+        want = alone(pipeline, lossy, setting.cache, setting.lora)
+        exact = alone(pipeline, (), setting.cache, setting.lora)
+        found = run_ranks(_tried, setting.ranks, pipeline, option.config, setting, timeout_s=300)
+    except RankFailure as failure:
+        return Cell(failed=str(failure).splitlines()[0][:200])
+    refusals = {one for one in found if isinstance(one, str)}
+    if refusals:
+        same = len(refusals) == 1 and all(isinstance(one, str) for one in found)
+        return Cell(refused=refusals.pop()) if same else Cell(failed="one rank refuses, another does not")
+    cell = Cell(error=max(_off(one[0], want) for one in found), applied=found[0][1])
+    is_reordered = setting.parallel or setting.lora or option.config.get("compile") or option.config.get("rewrites")
+    if option.rounds and is_reordered:
+        cell.limit = max(EXACT, _off(want, exact))
+    return cell
+
+
+def _tried(pipeline: str, config: dict[str, Any], setting: Setting) -> tuple[Tensor, list[str]] | str:
+    try:
+        return painted(pipeline, config, setting)
+    except (ParafuseError, NotImplementedError) as refusal:
+        return f"{type(refusal).__name__}: {refusal}"
+
+
+def _off(found: Tensor, want: Tensor) -> float:
+    if found.shape != want.shape or not bool(found.isfinite().all()):
+        return float("inf")
+    return float((found - want).abs().max() / want.abs().max())
+
+
+def without(option: Option, name: str) -> Option:
+    return replace(option, config={key: value for key, value in option.config.items() if key != name})

@@ -194,11 +194,15 @@ class Engine(Surface):
         self._refuse_if_over()
         if not self._feeds_ranks:
             self._agree("save", {"folder": str(folder)})
+        with self.handle.set_aside():
+            self._save(Path(folder))
+
+    def _save(self, folder: Path) -> None:
         saved.check(self.pipeline)
 
         def written() -> str:
             try:
-                saved.save(Path(folder), self.pipeline, self.plan, self._source.defaults, self.handle.block_plans())
+                saved.save(folder, self.pipeline, self.plan, self._source.defaults, self.handle.block_plans())
             except OSError as error:
                 return str(error)
             return ""

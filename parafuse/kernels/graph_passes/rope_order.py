@@ -30,7 +30,7 @@ MAX_STREAMS = 8
 
 
 class RopeOrder(CustomGraphPass):
-    """The pass. It has no state but counts."""
+    """The pass. It has no state but counts; what it does depends on a graph alone."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -39,6 +39,8 @@ class RopeOrder(CustomGraphPass):
         """Graphs in which it moved something."""
         self.moved = 0
         """Concatenations that it moved."""
+        self.asked = 0
+        """How often torch's cache asked for its version; it does so several times for a graph."""
 
     def __call__(self, graph: Graph) -> None:
         moved = 0
@@ -54,6 +56,7 @@ class RopeOrder(CustomGraphPass):
 
     def uuid(self) -> Any:
         """By which torch's cache of compiled code tells versions of this pass."""
+        self.asked += 1
         return get_hash_for_files((__file__, token_dim.__file__))
 
 
@@ -68,8 +71,11 @@ class _Region:
         self._lengths: list[Any] = []
 
     def rewrite(self) -> None:
+        for user in list(self.cat.users):
+            if _measures(user):
+                self._measure_streams(user)
         with self.graph.inserting_before(self.last):
-            self._lengths = [self._length(part) for part in self._parts[self.cat]]
+            self._lengths = [self._size(part, self.dims[self.cat]) for part in self._parts[self.cat]]
             for node in self.dims:
                 if node is not self.cat:
                     self._parts[node] = [self._copy(node, stream) for stream in range(len(self._lengths))]
@@ -79,12 +85,22 @@ class _Region:
         for node in reversed(self.dims):
             self.graph.erase_node(node)
 
-    def _length(self, part: Node) -> int | Node:
-        """How long one stream is: a number, or a node of the graph where lengths are symbols."""
-        length = value(part).shape[self.dims[self.cat]]
-        if isinstance(length, int):
-            return length
-        return self._call(part, aten.sym_size.int, (part, self.dims[self.cat]), {})
+    def _measure_streams(self, measure: Node) -> None:
+        """A size of what was joined, from those of the streams."""
+        dim = cast("int", measure.args[1]) % value(self.cat).ndim
+        streams = self._parts[self.cat]
+        with self.graph.inserting_before(measure):
+            size = self._size(streams[0], dim)
+            if dim == self.dims[self.cat]:
+                for stream in streams[1:]:
+                    size = self._call(measure, operator.add, (size, self._size(stream, dim)), {})
+        measure.replace_all_uses_with(cast("Node", size))
+        self.graph.erase_node(measure)
+
+    def _size(self, part: Node, dim: int) -> int | Node:
+        """A number, or a node of the graph where it is a symbol."""
+        size = value(part).shape[dim]
+        return size if isinstance(size, int) else self._call(part, aten.sym_size.int, (part, dim), {})
 
     def _copy(self, node: Node, stream: int) -> Node:
         """The same work on one stream."""
@@ -134,7 +150,7 @@ def _region(cat: Node) -> _Region | None:
                 dims[node] = dim
         node = node.next
     _drop_views_at_the_end(dims)
-    needed = [node for node in dims if any(user not in dims for user in node.users)]
+    needed = [node for node in dims if any(user not in dims and not _measures(user, cat) for user in node.users)]
     if len(needed) != 1 or needed[0] is cat or not any(map(_is_computed, streams)):
         return None
     last = needed[0]
@@ -160,6 +176,11 @@ def _drop_views_at_the_end(dims: dict[Node, int]) -> None:
             kept.add(node)
     for node in [node for node in dims if node not in kept]:
         del dims[node]
+
+
+def _measures(user: Node, cat: Node | None = None) -> bool:
+    """Whether it takes a size (of that node)."""
+    return user.target is aten.sym_size.int and (cat is None or user.args[0] is cat)
 
 
 def _is_computed(stream: Node) -> bool:

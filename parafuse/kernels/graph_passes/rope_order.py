@@ -79,11 +79,20 @@ class _Region:
             for node in self.dims:
                 if node is not self.cat:
                     self._parts[node] = [self._copy(node, stream) for stream in range(len(self._lengths))]
-            args = (self._parts[self.last], self.dims[self.last])
-            joined = self._call(self.last, aten.cat.default, args, {})
+            joined = self._joined()
         self.last.replace_all_uses_with(joined)
         for node in reversed(self.dims):
             self.graph.erase_node(node)
+
+    def _joined(self) -> Node:
+        """The streams as one, laid out as the last result was."""
+        streams, dim, order = self._parts[self.last], self.dims[self.last], _order(value(self.last)) or []
+        if order == sorted(order):
+            return self._call(self.last, aten.cat.default, (streams, dim), {})
+        laid_out = [self._call(self.last, aten.permute.default, (stream, order), {}) for stream in streams]
+        joined = self._call(self.last, aten.cat.default, (laid_out, order.index(dim)), {})
+        back = [order.index(place) for place in range(len(order))]
+        return self._call(self.last, aten.permute.default, (joined, back), {})
 
     def _measure_streams(self, measure: Node) -> None:
         """A size of what was joined, from those of the streams."""
@@ -154,8 +163,8 @@ def _region(cat: Node) -> _Region | None:
     if len(needed) != 1 or needed[0] is cat or not any(map(_is_computed, streams)):
         return None
     last = needed[0]
-    if not is_contiguous_or_false(value(last)) or _writes_between(cat, last):
-        return None  # a concatenation's result is contiguous
+    if _order(value(last)) is None or _writes_between(cat, last):
+        return None
     return _Region(cat, dims, last)
 
 
@@ -166,6 +175,17 @@ def _is_fit(cat: Node) -> bool:
     if not 1 < len(streams) <= MAX_STREAMS or not all(isinstance(x, Tensor) for x in values):
         return False
     return all(x.ndim == values[0].ndim and x.dtype == values[0].dtype for x in values)
+
+
+def _order(x: Tensor) -> list[int] | None:
+    """The order of dims in which it lies in memory without gaps; None where there is none."""
+    dims = list(range(x.ndim))
+    if is_contiguous_or_false(x):
+        return dims
+    if not all(isinstance(stride, int) for stride in x.stride()):
+        return None
+    dims.sort(key=lambda dim: (x.stride(dim), x.shape[dim]), reverse=True)
+    return dims if is_contiguous_or_false(x.permute(dims)) else None
 
 
 def _drop_views_at_the_end(dims: dict[Node, int]) -> None:

@@ -40,6 +40,9 @@ H200 = SimpleNamespace(
 )  # fmt: skip
 
 
+_GPU = torch.device("cuda:0")
+
+
 @dataclass(frozen=True)
 class Kernels:
     """What a graph becomes."""
@@ -56,11 +59,11 @@ class Kernels:
 
 def pretend() -> None:
     """Makes this process look as if it had one H200."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+    compiler: Any = importlib.import_module("triton.backends.compiler")  # a package that is not always there
+    driver: Any = importlib.import_module("triton.runtime").driver
 
     target = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_target=lambda: compiler.GPUTarget("cuda", 90, 32),
         utils=SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 232448}),
     )
     driver.set_active(target)
@@ -83,7 +86,7 @@ def pretend() -> None:
             setattr(holder, name, staticmethod(function) if isinstance(holder, type) else function)
     for name, module in list(sys.modules.items()):  # that took the function before
         if name.startswith("torch._") and "has_triton" in vars(module):
-            module.has_triton = has.has_triton
+            vars(module)["has_triton"] = has.has_triton
 
 
 def capture(
@@ -93,7 +96,7 @@ def capture(
     its inputs. Module and arguments are fake tensors."""
     found: list[tuple[torch.fx.GraphModule, list[Any]]] = []
 
-    def compile_it(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    def taken(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         with config.patch(options), V.set_fake_mode(_mode_of(inputs)):
             joint_graph_passes(graph)
             post_grad_passes(graph, is_inference=True)
@@ -101,8 +104,9 @@ def capture(
         return graph.forward
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        taker: Any = taken
         return aot_module_simplified(
-            graph, inputs, fw_compiler=compile_it, inference_compiler=compile_it, decompositions=select_decomp_table()
+            graph, inputs, fw_compiler=taker, inference_compiler=taker, decompositions=select_decomp_table()
         )
 
     torch._dynamo.reset()
@@ -117,14 +121,16 @@ def kernels(graph: torch.fx.GraphModule, inputs: list[Any]) -> Kernels:
     def on_gpu(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda:0")
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=_GPU)
 
     mode = _mode_of(inputs)
     with V.set_fake_mode(mode), mode:
         for node in graph.graph.nodes:
             if "val" in node.meta:
                 node.meta["val"] = tree_map(on_gpu, node.meta["val"])
-            node.kwargs = {k: torch.device("cuda:0") if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
+            node.kwargs = {
+                k: torch.device("cuda:0") if isinstance(v, torch.device) else v for k, v in node.kwargs.items()
+            }
         graph.recompile()
         lowered = GraphLowering(graph, example_inputs=inputs, is_inference=True)
         with V.set_graph_handler(lowered), V.set_debug_handler(mock.MagicMock()):

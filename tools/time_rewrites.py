@@ -86,40 +86,28 @@ def error(got: Any, want: Any) -> float:
 def time_qkv(name: str, width: int, tokens: int, args: argparse.Namespace) -> str:
     torch.manual_seed(0)
     block, values = BLOCKS[name][0](width, tokens)
-    block, values = block.eval().requires_grad_(False).to(args.dtype), _to(values, args.dtype)
-    plain: Any = torch.compile(block, fullgraph=True, dynamic=False) if args.compile else block
-    want = plain(*values)
-    rewrite = FusedProjections(block)
-    if args.compile:  # two graphs of one block cannot stand at once: another block with the same weights
-        torch._dynamo.reset()
-        other, _ = BLOCKS[name][0](width, tokens)
-        other = other.eval().requires_grad_(False).to(args.dtype)
-        other.load_state_dict(block.state_dict())
-        rewrite = FusedProjections(other)
-        rewrite.install()
-        fused: Any = torch.compile(other, fullgraph=True, dynamic=False)
-        got = fused(*values)
-        found = medians({"plain": lambda: plain(*values), "fused": lambda: fused(*values)}, args.runs)
-    else:
-
-        def fused_call() -> Any:
-            return block(*values)
-
-        other, _ = BLOCKS[name][0](width, tokens)
-        other = other.eval().requires_grad_(False).to(args.dtype)
-        other.load_state_dict(block.state_dict())
-        rewrite.install()
-        got = fused_call()
-        found = medians({"plain": lambda: other(*values), "fused": fused_call}, args.runs)
+    other, _ = BLOCKS[name][0](width, tokens)
+    other.load_state_dict(block.state_dict())
+    block, other = (one.eval().requires_grad_(False).to(args.dtype) for one in (block, other))
+    FusedProjections(other).install()
+    plain, fused = block, other
+    if args.compile:
+        plain, fused = (torch.compile(one, fullgraph=True, dynamic=False) for one in (block, other))
+    values = _to(values, args.dtype)
+    shown = f"error {error(fused(*values), plain(*values)):.1e}"
+    found = medians({"plain": lambda: plain(*values), "fused": lambda: fused(*values)}, args.runs)
     ratio = found["plain"] / found["fused"]
-    return f"{1e3 * found['plain']:8.1f} ms -> {1e3 * found['fused']:8.1f} ms, {ratio:.3f}x, error {error(got, want):.1e}"
+    return f"{1e3 * found['plain']:8.1f} ms -> {1e3 * found['fused']:8.1f} ms, {ratio:.3f}x, {shown}"
 
 
 def time_rope(name: str, width: int, tokens: int, args: argparse.Namespace) -> str:
     torch.manual_seed(0)
     block, values = BLOCKS[name][0](width, tokens)
     block, values = block.eval().requires_grad_(False).to(args.dtype), _to(values, args.dtype)
-    want, calls, errors, options = block(*values), {}, {}, {}
+    want = block(*values)
+    calls: dict[str, Call] = {}
+    errors: dict[str, float] = {}
+    options: dict[str, dict[str, Any]] = {}
     for way, names in (("plain", ()), ("rope", ("rope",))):
         torch._dynamo.reset()
         options[way] = compile_options(names, {"fx_graph_cache": False})

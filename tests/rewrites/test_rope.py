@@ -10,14 +10,17 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch._inductor import config
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import GraphModule
+from torch.fx.node import map_arg
 
 import parafuse
 from parafuse.engine.rewrites.rope import PLACE, JoinedLast, compile_options, lines_of, pass_in
 from parafuse.errors import ConfigError
 from parafuse.kernels.graph_passes import rope_order
 from parafuse.kernels.graph_passes.rope_order import RopeOrder
+from parafuse.parallel.attention import sequence_attention
 from tests.models import ODD, build, call, error, inputs
 
 aten = torch.ops.aten
@@ -36,14 +39,10 @@ class Seen:
         self.after: list[GraphModule] = []
 
     def __call__(self, graph: GraphModule, values: list[Any]) -> Any:
-        found: Any = aot_module_simplified(
-            graph,
-            values,
-            fw_compiler=self._changed,
-            inference_compiler=self._changed,
-            decompositions=select_decomp_table(),
+        changed: Any = self._changed
+        return aot_module_simplified(
+            graph, values, fw_compiler=changed, inference_compiler=changed, decompositions=select_decomp_table()
         )
-        return found
 
     def _changed(self, graph: GraphModule, _: Any) -> Any:
         after = _copied(graph)
@@ -112,20 +111,18 @@ def test_lengths_may_be_symbols(name: str) -> None:
 
 def test_it_acts_in_front_of_the_attention_of_several_ranks() -> None:
     """There attention is one operator, and each rank has its own rows."""
-    import parafuse.parallel.attention  # registers it
-
     seen = Seen()
 
     def joined(q: Tensor, k: Tensor, v: Tensor, text: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         q, k = (turned(torch.cat([torch.sin(text), torch.cos(x)], 1), tables) for x in (q, k))
         rows = [x.transpose(1, 2) for x in (q, k, torch.cat([text, v], 1))]
-        return torch.ops.parafuse.sequence_attention(*rows, None, [12], [12], None, None, "", "", "", None, False)
+        return sequence_attention(*rows, None, [12], [12], None, None, "", "", "", None, False)
 
-    values = [torch.randn(2, size, 3, 8) for size in (7, 7, 7, 5)]
+    q, k, v, text = (torch.randn(2, size, 3, 8) for size in (7, 7, 7, 5))
     tables = (torch.randn(12, 8), torch.randn(12, 8))
     with torch.no_grad():
-        want = joined(*values, tables)
-        got = torch.compile(joined, fullgraph=True, backend=seen)(*values, tables)
+        want = joined(q, k, v, text, tables)
+        got = torch.compile(joined, fullgraph=True, backend=seen)(q, k, v, text, tables)
     assert error(got, want) <= EXACT
     assert seen.one.moved == 2
     assert seen.same == [True]
@@ -198,7 +195,10 @@ def test_a_wrong_rule_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Exception, match=r"size|shape"):
         moved(MOVED["pairs"])
     monkeypatch.setattr(rope_order._Region, "_cut", original)
-    function = lambda a, b, t: torch.cat([a.sin(), b[:, :5].cos()], 1) * t[:10, None]  # noqa: E731
+
+    def function(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([a.sin(), b[:, :5].cos()], 1) * t[:10, None]
+
     assert moved(function)[0].same == [True]
     monkeypatch.setattr(rope_order._Region, "_cut", lambda self, table, dim: original(self, table, dim)[::-1])
     assert moved(function)[0].same == [False]
@@ -212,7 +212,7 @@ def test_nothing_is_moved_over_a_write() -> None:
     def made(target: Any, *args: Any) -> Any:
         node = graph.call_function(target, args)
         with mode:
-            node.meta["val"] = target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
+            node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
         return node
 
     with mode:
@@ -230,7 +230,7 @@ def test_nothing_is_moved_over_a_write() -> None:
 
 
 def test_options_go_with_others_and_are_one_call_s() -> None:
-    before = torch._inductor.config.get_config_copy()
+    before = config.get_config_copy()
     assert compile_options(("qkv",)) == {}
     assert compile_options((), {"epilogue_fusion": False}) == {"epilogue_fusion": False}
     own = compile_options(("qkv", "rope"), {"epilogue_fusion": False}, mode="max-autotune-no-cudagraphs")
@@ -246,7 +246,7 @@ def test_options_go_with_others_and_are_one_call_s() -> None:
         assert error(function(*values), MOVED["pairs"](*values)) <= EXACT
     assert len(theirs) == 1
     assert lines_of(both) == ["rewrite rope: 1 of 1 graphs changed, 1 concatenations moved"]
-    assert torch._inductor.config.get_config_copy() == before
+    assert config.get_config_copy() == before
 
 
 def test_torch_s_cache_knows_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ class Trials:
 
 
 def _try(attention: Any) -> tuple[Any, str]:
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         plain = _randomized(copy.deepcopy(attention).to("cpu", torch.float32))
         tried = next(((values, found) for values in _calls(plain) if (found := _outputs(plain, values))), None)
         if tried is None:
@@ -82,7 +82,7 @@ def _try(attention: Any) -> tuple[Any, str]:
         values, want = tried
         why_not = ""
         for processor in (attention.processor, *_fused_form(attention.processor)):
-            fused = copy.deepcopy(plain)
+            fused: Any = copy.deepcopy(plain)
             try:
                 fused.fuse_projections()
                 fused.set_processor(processor)

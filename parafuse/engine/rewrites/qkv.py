@@ -6,6 +6,7 @@ joint weight while it is on, so that no memory is taken twice, and what writes i
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ from parafuse.errors import ConfigError
 from parafuse.log import note
 from parafuse.parallel.hooks import override
 
+PROCESSORS = 132
+"""Of an H100 or H200."""
+TILE = (128, 256)
+"""Rows and columns that one of them computes at a time, in 16 bits."""
 MISSING: Any = object()
 CHANGING = ("load_lora_adapter", "add_adapter", "load_attn_procs", "load_state_dict")
 """Methods of a denoiser that change its projections, or what stands on them: the joint ones are taken off before."""
@@ -37,6 +42,8 @@ class FusedProjections:
         self._trials = Trials()
         self._fused: dict[nn.Module, _Fused] = {}
         self._why_not: Counter[str] = Counter()
+        self._left: dict[nn.Module, Any] = {}
+        """Those without: their processor, and why their projections could not be read."""
         self._said: set[str] = set()
         self._undo: list[Callable[[], None]] = []
         self._is_aside = False
@@ -98,6 +105,7 @@ class FusedProjections:
         if self._is_aside:
             return
         self._why_not.clear()
+        self._left.clear()
         for name, attention in self.found:
             if attention in self._fused:
                 continue
@@ -106,6 +114,7 @@ class FusedProjections:
             processor, why_not = (None, why_not) if why_not else self._trials(attention)
             if why_not:
                 self._why_not[why_not] += 1
+                self._left[attention] = _looks(attention)
                 if self._undo and why_not not in self._said:
                     note(f"rewrites qkv: off {name}: {why_not}")
                 self._said.add(why_not)
@@ -114,21 +123,19 @@ class FusedProjections:
 
     def _before_call(self) -> None:
         """Takes it off what was changed since, and puts it on again where that is gone."""
-        if self._is_aside:
+        if self._is_aside or torch.compiler.is_compiling():  # the model was compiled as a whole, with this in it
             return
         is_placed = hasattr(self.module, "_hf_hook") or hasattr(self.module, "_diffusers_hook")
         changed = [one for one in self._fused.values() if not one.holds() or not (is_placed or one.is_tied())]
         for one in changed:
             one.remove()
             del self._fused[one.attention]
-        if changed or len(self._fused) + self._why_not["it is fused already"] < len(self.found):
-            if changed or self._may_fit():
-                self._renew()
+        if changed or self._may_fit():
+            self._renew()
 
     def _may_fit(self) -> bool:
-        """Whether what could not be read can be now."""
-        left = [attention for _, attention in self.found if attention not in self._fused]
-        return "an adapter is on its projections" in self._why_not and not all(map(why_not_plain, left))
+        """Whether one that could not have it is another by now."""
+        return any(looks != _looks(attention) for attention, looks in self._left.items())
 
     def _first_taken_off(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def changing(*args: Any, **kwargs: Any) -> Any:
@@ -150,7 +157,9 @@ class _Fused:
         self.attention = attention
         before = _state(attention)
         was_training = attention.training
-        attention.fuse_projections()
+        weight = self._weight()
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):  # new layers draw their weights
+            attention.fuse_projections()
         if processor is not attention.processor:
             attention.set_processor(processor)
         after = _state(attention)
@@ -170,6 +179,9 @@ class _Fused:
             self.sources += parts
         for joint, source in self._pairs():
             source.data = joint
+
+    def _weight(self) -> Tensor:
+        return self.attention.to_q.weight
 
     def _pairs(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
         """(rows of a joint weight or bias, the projection's own that has the same values)."""
@@ -214,6 +226,30 @@ class _Fused:
                 del holder[key]
             else:
                 holder[key] = before
+
+
+def gain(rows: int, width: int, processors: int = PROCESSORS) -> float:
+    """Predicted: how much faster one product is than three, by the rounds of tiles that a GPU makes of each; nothing of
+    what a CPU does. `rows`: tokens of one stream on one rank, times samples."""
+
+    def rounds(columns: int) -> int:
+        tiles = math.ceil(rows / TILE[0]) * math.ceil(columns / TILE[1])
+        return math.ceil(tiles / processors)
+
+    return 3 * rounds(width) / rounds(3 * width)
+
+
+def why_not_auto(module: nn.Module) -> str:
+    """Why `auto` leaves it off; empty where it pays."""
+    weight = next(module.parameters(), None)
+    if weight is None or not weight.is_cuda:
+        return "does not pay on a CPU: one product takes as long as three there"
+    return "" if attentions(module) else "has no attention with separate projections"
+
+
+def _looks(attention: Any) -> tuple[Any, ...]:
+    """What may change, so that it can have it."""
+    return attention.processor, why_not_plain(attention), getattr(attention, "fused_projections", False)
 
 
 def _state(module: nn.Module) -> dict[tuple[str, str], Any]:

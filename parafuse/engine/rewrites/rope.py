@@ -1,7 +1,7 @@
 """The rewrite `rope`: in blocks of two streams, each stream is turned by position before both are joined.
 
-It is a pass over the graph of a compiled block, so it needs compile, and is given with each compile call: nothing is set
-for the process, and no block is changed."""
+It is a pass over the graph of a compiled block, so it needs compile, and is given with each compile call: nothing is
+set for the process, and no block is changed."""
 
 from __future__ import annotations
 
@@ -56,6 +56,14 @@ def lines_of(options: Mapping[str, Any]) -> list[str]:
     if found.asked and not found.graphs:
         line = "rewrite rope: graphs are from torch's cache of compiled code, where it was done"
     return [line]
+
+
+def why_not_auto(module: nn.Module, *, compiles: bool) -> str:
+    """Why `auto` leaves it off; empty where it pays."""
+    if not compiles:
+        return "changes the graphs of compiled blocks, and nothing is compiled"
+    weight = next(module.parameters(), None)
+    return "" if weight is not None and weight.is_cuda else "does not pay on a CPU: 1% slower there"
 
 
 class JoinedLast:

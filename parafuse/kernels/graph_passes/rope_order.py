@@ -4,8 +4,8 @@ Blocks of two streams norm queries and keys of each stream, join them, then turn
 is written and read once more than if each stream were turned by itself and joined last, which is then no work of its
 own. The pass moves a concatenation below the pointwise work that follows it, where every operator on the way works on
 each index of the joined dim by itself (`token_dim`), so that every value is the same; tables over the joined dim are
-cut. It acts only where the norm's kernels can then do it all: a stream is computed by pointwise work or a reduction (the
-output of a product must be read in any case), and one tensor alone is needed joined.
+cut. It acts only where the norm's kernels can then do it all: a stream is computed by pointwise work (the output of a
+product must be read in any case), and one tensor alone is needed joined.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch._prims_common import is_contiguous_or_false
 
 from parafuse.kernels.graph_passes import token_dim
-from parafuse.kernels.graph_passes.token_dim import SIZED, computes, dim_after, is_pointwise, place_in, same, source_of, value
+from parafuse.kernels.graph_passes.token_dim import (
+    SIZED,
+    computes,
+    dim_after,
+    is_pointwise,
+    place_in,
+    source_of,
+    value,
+)
 
 aten = torch.ops.aten
 MAX_STREAMS = 8

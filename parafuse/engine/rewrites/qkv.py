@@ -80,6 +80,16 @@ class FusedProjections:
         line += f", {extra / 1e6:.1f} MB of weights twice" if extra else ""
         return [line + (f" ({reasons})" if left and reasons else "")]
 
+    @property
+    def num_on(self) -> int:
+        """Attentions that have it now."""
+        return len(self._fused)
+
+    @property
+    def why_not(self) -> dict[str, int]:
+        """Why others have not -> how many."""
+        return dict(self._why_not)
+
     def idle(self) -> set[nn.Module]:
         """Linears that no call uses while this is on: none is to be quantized or counted."""
         return {part for one in self._fused.values() for part in one.sources}
@@ -199,15 +209,24 @@ class _Fused:
     def holds(self) -> bool:
         """Whether the attention is as it was left."""
         found = self.attention._modules
-        return (
-            self.attention.processor is self._processor
-            and all(found.get(name) is part for name, part in self._joint.items())
-            and all(found.get(name) is part for name, part in self._projections.items())
+        return self.attention.processor is self._processor and all(
+            found.get(name) is part for parts in (self._joint, self._projections) for name, part in parts.items()
         )
 
     def is_tied(self) -> bool:
-        """Whether both forms have the same memory: not so where weights were moved or replaced one by one."""
-        return all(joint.data_ptr() == own.data_ptr() for joint, own in self._pairs() if type(own.data) is Tensor)
+        """Whether both forms have the same memory: not so where weights were moved or replaced one by one. Looks at
+        weights alone, in some microseconds, since every call asks."""
+        for name, joint in self._joint.items():
+            whole = joint._parameters["weight"]
+            if type(whole) is not nn.Parameter:
+                continue  # quantized since
+            place = whole.data_ptr()
+            for source in SOURCES[name]:
+                own = self._projections[source]._parameters["weight"]
+                if type(own) is not nn.Parameter or own.data_ptr() != place:
+                    return type(own) is not nn.Parameter
+                place += own.nbytes
+        return True
 
     def extra_bytes(self) -> int:
         return sum(joint.nbytes for joint, own in self._pairs() if joint.data_ptr() != own.data_ptr())

@@ -155,6 +155,11 @@ class Config:
         if names == ["auto"]:
             return
         reject_unknown(f"rewrites={self.rewrites!r}", names, REWRITES)
+        if "rope" in names and not self.compile:
+            raise ConfigError(
+                f"rewrites={self.rewrites!r}: rope changes the graphs of compiled blocks, but compile=False; give "
+                "compile=True too, or leave rope out."
+            )
         object.__setattr__(self, "rewrites", ",".join(name for name in REWRITES if name in names))
 
     def to_dict(self) -> dict[str, Any]:

@@ -158,6 +158,16 @@ class Handle:
         """Puts it on what a modular pipeline or a manager gets later, and takes it off what leaves."""
         self._undo += follow(target, lambda arriving: self.renew(target, arriving))
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, weights are as a pipeline loads them: rewrites that change them are off. Local."""
+        with ExitStack() as off:
+            for _, one in self._on:
+                for rewrite in getattr(one, "rewrites", ()):
+                    if hasattr(rewrite, "set_aside"):
+                        off.enter_context(rewrite.set_aside())
+            yield
+
     def _tell(self) -> None:
         """What stands on what, by name."""
         self.sequence = {name: one.sequence for name, one in self._on if one.sequence}

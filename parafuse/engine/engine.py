@@ -196,13 +196,17 @@ class Engine(Surface):
         self._refuse_if_over()
         if not self._feeds_ranks:
             self._agree("save", {"folder": str(folder)})
+        with self.handle.set_aside():
+            self._save(Path(folder))
+
+    def _save(self, folder: Path) -> None:
         saved.check(self.pipeline)
 
         def written() -> str:
             try:
                 methods = {name: one.method for name, one in self.handle.quantized.items()}
                 plans = self.handle.block_plans()
-                saved.save(Path(folder), self.pipeline, self.plan, self._source.defaults, plans, methods)
+                saved.save(folder, self.pipeline, self.plan, self._source.defaults, plans, methods)
             except OSError as error:
                 return str(error)
             return ""

@@ -22,6 +22,8 @@ from parafuse.engine.caches.token_merging import Merging
 from parafuse.engine.caches.units import skeleton_of
 from parafuse.engine.derive import derive
 from parafuse.engine.extras import Extras
+from parafuse.engine.rewrites.choose import make
+from parafuse.engine.rewrites.rewrite import Rewrite, Site
 from parafuse.engine.stack import block_stack
 from parafuse.parallel.call_context import CallContext
 from parafuse.parallel.compiled import CompiledUnits, CompiledWhole
@@ -51,6 +53,7 @@ class Standing:
     sequence: SequenceParallel | None = None
     data: DataParallel | None = None
     guidance: GuidanceParallel | None = None
+    rewrites: list[Rewrite] = field(default_factory=list[Rewrite])
     users: list[Any] = field(default_factory=list[Any])
     """Handles."""
     _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
@@ -71,6 +74,7 @@ class Standing:
         context = CallContext(owners={} if cache else None)
         if isinstance(cache, StackCache) and cache.branches == JOINT:
             context.led = Led(self.mesh.group_name(Axis.CFG))
+        self._rewrite(clock, context)
         parts = self._parts(clock, context)
         self._share_tokens(parts)
         if parts is not None:
@@ -89,6 +93,9 @@ class Standing:
                 self.module, skeleton, cache, rule, clock=clock, context=context, group=self.mesh.sequence
             )
         self._put_on(self.skipping)
+        for one in reversed(self.rewrites):  # those that come first see a call first
+            for each in one.at_boundary():
+                self._put_on(each)
         if _makes_branches(parts):
             self._put_on(LeadingRows(self.module, context, self.mesh))
         if degree(Axis.DATA) > 1:
@@ -106,6 +113,15 @@ class Standing:
             self._put_on(OtherBranches(parts))
         if self.skipping is not None:
             self._put_on(CallWatch(self.skipping))
+        for one in self.rewrites:
+            self._put_on(one.outermost())
+
+    def _rewrite(self, clock: Clock, context: CallContext) -> None:
+        """What stands inside of the model, below all else."""
+        if self.extras.chosen is not None and self.method == "forward":
+            self.rewrites = make(self.extras.chosen, Site(self.module, self.mesh, clock, context, self.name))
+        for one in self.rewrites:
+            self._put_on(one)
 
     def _share_tokens(self, parts: PartReuse | None) -> None:
         if self.method == "forward" and self.mesh.sequence_degree > 1:
@@ -154,6 +170,11 @@ class Standing:
             self._undo[-1]()
             self._undo.pop()
 
+    def settle(self) -> None:
+        """At the end of a request: raises where something did not hold."""
+        for one in self.rewrites:
+            one.settle()
+
     def lines(self, name: str) -> list[str]:
         """One line for each thing that stands, for receipts."""
         degree, found = self.mesh.degree, list[str]()
@@ -165,6 +186,7 @@ class Standing:
         if self.guidance:
             found.append(f"guidance parallel (cfg {degree(Axis.CFG)}) on {name}")
         found += [f"{line} on {name}" for line in self.extras.lines()]
+        found += [line.replace(":", f" on {name}:", 1) for one in self.rewrites for line in one.lines()]
         return found
 
 

@@ -1,0 +1,150 @@
+"""Where values come from: which arguments of a call each tensor depends on, seen operator by operator while the model
+runs. A dependence is of values, never of shapes alone; what Python decides by a value counts for all that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+Sources = frozenset[int]
+"""Arguments, by leaf number."""
+UNKNOWN: Sources = frozenset({-1})
+"""Of what was made unseen."""
+_BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_BLANK = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+"""Operators that look at shapes alone."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator as it ran."""
+
+    func: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    results: list[Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+
+
+class Flow(TorchDispatchMode):
+    """Follows values through a call with these leaves. `keeps`: whether to keep an operator whose results have such
+    sources; what it keeps stays in memory as long as this does."""
+
+    def __init__(self, leaves: list[Any], keeps: Callable[[Sources], bool] = lambda _: False):
+        super().__init__()
+        self._sources: dict[int, Sources] = {}
+        """By storage."""
+        self._decided: Sources = frozenset()
+        """What Python has looked at the values of."""
+        self._keeps = keeps
+        self.ops: list[Op] = []
+        self.leaves = leaves  # alive, so that a storage is its own
+        for number, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                self.mark([leaf], self.sources_of(leaf) | {number})
+
+    def sources_of(self, x: Tensor) -> Sources:
+        """What a value depends on; nothing for weights, and for what is made of shapes."""
+        key = storage_of(x)
+        return UNKNOWN if key is None else self._sources.get(key, frozenset())
+
+    def mark(self, tree: Any, sources: Iterable[int]) -> None:
+        """Tells where values come from that were made unseen."""
+        for x in tree_leaves(tree):
+            if isinstance(x, Tensor):
+                self._note(x, frozenset(sources))
+
+    def _note(self, x: Tensor, sources: Sources) -> None:
+        key = storage_of(x)
+        if key is not None:
+            self._sources[key] = sources
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        found: Sources = self._decided
+        if func.overloadpacket.__name__ not in _BLANK:
+            found = found.union(*map(self.sources_of, given))
+        if _is_by_value(func, given):
+            self._decided |= found
+        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        there = {storage_of(x) for x in given}
+        for x in results:
+            key = storage_of(x)
+            self._note(x, found | self.sources_of(x) if key in there else found)
+        if self._keeps(found):
+            self.ops.append(Op(func, args, kwargs, results))
+        return out
+
+
+def storage_of(x: Tensor) -> int | None:
+    """The same for views of one tensor; None for one that wraps others."""
+    try:
+        return int(x.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _is_by_value(func: Any, given: list[Tensor]) -> bool:
+    """Whether the values of its arguments decide what Python, or a shape, sees."""
+    if func.overloadpacket.__name__ in ("index", "index_put", "index_put_"):
+        return any(x.dtype in (torch.bool, torch.uint8) for x in given[1:])
+    return any(tag in func.tags for tag in _BY_VALUE)
+
+
+class Slice:
+    """The operators that lead to some tensors, to be run again with other arguments."""
+
+    def __init__(self, flow: Flow, targets: list[Tensor]):
+        self._leaves = {id(x): number for number, x in enumerate(flow.leaves) if isinstance(x, Tensor)}
+        self._kept_leaves = flow.leaves
+        self._targets = targets
+        needed = {storage_of(x) for x in targets}
+        self._ops: list[Op] = []
+        for op in reversed(flow.ops):
+            if any(storage_of(x) in needed for x in op.results):
+                self._ops.append(op)
+                needed |= {storage_of(x) for x in op.tensors()}
+        self._ops.reverse()
+        self.is_pure = self._writes_to_its_own()
+
+    def _writes_to_its_own(self) -> bool:
+        """Whether what is written in place was made by an operator before: not an argument, nor a weight."""
+        given = {storage_of(x) for x in self._kept_leaves if isinstance(x, Tensor)}
+        made: set[int] = set()
+        for op in self._ops:
+            schema: Any = getattr(op.func, "_schema", None)
+            if schema is not None and schema.is_mutable:
+                if any(id(x) not in made or storage_of(x) in given for x in op.results):
+                    return False
+            else:
+                made |= {id(x) for x in op.results}
+        return True
+
+    def __call__(self, leaves: dict[int, Tensor]) -> list[Tensor]:
+        """The tensors, with these leaves in the place of their own."""
+        values: dict[int, Tensor] = {i: leaves[number] for i, number in self._leaves.items() if number in leaves}
+
+        def now(x: Any) -> Any:
+            return values.get(id(x), x) if isinstance(x, Tensor) else x
+
+        for op in self._ops:
+            args, kwargs = tree_map(now, (op.args, op.kwargs))
+            out = [x for x in tree_leaves(op.func(*args, **kwargs)) if isinstance(x, Tensor)]
+            values.update((id(before), x) for before, x in zip(op.results, out, strict=True))
+        return [values.get(id(x), x) for x in self._targets]
+
+
+def leaves_with(args: Any, kwargs: Any, change: dict[int, Any]) -> tuple[Any, Any]:
+    """The arguments with other leaves at these numbers."""
+    leaves, spec = tree_flatten((args, kwargs))
+    return tree_unflatten([change.get(i, leaf) for i, leaf in enumerate(leaves)], spec)

@@ -1,0 +1,415 @@
+"""The rewrite `modulation`: layers whose values depend on the step, the pooled prompt and the guidance alone, computed
+for all steps of a request at once.
+
+A denoiser's blocks project one vector of conditioning each, in every step: little arithmetic, but all of these weights
+are read. Their results follow from the timestep and from what stays the same over a request. Which layers these are is
+told by following values through one plain call (flow.py); the operators that lead to them are then run for all steps
+in one go, and each step looks its row up by the timestep that it is given, on the device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from parafuse.engine.rewrites.flow import Flow, Slice
+from parafuse.engine.rewrites.rewrite import Rewrite, Site, bare
+from parafuse.engine.rewrites.rows import Rows, by_dtype, bytes_of, weight_bytes
+from parafuse.engine.rewrites.times import foreseen, is_one_value
+from parafuse.errors import UnsupportedError, is_out_of_memory
+from parafuse.log import note
+from parafuse.parallel.branches import place_of
+from parafuse.parallel.effects import Parts
+from parafuse.parallel.hooks import Forward, OnForward
+from parafuse.parallel.nest import Flattener
+
+EXACT = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+"""Of the largest value: how far a row may be from what the layer gave, which multiplies in another order."""
+MAX_TABLE_BYTES = 2**30
+"""Of all rows of one request's branch; longer schedules are not looked up."""
+MAX_TABLES = 4
+"""Branches of a request that have rows at a time."""
+MAX_MADE = 8
+"""Tables of one request: where each step needs its own, nothing is looked up."""
+MAX_KNOWN = 8
+"""Structures of calls that are kept in mind."""
+LOOKS = 2
+"""Steps in which the device is waited for to see that the timestep is one of those foreseen; on a CPU, all."""
+MIN_SHARE = 0.05
+"""Of the denoiser's weights, below which `auto` leaves it off."""
+
+
+@dataclass
+class Learned:
+    """What is known of calls of one structure."""
+
+    spec: TreeSpec
+    facts: tuple[Any, ...]
+    """Of all leaves, without shapes where they do not matter."""
+    layers: list[nn.Linear]
+    like: dict[nn.Linear, Tensor]
+    """The results of the call that was followed."""
+    slice: Slice
+    uses: frozenset[int]
+    """Leaves that they depend on, the timestep among them."""
+    time: int
+    """Leaf number of the timestep."""
+    proven: set[Any] = field(default_factory=set[Any])
+    """Shapes of all leaves at which the layers gave what the slice gives."""
+
+
+@dataclass
+class Table:
+    """The rows of all steps for one branch of a request."""
+
+    learned: Learned
+    times_N: Tensor
+    """What timesteps are foreseen, in the form that they are given."""
+    rows: list[Tensor]
+    """(N, values of all layers) for each dtype."""
+    held: dict[int, tuple[Any, Tensor, Tensor]]
+    """Leaf -> (place, tensor, copy) of what stays the same."""
+    seen: list[Tensor]
+    """Timesteps that were looked at."""
+    moves: Counter[int] = field(default_factory=Counter[int])
+    """Leaves that came in a new tensor with the same values, and how often."""
+
+
+class StepModulation(Rewrite):
+    """Local: conditioning is the same on all ranks that share a sequence, and each rank looks its own calls up."""
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.seen: Counter[str] = Counter()
+        self.why: dict[str, None] = {}
+        """Why layers ran as they do."""
+        self.rows = Rows()
+        self.is_host_free = True
+        """Whether looking at a value of a CPU tensor is taken to cost nothing."""
+        self._learned: list[Learned] = []
+        self._tables: list[Table] = []
+        self._made = 0
+        self._is_off = False
+        """For the rest of the request."""
+        self._missed: Tensor | None = None
+        """Whether some step was given a timestep that was not foreseen; on the device."""
+        self._parts = Parts(self.module)
+        self._flatten = Flattener()
+        self._first = next(iter(list(inspect.signature(type(site.module).forward).parameters)[1:]), "")
+
+    def install(self) -> None:
+        self.rows.prepare(self.module)
+        self.site.clock.on_start.append(self.forget)
+
+    def remove(self) -> None:
+        if self.forget in self.site.clock.on_start:
+            self.site.clock.on_start.remove(self.forget)
+        self.rows.remove()
+        self._tables.clear()
+        self._learned.clear()
+
+    def at_boundary(self) -> list[OnForward]:
+        return [_Boundary(self)]
+
+    def outermost(self) -> OnForward:
+        return _Steps(self)
+
+    def lines(self) -> list[str]:
+        done = [f"{count} calls {what}" for what, count in sorted(self.seen.items())]
+        what = [
+            f"{len(one.layers)} layers, {weight_bytes(one.layers) / 1e6:.1f} MB of weights" for one in self._learned[-1:]
+        ]
+        return ["rewrite modulation: " + ("; ".join([*done, *what, *self.why]) or "from the first call on")]
+
+    def forget(self) -> None:
+        """A loop over steps begins or has ended: its rows are no more needed."""
+        self._tables.clear()
+        self._made, self._is_off = 0, False
+        self.settle()
+
+    def settle(self) -> None:
+        """Raises UnsupportedError where a step was given a timestep that was not foreseen."""
+        missed, self._missed = self._missed, None
+        if missed is not None and bool(missed):
+            raise UnsupportedError(
+                f"rewrites='modulation' on {self.site.name}: a step had a timestep that does not follow from the "
+                "scheduler's as the first ones did, so its result is not a number; leave modulation out."
+            )
+
+    def call(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the denoiser, with rows for its layers where they are known."""
+        if self._is_off or self.site.context.is_trial or torch.is_grad_enabled():
+            self.seen["as they are"] += 1
+            return original(*args, **kwargs)
+        if self._parts.have_other_objects():
+            self._renew()
+        leaves, spec = self._flatten((args, kwargs))
+        table = self._table_for(leaves, spec, args[0] if args else kwargs.get(self._first))
+        views = None if table is None else self._look_up(table, leaves)
+        if views is None:
+            self.seen["as they are"] += 1
+            return original(*args, **kwargs)
+        self.seen["looked up"] += 1
+        self.rows.show(views)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self.rows.hide(views)
+
+    def _renew(self) -> None:
+        self._parts = Parts(self.module)
+        self._learned.clear()
+        self._tables.clear()
+
+    def _say(self, why: str) -> None:
+        if why not in self.why:
+            note(f"rewrite modulation on {self.site.name}: {why}")
+        self.why[why] = None
+        self._is_off = True
+
+    def _look_up(self, table: Table, leaves: list[Any]) -> dict[nn.Linear, Tensor] | None:
+        """Fills the buffers with the rows of this step; None where its timestep was not foreseen."""
+        given = leaves[table.learned.time]
+        found_N = (table.times_N[:, None] == given.reshape(1, -1)).all(1)
+        found = found_N.any()
+        is_free = given.device.type == "cpu" and self.is_host_free
+        if is_free or len(table.seen) < LOOKS:
+            if not bool(found):
+                self._tables.remove(table)
+                return None if table.seen == [] else self._again(table, leaves)
+            if len(table.seen) < LOOKS:
+                table.seen.append(given.detach().clone())
+        else:
+            self._missed = ~found if self._missed is None else self._missed | ~found
+        flats, views = self.rows.buffers(table.learned.like)
+        place = found_N.to(torch.uint8).argmax().reshape(1)
+        for flat, rows in zip(flats, table.rows, strict=True):
+            flat.copy_(torch.where(found, rows.index_select(0, place)[0], torch.nan))
+        return views
+
+    def _again(self, table: Table, leaves: list[Any]) -> dict[nn.Linear, Tensor] | None:
+        """Another form of the timesteps, which has this one too."""
+        seen = [*table.seen, leaves[table.learned.time]]
+        new = self._made_table(table.learned, leaves, seen)
+        return None if new is None else self._look_up(new, leaves)
+
+    def _table_for(self, leaves: list[Any], spec: TreeSpec, sample: Any) -> Table | None:
+        for table in self._tables:
+            if _fits(table.learned, leaves, spec) and self._holds(table, leaves):
+                return table if self._is_proven(table.learned, leaves) else None
+        learned = next((one for one in self._learned if _fits(one, leaves, spec)), None)
+        if learned is None:
+            if len(self._learned) >= MAX_KNOWN:
+                return self._say("too many structures of calls")
+            if self._made == 0 and self._parts.have_changed():
+                self._renew()
+            learned = self._learn(leaves, spec, sample)
+            if learned is None:
+                return None
+            self._learned.append(learned)
+        return self._made_table(learned, leaves, [leaves[learned.time]]) if self._is_proven(learned, leaves) else None
+
+    def _holds(self, table: Table, leaves: list[Any]) -> bool:
+        """Whether what stays the same is the same as when the table was made. Waits for the device where a tensor is
+        new."""
+        for number, (place, _, copy) in table.held.items():
+            x = leaves[number]
+            now = place_of(x)
+            if now is not None and now == place:
+                continue
+            if table.moves[number] >= MAX_MADE and not (x.device.type == "cpu" and self.is_host_free):
+                differs = ~(x == copy).all()
+                self._missed = differs if self._missed is None else self._missed | differs
+                continue
+            if not torch.equal(x, copy):
+                return False
+            table.moves[number] += 1
+            table.held[number] = (now, x, copy)
+        return True
+
+    def _made_table(self, learned: Learned, leaves: list[Any], seen: list[Tensor]) -> Table | None:
+        """The rows of all steps, by one run of what leads to them."""
+        if self._made >= MAX_MADE:
+            return self._say("what it depends on changes from step to step")
+        self._made += 1
+        times = foreseen(self.site.clock.schedulers(), seen)
+        if times is None:
+            return self._say("the timestep does not follow from the scheduler's timesteps")
+        if len(times) * bytes_of(learned.like) > MAX_TABLE_BYTES:
+            return self._say(f"{len(times)} steps need more than {MAX_TABLE_BYTES / 1e9:.1f} GB")
+        held = {i: leaves[i] for i in learned.uses if i != learned.time}
+        results = _of_all_steps(learned, held, times, leaves[learned.time])
+        rows = [torch.cat([results[layer].flatten(1) for layer in group], 1) for group in by_dtype(learned.like)]
+        kept = {i: (place_of(x), x, x.detach().clone()) for i, x in held.items()}
+        table = Table(learned, times, rows, kept, [] if len(seen) < LOOKS else seen)
+        self._tables.append(table)
+        if len(self._tables) > MAX_TABLES:
+            self._tables.pop(0)
+        return table
+
+    def _learn(self, leaves: list[Any], spec: TreeSpec, sample: Any) -> Learned | None:
+        """Follows the values of one plain call on this rank. Waits for the device."""
+        place = next((i for i, x in enumerate(leaves) if x is sample), -1)
+        times = [i for i, x in enumerate(leaves) if i != place and is_one_value(x)]
+        times = [i for i in times if foreseen(self.site.clock.schedulers(), [leaves[i]]) is not None]
+        if not times:
+            return self._say("no argument follows from the scheduler's timesteps (or it differs by token)")
+        flow = Flow(leaves, keeps=lambda sources: place not in sources)
+        try:
+            like = _run(self.module, leaves, spec, flow)
+        except Exception as error:
+            if is_out_of_memory(error):
+                return self._say("one plain call, to see what depends on what, does not fit this rank's memory")
+            raise
+        used = {x: flow.sources_of(y) for x, y in like.items()}
+        like = {x: y for x, y in like.items() if place not in used[x] and -1 not in used[x]}
+        uses = frozenset[int]().union(*(used[x] for x in like))
+        moving = [i for i in times if i in uses]
+        if len(moving) != 1:
+            return self._say("no layers depend on the timestep alone" if not moving else "several arguments are times")
+        learned = Learned(spec, _facts(leaves, uses), list(like), like, Slice(flow, list(like.values())), uses, moving[0])
+        return learned if self._is_worth_it(learned, leaves) and self._is_right(learned, leaves) else None
+
+    def _is_worth_it(self, learned: Learned, leaves: list[Any]) -> bool:
+        """Where nobody asked by name: whether it pays (docs/rewrites.md)."""
+        if not self.site.is_choice:
+            return True
+        total = sum(p.numel() * p.element_size() for p in self.module.parameters())
+        share = weight_bytes(learned.layers) / max(1, total)
+        if share < MIN_SHARE:
+            self._say(f"left off: its layers have {share:.1%} of the weights, below {MIN_SHARE:.0%}")
+        return share >= MIN_SHARE
+
+    def _is_right(self, learned: Learned, leaves: list[Any]) -> bool:
+        """Whether what was followed gives, run again for two steps at once, what the layers gave."""
+        if not learned.slice.is_pure:
+            self._say("its conditioning is written to in place")
+            return False
+        given = leaves[learned.time]
+        held = {i: leaves[i] for i in learned.uses if i != learned.time}
+        times = torch.stack([given.reshape(-1)[0]] * 2)
+        found = _of_all_steps(learned, held, times, given)
+        if not all(_is_close(found[layer][0], y) for layer, y in learned.like.items()):
+            self._say("its conditioning gives something else when it is run again")
+            return False
+        learned.proven.add(_shapes(leaves))
+        self.rows.add(learned.layers)
+        return True
+
+    def _is_proven(self, learned: Learned, leaves: list[Any]) -> bool:
+        """Whether it holds at these sizes of all arguments: where they are new, one plain call tells."""
+        sizes = _shapes(leaves)
+        if sizes not in learned.proven:
+            like = _run(self.module, leaves, learned.spec, None)
+            held = {i: leaves[i] for i in learned.uses}
+            found = learned.slice(held)
+            same = all(
+                layer in like and like[layer].shape == x.shape and _is_close(x, like[layer])
+                for layer, x in zip(learned.layers, found, strict=True)
+            )
+            if not same:
+                self._say("its conditioning depends on other sizes")
+                return False
+            learned.proven.add(sizes)
+        return True
+
+
+class _Boundary(OnForward):
+    def __init__(self, modulation: StepModulation):
+        super().__init__(modulation.module)
+        self._modulation = modulation
+
+    def _forward(self, original: Forward) -> Forward:
+        return lambda *args, **kwargs: self._modulation.call(original, args, kwargs)
+
+
+class _Steps(OnForward):
+    """Lets the steps of the pipeline be counted, where each call passes."""
+
+    def __init__(self, modulation: StepModulation):
+        super().__init__(modulation.module)
+        self._clock = modulation.site.clock
+
+    def _forward(self, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._clock.look()
+            return original(*args, **kwargs)
+
+        return forward
+
+
+def _run(module: nn.Module, leaves: list[Any], spec: TreeSpec, flow: Flow | None) -> dict[nn.Linear, Tensor]:
+    """One plain call on this rank: the results of layers that were called once, with a vector for each sample."""
+    results: dict[nn.Linear, list[Tensor | None]] = {}
+
+    def note_result(layer: Any, args: Any, out: Any) -> None:
+        x = args[0] if args else None
+        is_vector = isinstance(x, Tensor) and (x.ndim <= 2 or (x.ndim == 3 and x.shape[1] == 1))
+        results.setdefault(layer, []).append(out if is_vector else None)
+
+    plain = [part for part in module.modules() if type(part).__name__ in ("Linear", "RowLinear")]
+    hooks = [part.register_forward_hook(note_result) for part in plain if isinstance(part, nn.Linear)]
+    try:
+        args, kwargs = tree_unflatten(leaves, spec)
+        with bare(module) as forward, torch.no_grad():
+            if flow is None:
+                forward(*args, **kwargs)
+            else:
+                with flow:
+                    forward(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer: found[0] for layer, found in results.items() if len(found) == 1 and found[0] is not None}
+
+
+def _of_all_steps(
+    learned: Learned, held: dict[int, Tensor], times_N: Tensor, like: Tensor
+) -> dict[nn.Linear, Tensor]:
+    """Layer -> (N, ...) its results for these timesteps: one product for each layer, or one for each step where an
+    operator cannot be run for several."""
+    given = times_N.reshape(-1, *[1] * like.ndim).expand(-1, *like.shape)
+
+    def at(time: Tensor) -> tuple[Tensor, ...]:
+        return tuple(learned.slice({**held, learned.time: time}))
+
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            found = torch.func.vmap(at)(given.contiguous())
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            found = tuple(torch.stack(each) for each in zip(*map(at, given.unbind(0)), strict=True))
+    return dict(zip(learned.layers, found, strict=True))
+
+
+def _fits(learned: Learned, leaves: list[Any], spec: TreeSpec) -> bool:
+    return learned.spec == spec and learned.facts == _facts(leaves, learned.uses)
+
+
+def _facts(leaves: list[Any], uses: frozenset[int]) -> tuple[Any, ...]:
+    """What of the arguments decides which operators run: the values of those that are no tensors, and of tensors that
+    the layers depend on, the shapes."""
+    return tuple(
+        (i in uses and x.shape, x.dtype, x.device, x.shape[:1])
+        if isinstance(x, Tensor)
+        else x
+        if isinstance(x, (bool, int, float, str, type(None)))
+        else type(x).__name__
+        for i, x in enumerate(leaves)
+    )
+
+
+def _shapes(leaves: list[Any]) -> Any:
+    return tuple(x.shape if isinstance(x, Tensor) else None for x in leaves)
+
+
+def _is_close(found: Tensor, want: Tensor) -> bool:
+    error = (found.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1e-30)
+    return bool(error <= EXACT.get(want.dtype, 1e-5))

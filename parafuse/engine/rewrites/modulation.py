@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from parafuse.engine.rewrites.flow import Flow, Slice
 from parafuse.engine.rewrites.rewrite import Rewrite, Site, bare
-from parafuse.engine.rewrites.rows import Rows, by_dtype, bytes_of, weight_bytes
+from parafuse.engine.rewrites.rows import RowLinear, Rows, by_dtype, bytes_of, weight_bytes
 from parafuse.engine.rewrites.times import foreseen, is_one_value
 from parafuse.errors import UnsupportedError, is_out_of_memory
 from parafuse.log import note
+from parafuse.parallel.batch_cut import TRIES
 from parafuse.parallel.branches import place_of
 from parafuse.parallel.effects import Parts
 from parafuse.parallel.hooks import Forward, OnForward
@@ -41,8 +43,10 @@ MAX_KNOWN = 8
 """Structures of calls that are kept in mind."""
 LOOKS = 2
 """Steps in which the device is waited for to see that the timestep is one of those foreseen; on a CPU, all."""
-MIN_SHARE = 0.05
-"""Of the denoiser's weights, below which `auto` leaves it off."""
+BALANCE = 184
+"""Multiplications for each byte of weights at which a GPU (H200, bf16) waits for neither memory nor arithmetic."""
+MIN_GAIN = 0.005
+"""Of a step, as estimated: where it is less, `auto` leaves it off."""
 
 
 @dataclass
@@ -58,8 +62,10 @@ class Learned:
     slice: Slice
     uses: frozenset[int]
     """Leaves that they depend on, the timestep among them."""
-    time: int
-    """Leaf number of the timestep."""
+    times: tuple[int, ...]
+    """Leaf numbers of the timestep; models of several streams take it several times."""
+    most_rows: int
+    """Tokens of all samples, as the longest input of a linear layer."""
     proven: set[Any] = field(default_factory=set[Any])
     """Shapes of all leaves at which the layers gave what the slice gives."""
 
@@ -97,6 +103,10 @@ class StepModulation(Rewrite):
         self._made = 0
         self._is_off = False
         """For the rest of the request."""
+        self._hopeless: set[Any] = set()
+        """Structures of calls in which no layers were found, or not proven."""
+        self._failures = 0
+        """Requests in which it was given up."""
         self._missed: Tensor | None = None
         """Whether some step was given a timestep that was not foreseen; on the device."""
         self._parts = Parts(self.module)
@@ -130,7 +140,7 @@ class StepModulation(Rewrite):
     def forget(self) -> None:
         """A loop over steps begins or has ended: its rows are no more needed."""
         self._tables.clear()
-        self._made, self._is_off = 0, False
+        self._made, self._is_off = 0, self._failures >= TRIES
         self.settle()
 
     def settle(self) -> None:
@@ -150,8 +160,10 @@ class StepModulation(Rewrite):
         if self._parts.have_other_objects():
             self._renew()
         leaves, spec = self._flatten((args, kwargs))
-        table = self._table_for(leaves, spec, args[0] if args else kwargs.get(self._first))
-        views = None if table is None else self._look_up(table, leaves)
+        views = None
+        if (spec, _shapes(leaves)) not in self._hopeless:
+            table = self._table_for(leaves, spec, args[0] if args else kwargs.get(self._first))
+            views = None if table is None else self._look_up(table, leaves)
         if views is None:
             self.seen["as they are"] += 1
             return original(*args, **kwargs)
@@ -166,17 +178,24 @@ class StepModulation(Rewrite):
         self._parts = Parts(self.module)
         self._learned.clear()
         self._tables.clear()
+        self._hopeless.clear()
+        self._failures = 0
 
     def _say(self, why: str) -> None:
         if why not in self.why:
             note(f"rewrite modulation on {self.site.name}: {why}")
         self.why[why] = None
+
+    def _give_up(self, why: str) -> None:
+        """For the rest of the request; for good where that happens again and again."""
+        self._say(why)
         self._is_off = True
+        self._failures += 1
 
     def _look_up(self, table: Table, leaves: list[Any]) -> dict[nn.Linear, Tensor] | None:
         """Fills the buffers with the rows of this step; None where its timestep was not foreseen."""
-        given = leaves[table.learned.time]
-        found_N = (table.times_N[:, None] == given.reshape(1, -1)).all(1)
+        given = torch.cat([leaves[i].reshape(-1) for i in table.learned.times])
+        found_N = (table.times_N[:, None] == given).all(1)
         found = found_N.any()
         is_free = given.device.type == "cpu" and self.is_host_free
         if is_free or len(table.seen) < LOOKS:
@@ -184,7 +203,7 @@ class StepModulation(Rewrite):
                 self._tables.remove(table)
                 return None if table.seen == [] else self._again(table, leaves)
             if len(table.seen) < LOOKS:
-                table.seen.append(given.detach().clone())
+                table.seen.append(given.clone())
         else:
             self._missed = ~found if self._missed is None else self._missed | ~found
         flats, views = self.rows.buffers(table.learned.like)
@@ -195,25 +214,26 @@ class StepModulation(Rewrite):
 
     def _again(self, table: Table, leaves: list[Any]) -> dict[nn.Linear, Tensor] | None:
         """Another form of the timesteps, which has this one too."""
-        seen = [*table.seen, leaves[table.learned.time]]
+        seen = [*table.seen, leaves[table.learned.times[0]]]
         new = self._made_table(table.learned, leaves, seen)
         return None if new is None else self._look_up(new, leaves)
 
     def _table_for(self, leaves: list[Any], spec: TreeSpec, sample: Any) -> Table | None:
         for table in self._tables:
-            if _fits(table.learned, leaves, spec) and self._holds(table, leaves):
-                return table if self._is_proven(table.learned, leaves) else None
+            proven = _shapes(leaves) in table.learned.proven
+            if proven and _fits(table.learned, leaves, spec) and self._holds(table, leaves):
+                return table
         learned = next((one for one in self._learned if _fits(one, leaves, spec)), None)
         if learned is None:
             if len(self._learned) >= MAX_KNOWN:
-                return self._say("too many structures of calls")
+                return self._give_up("too many structures of calls")
             if self._made == 0 and self._parts.have_changed():
                 self._renew()
             learned = self._learn(leaves, spec, sample)
-            if learned is None:
-                return None
-            self._learned.append(learned)
-        return self._made_table(learned, leaves, [leaves[learned.time]]) if self._is_proven(learned, leaves) else None
+        if learned is None or not self._is_proven(learned, leaves):
+            self._hopeless.add((spec, _shapes(leaves)))
+            return None
+        return self._made_table(learned, leaves, [leaves[learned.times[0]]])
 
     def _holds(self, table: Table, leaves: list[Any]) -> bool:
         """Whether what stays the same is the same as when the table was made. Waits for the device where a tensor is
@@ -236,15 +256,15 @@ class StepModulation(Rewrite):
     def _made_table(self, learned: Learned, leaves: list[Any], seen: list[Tensor]) -> Table | None:
         """The rows of all steps, by one run of what leads to them."""
         if self._made >= MAX_MADE:
-            return self._say("what it depends on changes from step to step")
+            return self._give_up("what it depends on changes from step to step")
         self._made += 1
         times = foreseen(self.site.clock.schedulers(), seen)
         if times is None:
-            return self._say("the timestep does not follow from the scheduler's timesteps")
+            return self._give_up("the timestep does not follow from the scheduler's timesteps")
         if len(times) * bytes_of(learned.like) > MAX_TABLE_BYTES:
-            return self._say(f"{len(times)} steps need more than {MAX_TABLE_BYTES / 1e9:.1f} GB")
-        held = {i: leaves[i] for i in learned.uses if i != learned.time}
-        results = _of_all_steps(learned, held, times, leaves[learned.time])
+            return self._give_up(f"{len(times)} steps need more than {MAX_TABLE_BYTES / 1e9:.1f} GB")
+        held = {i: leaves[i] for i in learned.uses if i not in learned.times}
+        results = _of_all_steps(learned, held, times, leaves)
         rows = [torch.cat([results[layer].flatten(1) for layer in group], 1) for group in by_dtype(learned.like)]
         kept = {i: (place_of(x), x, x.detach().clone()) for i, x in held.items()}
         table = Table(learned, times, rows, kept, [] if len(seen) < LOOKS else seen)
@@ -262,7 +282,7 @@ class StepModulation(Rewrite):
             return self._say("no argument follows from the scheduler's timesteps (or it differs by token)")
         flow = Flow(leaves, keeps=lambda sources: place not in sources)
         try:
-            like = _run(self.module, leaves, spec, flow)
+            like, rows = _run(self.module, leaves, spec, flow)
         except Exception as error:
             if is_out_of_memory(error):
                 return self._say("one plain call, to see what depends on what, does not fit this rank's memory")
@@ -270,31 +290,41 @@ class StepModulation(Rewrite):
         used = {x: flow.sources_of(y) for x, y in like.items()}
         like = {x: y for x, y in like.items() if place not in used[x] and -1 not in used[x]}
         uses = frozenset[int]().union(*(used[x] for x in like))
-        moving = [i for i in times if i in uses]
-        if len(moving) != 1:
-            return self._say("no layers depend on the timestep alone" if not moving else "several arguments are times")
-        learned = Learned(spec, _facts(leaves, uses), list(like), like, Slice(flow, list(like.values())), uses, moving[0])
-        return learned if self._is_worth_it(learned, leaves) and self._is_right(learned, leaves) else None
+        moving = tuple(i for i in times if i in uses)
+        if not moving:
+            return self._say("no layers depend on the timestep alone")
+        if any(float(leaves[i].reshape(-1)[0]) != float(leaves[moving[0]].reshape(-1)[0]) for i in moving):
+            return self._say("several arguments are times, and differ")
+        facts = _facts(leaves, uses)
+        learned = Learned(spec, facts, list(like), like, Slice(flow, list(like.values())), uses, moving, rows)
+        if not (self._is_worth_it(learned) and self._is_right(learned, leaves)):
+            return None
+        self._learned.append(learned)
+        return learned
 
-    def _is_worth_it(self, learned: Learned, leaves: list[Any]) -> bool:
+    def _is_worth_it(self, learned: Learned) -> bool:
         """Where nobody asked by name: whether it pays (docs/rewrites.md)."""
         if not self.site.is_choice:
             return True
         total = sum(p.numel() * p.element_size() for p in self.module.parameters())
         share = weight_bytes(learned.layers) / max(1, total)
-        if share < MIN_SHARE:
-            self._say(f"left off: its layers have {share:.1%} of the weights, below {MIN_SHARE:.0%}")
-        return share >= MIN_SHARE
+        rows = max(1, learned.most_rows // self.site.mesh.sequence_degree)
+        gain = share * BALANCE / (BALANCE + rows)
+        if gain < MIN_GAIN:
+            self._say(
+                f"left off: its layers have {share:.1%} of the weights, and {rows} tokens a rank keep the device busy; "
+                f"it would gain about {gain:.2%} of a step"
+            )
+        return gain >= MIN_GAIN
 
     def _is_right(self, learned: Learned, leaves: list[Any]) -> bool:
         """Whether what was followed gives, run again for two steps at once, what the layers gave."""
         if not learned.slice.is_pure:
             self._say("its conditioning is written to in place")
             return False
-        given = leaves[learned.time]
-        held = {i: leaves[i] for i in learned.uses if i != learned.time}
-        times = torch.stack([given.reshape(-1)[0]] * 2)
-        found = _of_all_steps(learned, held, times, given)
+        held = {i: leaves[i] for i in learned.uses if i not in learned.times}
+        times = torch.stack([leaves[learned.times[0]].reshape(-1)[0]] * 2)
+        found = _of_all_steps(learned, held, times, leaves)
         if not all(_is_close(found[layer][0], y) for layer, y in learned.like.items()):
             self._say("its conditioning gives something else when it is run again")
             return False
@@ -306,7 +336,7 @@ class StepModulation(Rewrite):
         """Whether it holds at these sizes of all arguments: where they are new, one plain call tells."""
         sizes = _shapes(leaves)
         if sizes not in learned.proven:
-            like = _run(self.module, leaves, learned.spec, None)
+            like, _ = _run(self.module, leaves, learned.spec, None)
             held = {i: leaves[i] for i in learned.uses}
             found = learned.slice(held)
             same = all(
@@ -344,48 +374,53 @@ class _Steps(OnForward):
         return forward
 
 
-def _run(module: nn.Module, leaves: list[Any], spec: TreeSpec, flow: Flow | None) -> dict[nn.Linear, Tensor]:
-    """One plain call on this rank: the results of layers that were called once, with a vector for each sample."""
+def _run(
+    module: nn.Module, leaves: list[Any], spec: TreeSpec, flow: Flow | None
+) -> tuple[dict[nn.Linear, Tensor], int]:
+    """One plain call on this rank: the results of layers that were called once, with a vector for each sample, and the
+    rows of the longest input of a layer."""
     results: dict[nn.Linear, list[Tensor | None]] = {}
+    most_rows = 0
 
     def note_result(layer: Any, args: Any, out: Any) -> None:
+        nonlocal most_rows
         x = args[0] if args else None
         is_vector = isinstance(x, Tensor) and (x.ndim <= 2 or (x.ndim == 3 and x.shape[1] == 1))
         results.setdefault(layer, []).append(out if is_vector else None)
+        most_rows = max(most_rows, x.shape[:-1].numel() if isinstance(x, Tensor) else 0)
 
-    plain = [part for part in module.modules() if type(part).__name__ in ("Linear", "RowLinear")]
-    hooks = [part.register_forward_hook(note_result) for part in plain if isinstance(part, nn.Linear)]
+    plain = [part for part in module.modules() if type(part) in (nn.Linear, RowLinear)]
+    hooks = [part.register_forward_hook(note_result) for part in plain]
     try:
         args, kwargs = tree_unflatten(leaves, spec)
-        with bare(module) as forward, torch.no_grad():
-            if flow is None:
-                forward(*args, **kwargs)
-            else:
-                with flow:
-                    forward(*args, **kwargs)
+        with bare(module) as forward, torch.no_grad(), flow or nullcontext():
+            forward(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    return {layer: found[0] for layer, found in results.items() if len(found) == 1 and found[0] is not None}
+    once = {layer: found[0] for layer, found in results.items() if len(found) == 1}
+    return {layer: found for layer, found in once.items() if isinstance(layer, nn.Linear) and found is not None}, (
+        most_rows
+    )
 
 
 def _of_all_steps(
-    learned: Learned, held: dict[int, Tensor], times_N: Tensor, like: Tensor
+    learned: Learned, held: dict[int, Tensor], times_N: Tensor, leaves: list[Any]
 ) -> dict[nn.Linear, Tensor]:
     """Layer -> (N, ...) its results for these timesteps: one product for each layer, or one for each step where an
     operator cannot be run for several."""
-    given = times_N.reshape(-1, *[1] * like.ndim).expand(-1, *like.shape)
 
     def at(time: Tensor) -> tuple[Tensor, ...]:
-        return tuple(learned.slice({**held, learned.time: time}))
+        given = {i: time.to(leaves[i].dtype).expand(leaves[i].shape) for i in learned.times}
+        return tuple(learned.slice({**held, **given}))
 
     with torch.inference_mode(False), torch.no_grad():
         try:
-            found = torch.func.vmap(at)(given.contiguous())
+            found = torch.func.vmap(at)(times_N)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            found = tuple(torch.stack(each) for each in zip(*map(at, given.unbind(0)), strict=True))
+            found = tuple(torch.stack(each) for each in zip(*map(at, times_N.unbind(0)), strict=True))
     return dict(zip(learned.layers, found, strict=True))
 
 

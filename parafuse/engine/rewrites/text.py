@@ -49,6 +49,13 @@ class Way:
     sites: Sites = field(default_factory=Sites)
     """Parts of the model that are called without the mask that it made."""
 
+    @property
+    def what(self) -> str:
+        """In words."""
+        if self.no_mask:
+            return "cut, no mask given"
+        return f"cut, no mask for {len(self.sites)} parts" if self.sites else "cut, with the mask"
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -126,7 +133,7 @@ class TrimmedText(Rewrite):
             self.seen["left whole"] += 1
             return original(*args, **kwargs)
         new_args, new_kwargs = tree_unflatten(self._cut(leaves, way, says), spec)
-        self.seen["cut, without a mask" if way.no_mask or way.sites else "cut, with a mask"] += 1
+        self.seen[way.what] += 1
         with self._gates.closed(way.sites):
             return original(*new_args, **new_kwargs)
 

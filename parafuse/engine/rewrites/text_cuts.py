@@ -17,7 +17,8 @@ BUCKET = 16
 MAX_MASKS = 64
 """Whose lengths are kept in mind."""
 Change = tuple[str, int]
-"""What becomes of an argument: ("narrow", dim), or ("number", 0) for one that is the length itself."""
+"""What becomes of an argument: ("narrow", dim); ("first", dim) or ("last", dim) for one over text and image tokens, of
+which the text is the first or the last; ("number", 0) for one that is the length itself."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Text:
     mask: int
     text: int
     length: int
+    dim: int = 1
+    """Of the text that runs over tokens."""
     offset: int = 0
     """Where its tokens start in the mask: that may be over text and image."""
 
@@ -83,43 +86,52 @@ def _look(mask: Tensor, offset: int, length: int) -> Valid | None:
 
 
 def texts_of(leaves: list[Any], sample: Any) -> list[Text]:
-    """Texts with a mask: the mask has (B, tokens), or (B, text and image tokens), the text (B, tokens, D)."""
+    """Texts with a mask: the mask has (B, tokens), or (B, text and image tokens), the text (B, tokens, ...) or
+    (B, layers, tokens, D)."""
     batch = len(sample) if isinstance(sample, Tensor) and sample.ndim else 0
     streams = [i for i, x in enumerate(leaves) if _is_stream(x, batch) and x is not sample]
     masks = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.ndim == 2 and len(x) == batch]
     found: list[Text] = []
     for mask in masks:
         length = leaves[mask].shape[1]
-        same = [i for i in streams if leaves[i].shape[1] == length]
+        same = [(i, dim) for i in streams for dim in _dims(leaves[i], length)[:1]]
         rivals = [i for i in masks if leaves[i].shape[1] == length]
         if same and length > 1:
-            turn = rivals.index(mask)  # several texts of one length: the first mask is the first text's
-            found.append(Text(mask, same[min(turn, len(same) - 1)], length))
+            text, dim = same[min(rivals.index(mask), len(same) - 1)]  # of one length: the first mask, the first text
+            found.append(Text(mask, text, length, dim))
     if not found and isinstance(sample, Tensor) and sample.ndim == 3:  # one mask over text and image
         for mask in masks:
             length = leaves[mask].shape[1] - sample.shape[1]
-            found += [Text(mask, i, length) for i in streams if 1 < length == leaves[i].shape[1]]
+            found += [Text(mask, i, length) for i in streams if 1 < length == leaves[i].shape[1]][:1]
     return found
 
 
 def _is_stream(x: Any, batch: int) -> bool:
-    return isinstance(x, Tensor) and x.ndim == 3 and len(x) == batch and x.is_floating_point()
+    return isinstance(x, Tensor) and x.ndim in (3, 4) and len(x) == batch and x.is_floating_point()
+
+
+def _dims(x: Tensor, length: int) -> list[int]:
+    """Dims that may run over tokens, but for the last one: that is of features."""
+    return [dim for dim in range(1, x.ndim - 1) if x.shape[dim] == length]
 
 
 def ways(leaves: list[Any], texts: list[Text], sample: Any) -> Iterator[dict[int, tuple[Change, Text]]]:
     """Ways to cut these texts, the likeliest first: with all that has as many rows, with the text and its mask alone."""
     base: dict[int, tuple[Change, Text]] = {}
     for one in texts:
-        base[one.mask], base[one.text] = (("narrow", 1), one), (("narrow", 1), one)
-    wide = dict(base)
+        base[one.mask], base[one.text] = (("narrow", 1), one), (("narrow", one.dim), one)
+    wide, first, last = dict(base), dict[int, tuple[Change, Text]](), dict[int, tuple[Change, Text]]()
+    image = sample.shape[1] if isinstance(sample, Tensor) and sample.ndim == 3 else None
     for i, x in enumerate(leaves):
-        for one in texts:
-            change = _change(x, one.length)
-            if i not in wide and x is not sample and change is not None:
-                wide[i] = (change, one)
-    numbers = {i for i, (change, _) in wide.items() if change[0] == "number"}
+        for one in texts if i not in base and x is not sample else ():
+            change, joint = _change(x, one.length), _change(x, one.length + image) if image else None
+            if change is not None:
+                wide.setdefault(i, (change, one))
+            elif joint is not None and joint[0] == "narrow":
+                first[i], last[i] = (("first", joint[1]), one), (("last", joint[1]), one)
+    plain = {i: x for i, x in wide.items() if x[0][0] != "number"}
     seen: list[dict[int, tuple[Change, Text]]] = []
-    for way in (wide, {i: x for i, x in wide.items() if i not in numbers}, base):
+    for way in ({**wide, **first}, {**wide, **last}, wide, plain, base):
         if way not in seen:
             seen.append(way)
             yield way
@@ -143,6 +155,11 @@ def shortened(leaves: list[Any], way: dict[int, tuple[Change, Text]], kept: dict
         elif i == text.mask and x.shape[1] != text.length:  # the image's part stays
             parts = [x[:, : text.offset + left], x[:, text.offset + text.length :]]
             out[i] = torch.cat(parts, 1)
+        elif kind in ("first", "last"):
+            rest = x.shape[dim] - text.length
+            before = 0 if kind == "first" else rest
+            text_part, after = x.narrow(dim, before, left), x.narrow(dim, before + text.length, rest - before)
+            out[i] = torch.cat([x.narrow(dim, 0, before), text_part, after], dim)
         else:
             out[i] = x.narrow(dim, 0, left)
     return out
@@ -156,5 +173,6 @@ def disturbed(leaves: list[Any], texts: list[Text], kept: dict[int, int]) -> lis
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
         loud = 4 * noise * x.detach().std().clamp_min(1e-3) + 0.5
         left = kept[one.mask]
-        out[one.text] = torch.cat([x[:, :left], loud[:, left:]], 1)
+        kept_part, lost = x.narrow(one.dim, 0, left), loud.narrow(one.dim, left, one.length - left)
+        out[one.text] = torch.cat([kept_part, lost], one.dim)
     return out

@@ -26,7 +26,7 @@ from parafuse.engine.rewrites.choose import make
 from parafuse.engine.rewrites.rewrite import Rewrite, Site
 from parafuse.engine.stack import block_stack
 from parafuse.parallel.call_context import CallContext
-from parafuse.parallel.compiled import CompiledUnits, CompiledWhole
+from parafuse.parallel.compiled import CompiledUnits, CompiledWhole, refuse_compile
 from parafuse.parallel.data import DataParallel
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
 from parafuse.parallel.hooks import guard
@@ -128,7 +128,10 @@ class Standing:
             prober = parts.without(derive) if parts else derive
             self.sequence = SequenceParallel(self.module, block_stack(self.module), self.mesh, prober, parts)
         elif self.method == "forward" and self.extras.cache is None:
-            self._put_on(CompiledWhole(self.module))
+            met = [part for one in self.rewrites for part in one.met_parts()]
+            self._put_on(CompiledUnits(met) if met else CompiledWhole(self.module))
+            if met:
+                self._undo.append(refuse_compile(self.module))
         self._put_on(self.sequence)
 
     def _parts(self, clock: Clock, context: CallContext) -> PartReuse | None:

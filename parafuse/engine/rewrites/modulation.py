@@ -132,9 +132,7 @@ class StepModulation(Rewrite):
 
     def lines(self) -> list[str]:
         done = [f"{count} calls {what}" for what, count in sorted(self.seen.items())]
-        what = [
-            f"{len(one.layers)} layers, {weight_bytes(one.layers) / 1e6:.1f} MB of weights" for one in self._learned[-1:]
-        ]
+        what = [f"{len(one.layers)} layers of {weight_bytes(one.layers) / 1e6:.1f} MB" for one in self._learned[-1:]]
         return ["rewrite modulation: " + ("; ".join([*done, *what, *self.why]) or "from the first call on")]
 
     def forget(self) -> None:
@@ -154,11 +152,20 @@ class StepModulation(Rewrite):
 
     def call(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the denoiser, with rows for its layers where they are known."""
-        if self._is_off or self.site.context.is_trial or torch.is_grad_enabled():
+        if self.site.context.is_trial or torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        if self._is_off:
             self.seen["as they are"] += 1
             return original(*args, **kwargs)
         if self._parts.have_other_objects():
             self._renew()
+        try:
+            return self._call(original, args, kwargs)
+        finally:
+            if self._parts.have_other_objects():  # what a call has changed itself (tables that it keeps) is no change
+                self._parts = Parts(self.module)
+
+    def _call(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = self._flatten((args, kwargs))
         views = None
         if (spec, _shapes(leaves)) not in self._hopeless:

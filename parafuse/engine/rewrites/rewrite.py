@@ -48,6 +48,10 @@ class Rewrite(ABC):
         caches, inside of what shares calls between ranks."""
         return []
 
+    def met_parts(self) -> list[nn.Module]:
+        """Parts of the model whose calls it meets: these are compiled one by one, not the model as a whole."""
+        return []
+
     def outermost(self) -> OnForward | None:
         """What meets every call, also those that another rank makes."""
         return None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from parafuse.engine.rewrites.gates import Gates, Sites
 from parafuse.engine.rewrites.rewrite import Rewrite, Site, bare
@@ -95,6 +95,9 @@ class TrimmedText(Rewrite):
         self._gates.remove()
         self._known.clear()
 
+    def met_parts(self) -> list[nn.Module]:
+        return self._gates.parts
+
     def at_boundary(self) -> list[OnForward]:
         return [_Boundary(self)]
 
@@ -108,9 +111,18 @@ class TrimmedText(Rewrite):
 
     def call(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the denoiser, with no more text than is needed."""
+        if self.site.context.is_trial or torch.is_grad_enabled():
+            return original(*args, **kwargs)
         if self._parts.have_other_objects():
             self._parts = Parts(self.module)
             self._known.clear()
+        try:
+            return self._call(original, args, kwargs)
+        finally:
+            if self._parts.have_other_objects():  # what a call has changed itself (tables that it keeps) is no change
+                self._parts = Parts(self.module)
+
+    def _call(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = self._flatten((args, kwargs))
         sample = args[0] if args else kwargs.get(self._first)
         texts = texts_of(leaves, sample)
@@ -118,7 +130,7 @@ class TrimmedText(Rewrite):
         texts = [one for one in texts if valid[one.mask] is not None]
         says = {mask: found for mask, found in valid.items() if found is not None}
         useful = [one for one in texts if says[one.mask].is_full or one.kept(says[one.mask]) < one.length]
-        if not useful or self.site.context.is_trial or torch.is_grad_enabled():
+        if not useful:
             self.seen["left whole"] += 1
             return original(*args, **kwargs)
         key = (str(spec), tuple(map(_fact, leaves)), tuple((one.mask, says[one.mask].is_full) for one in useful))
@@ -128,7 +140,6 @@ class TrimmedText(Rewrite):
                 return self._whole("too many structures of calls", original, args, kwargs)
             call = _Call(leaves, spec, useful, says, sample)
             way = self._known[key] = self._learn(original, call, way)
-            self._parts = Parts(self.module)  # tables that a call has made are no change
         if not isinstance(way, Way):
             self.seen["left whole"] += 1
             return original(*args, **kwargs)

@@ -116,7 +116,7 @@ def _dims(x: Tensor, length: int) -> list[int]:
 
 
 def ways(leaves: list[Any], texts: list[Text], sample: Any) -> Iterator[dict[int, tuple[Change, Text]]]:
-    """Ways to cut these texts, the likeliest first: with all that has as many rows, with the text and its mask alone."""
+    """Ways to cut these texts: first with all that has as many rows, last the text and its mask alone."""
     base: dict[int, tuple[Change, Text]] = {}
     for one in texts:
         base[one.mask], base[one.text] = (("narrow", 1), one), (("narrow", one.dim), one)

@@ -209,6 +209,8 @@ class Handle:
         with ExitStack() as open_ones:
             memories = {name: open_ones.enter_context(one.request()) for name, one in self.skipping.items()}
             open_ones.enter_context(self.clock.anew(self.target))
+            for _, one in self._on:
+                one.begin()
             yield memories
             for _, one in self._on:
                 one.settle()

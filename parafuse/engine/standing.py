@@ -173,6 +173,11 @@ class Standing:
             self._undo[-1]()
             self._undo.pop()
 
+    def begin(self) -> None:
+        """At the start of a request: counts anew."""
+        for one in self.rewrites:
+            one.begin()
+
     def settle(self) -> None:
         """At the end of a request: raises where something did not hold."""
         for one in self.rewrites:

@@ -19,11 +19,9 @@ def painted(
     call = case.call(min(prompts, case.max_prompts)) | ({"num_inference_steps": steps} if steps else {})
 
     def run(some: str) -> tuple[list[Any], list[str]]:
-        found: list[Any] = []
         config = parafuse.Config(parallel=parafuse.Parallel(**degrees), rewrites=some, cache=cache or None)
         with parafuse.Engine.from_pipeline(case.build(), config) as engine:
-            for _ in range(3):
-                found.append([x.clone() for x in tensors(engine(**seeded(call)))])
+            found = [[x.clone() for x in tensors(engine(**seeded(call)))] for _ in range(3)]
             return found, engine.receipt["applied"]
 
     want = run("")[0] if cache else [tensors(case.build()(**seeded(call)))] * 3

@@ -24,6 +24,7 @@ from tests.graphs import Graphs
 from tests.guided.cells import seeded, tensors
 from tests.guided.collect import cases
 from tests.guided.flux import CONFIG, build
+from tests.guided.parts import made
 from tests.rewrites.layouts import painted
 
 EXACT = 1e-5
@@ -83,15 +84,13 @@ def test_sigmas_of_the_call() -> None:
 
 
 def test_guidance_as_an_input_of_the_model() -> None:
-    def made() -> Any:
+    def distilled() -> Any:
         torch.manual_seed(0)
-        import diffusers
-
         pipeline = build("FluxPipeline")
-        pipeline.transformer = diffusers.FluxTransformer2DModel(**CONFIG | dict(guidance_embeds=True)).eval()
+        pipeline.transformer = made("FluxTransformer2DModel", CONFIG, guidance_embeds=True).eval()
         return pipeline
 
-    pipeline, case = made(), cases()["FLUX.1"]
+    pipeline, case = distilled(), cases()["FLUX.1"]
     call = case.call(1) | dict(true_cfg_scale=1.0)
     want = [tensors(pipeline(**seeded(call | dict(guidance_scale=scale)))) for scale in (3.5, 7.0)]
     assert relative_error(want[1], want[0]) > 1e-3
@@ -99,6 +98,19 @@ def test_guidance_as_an_input_of_the_model() -> None:
         for scale, expected in zip((3.5, 7.0), want, strict=True):
             assert relative_error(tensors(pipeline(**seeded(call | dict(guidance_scale=scale)))), expected) <= EXACT
         assert of(handle).seen["as they are"] == 0
+
+
+def test_bf16_is_no_further_from_fp32() -> None:
+    case = cases()["HunyuanVideo"]
+    call, found = case.call(1), list[list[Tensor]]()
+    for dtype, rewrites in ((torch.float32, ""), (torch.bfloat16, ""), (torch.bfloat16, "text,modulation")):
+        pipeline = case.build()
+        pipeline.transformer.to(dtype)
+        with parafuse.apply(pipeline, parafuse.Config(rewrites=rewrites)) as handle:
+            found.append(tensors(pipeline(**seeded(call))))
+            assert not rewrites or of(handle).seen["looked up"] == 6
+    plain, rewritten = (relative_error(one, found[0]) for one in found[1:])
+    assert 0 < rewritten <= 2 * plain
 
 
 def changing(in_place: bool) -> Any:
@@ -176,7 +188,7 @@ def test_where_the_device_is_not_waited_for_a_wrong_time_is_an_error() -> None:
     loop = Loop(odd_last)
     with parafuse.apply(loop, CONFIG_ON) as handle:
         of(handle).is_host_free = False
-        with pytest.raises(UnsupportedError, match="modulation.*leave modulation out"):
+        with pytest.raises(UnsupportedError, match=r"modulation.*leave modulation out"):
             loop()
         good = Loop()
         loop.shift = good.shift
@@ -305,9 +317,9 @@ def compiled_on_rank() -> tuple[float, list[int], int]:
 
 
 def test_compiled_on_two_ranks() -> None:
-    for error, made, missed in run_ranks(compiled_on_rank, 2, timeout_s=120):
+    for error, graphs, missed in run_ranks(compiled_on_rank, 2, timeout_s=120):
         assert error <= EXACT
-        assert made[0] == made[1] > 0
+        assert graphs[0] == graphs[1] > 0
         assert missed == 0
 
 

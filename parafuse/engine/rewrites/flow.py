@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 Sources = frozenset[int]
 """Arguments, by leaf number."""
@@ -102,9 +102,10 @@ def _is_by_value(func: Any, given: list[Tensor]) -> bool:
 
 
 class Slice:
-    """The operators that lead to some tensors, to be run again with other arguments."""
+    """The operators that lead to some tensors, to be run again with other arguments. Weights are those that `module`
+    has then: offloading puts others in their places."""
 
-    def __init__(self, flow: Flow, targets: list[Tensor]):
+    def __init__(self, flow: Flow, targets: list[Tensor], module: nn.Module):
         self._leaves = {id(x): number for number, x in enumerate(flow.leaves) if isinstance(x, Tensor)}
         self._kept_leaves = flow.leaves
         self._targets = targets
@@ -115,6 +116,14 @@ class Slice:
                 self._ops.append(op)
                 needed |= {storage_of(x) for x in op.tensors()}
         self._ops.reverse()
+        used = {id(x) for op in self._ops for x in op.tensors()}
+        self._weights = {
+            id(x): (holder, name)
+            for part in module.modules()
+            for holder in (part._parameters, part._buffers)
+            for name, x in holder.items()
+            if x is not None and id(x) in used
+        }
         self.is_pure = self._writes_to_its_own()
 
     def _writes_to_its_own(self) -> bool:
@@ -133,6 +142,11 @@ class Slice:
     def __call__(self, leaves: dict[int, Tensor]) -> list[Tensor]:
         """The tensors, with these leaves in the place of their own."""
         values: dict[int, Tensor] = {i: leaves[number] for i, number in self._leaves.items() if number in leaves}
+        for i, (holder, name) in self._weights.items():
+            weight = holder.get(name)
+            if weight is None:
+                raise RuntimeError(f"the weight {name} is gone")
+            values[i] = weight
 
         def now(x: Any) -> Any:
             return values.get(id(x), x) if isinstance(x, Tensor) else x
@@ -142,9 +156,3 @@ class Slice:
             out = [x for x in tree_leaves(op.func(*args, **kwargs)) if isinstance(x, Tensor)]
             values.update((id(before), x) for before, x in zip(op.results, out, strict=True))
         return [values.get(id(x), x) for x in self._targets]
-
-
-def leaves_with(args: Any, kwargs: Any, change: dict[int, Any]) -> tuple[Any, Any]:
-    """The arguments with other leaves at these numbers."""
-    leaves, spec = tree_flatten((args, kwargs))
-    return tree_unflatten([change.get(i, leaf) for i, leaf in enumerate(leaves)], spec)

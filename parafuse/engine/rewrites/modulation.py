@@ -135,6 +135,9 @@ class StepModulation(Rewrite):
         what = [f"{len(one.layers)} layers of {weight_bytes(one.layers) / 1e6:.1f} MB" for one in self._learned[-1:]]
         return ["rewrite modulation: " + ("; ".join([*done, *what, *self.why]) or "from the first call on")]
 
+    def begin(self) -> None:
+        self.seen.clear()
+
     def forget(self) -> None:
         """A loop over steps begins or has ended: its rows are no more needed."""
         self._tables.clear()
@@ -271,7 +274,10 @@ class StepModulation(Rewrite):
         if len(times) * bytes_of(learned.like) > MAX_TABLE_BYTES:
             return self._give_up(f"{len(times)} steps need more than {MAX_TABLE_BYTES / 1e9:.1f} GB")
         held = {i: leaves[i] for i in learned.uses if i not in learned.times}
-        results = _of_all_steps(learned, held, times, leaves)
+        try:
+            results = _of_all_steps(learned, held, times, leaves)
+        except RuntimeError as error:  # weights that are elsewhere for the time being
+            return self._give_up(f"its conditioning cannot be run beforehand ({str(error).partition(chr(10))[0]})")
         rows = [torch.cat([results[layer].flatten(1) for layer in group], 1) for group in by_dtype(learned.like)]
         kept = {i: (place_of(x), x, x.detach().clone()) for i, x in held.items()}
         table = Table(learned, times, rows, kept, [] if len(seen) < LOOKS else seen)
@@ -303,7 +309,9 @@ class StepModulation(Rewrite):
         if any(float(leaves[i].reshape(-1)[0]) != float(leaves[moving[0]].reshape(-1)[0]) for i in moving):
             return self._say("several arguments are times, and differ")
         facts = _facts(leaves, uses)
-        learned = Learned(spec, facts, list(like), like, Slice(flow, list(like.values())), uses, moving, rows)
+        learned = Learned(
+            spec, facts, list(like), like, Slice(flow, list(like.values()), self.module), uses, moving, rows
+        )
         if not (self._is_worth_it(learned) and self._is_right(learned, leaves)):
             return None
         self._learned.append(learned)

@@ -58,7 +58,10 @@ class Rewrite(ABC):
 
     @abstractmethod
     def lines(self) -> list[str]:
-        """What it did so far, for receipts."""
+        """What it did in the request, for receipts."""
+
+    def begin(self) -> None:  # noqa: B027 - most count nothing
+        """A request begins: what the last one did is told."""
 
     def settle(self) -> None:  # noqa: B027 - most have nothing left to check
         """At the end of a request: raises where something did not hold. May wait for the device."""

@@ -101,6 +101,10 @@ class TrimmedText(Rewrite):
     def at_boundary(self) -> list[OnForward]:
         return [_Boundary(self)]
 
+    def begin(self) -> None:
+        self.seen.clear()
+        self._kept.clear()
+
     def lines(self) -> list[str]:
         done = [f"{count} calls {what}" for what, count in sorted(self.seen.items())]
         kept = ", ".join(f"{left} of {length} tokens" for left, length in sorted(self._kept))

@@ -11,34 +11,39 @@ from torch import Tensor
 
 
 def _forms(scheduler: Any, like: Tensor) -> Iterator[Tensor]:
-    """(steps,) in the dtype and on the device of `like`, as pipelines make timesteps of a schedule."""
-    given = scheduler.timesteps.to(like.device)
+    """(steps,) in the dtype and on the device of `like`, as pipelines make timesteps of a schedule. On the device where
+    they do it: a GPU divides by a number in another way than a CPU."""
+    given = scheduler.timesteps
     total = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000
     sigmas = getattr(scheduler, "sigmas", None)
-    for values in (given, given.to(like.dtype)):
+    bases = [given.to(like.device), given.to(like.device, like.dtype)]
+    for values in bases if given.device == like.device else [*bases, given]:
         yield values
         for scale in dict.fromkeys((total, 1000)):
             yield values / scale
+            yield values * (1 / scale)
             yield 1 - values / scale
             yield (scale - values) / scale
         yield 1 - values
     if isinstance(sigmas, Tensor) and sigmas.ndim == 1:
-        yield sigmas.to(like.device)
-        yield 1 - sigmas.to(like.device)
+        yield sigmas
+        yield 1 - sigmas
 
 
 def foreseen(schedulers: Iterable[Any], given: list[Tensor]) -> Tensor | None:
     """(steps,) what will be given, each value once; None where it is not told by what was given so far (each a tensor
     of one value). Waits for the device."""
     like = given[-1]
-    seen = {float(x.reshape(-1)[0]) for x in given}
+    seen = set(torch.stack([x.reshape(-1)[0] for x in given]).tolist())
     for scheduler in schedulers:
         if not isinstance(getattr(scheduler, "timesteps", None), Tensor):
             continue
-        for form in _forms(scheduler, like):
-            values = list(dict.fromkeys(form.to(like.dtype).tolist()))
+        forms = [form.to(like.device, like.dtype) for form in _forms(scheduler, like)]
+        at_hand = torch.cat(forms).tolist()  # one look for all
+        for form in forms:
+            values, at_hand = at_hand[: len(form)], at_hand[len(form) :]
             if seen <= set(values):
-                return torch.tensor(values, dtype=like.dtype, device=like.device)
+                return torch.tensor(list(dict.fromkeys(values)), dtype=like.dtype, device=like.device)
     return None
 
 

@@ -188,8 +188,8 @@ def measured(case: Case, names: tuple[str, ...]) -> None:
             first = 1000 * (statistics.median(firsts[way]) - middle)
             read = reads.bytes / case.steps / 1e6
             print(
-                f"{case.name:36} {way:11} {1000 * middle:8.2f} ms a step, x{plain / middle:.3f}, first {first:+.2f} ms, "
-                f"error {error:.0e}, {read:7.2f} MB of weights a step in linear layers, "
+                f"{case.name:36} {way:11} {1000 * middle:8.2f} ms a step, x{plain / middle:.3f}, "
+                f"first {first:+.2f} ms, error {error:.0e}, {read:7.2f} MB of weights a step in linear layers, "
                 f"{reads.masked} of {reads.attentions} attentions with a mask"
             )
         for way, handle in handles.items():

@@ -344,8 +344,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     handle = Handle(mesh=mesh, extras=extras, target=target)
     known = next((one.guidance for one in shared if one.guidance), None)
     handle.rounds = known.rounds if known else handle.rounds
-    counting = next((one.skipping for one in shared if one.skipping), None)
-    handle.clock = counting.clock if counting else handle.clock
+    handle.clock = next((one.clock for one in shared if one.clock), handle.clock)
     handle.go_by_steps()
     try:
         handle.put_on(wanted)

@@ -53,6 +53,8 @@ class Standing:
     sequence: SequenceParallel | None = None
     data: DataParallel | None = None
     guidance: GuidanceParallel | None = None
+    clock: Clock | None = None
+    """By which it counts steps, where it does."""
     rewrites: list[Rewrite] = field(default_factory=list[Rewrite])
     users: list[Any] = field(default_factory=list[Any])
     """Handles."""
@@ -92,6 +94,7 @@ class Standing:
             self.skipping = StackSkipping(
                 self.module, skeleton, cache, rule, clock=clock, context=context, group=self.mesh.sequence
             )
+        self.clock = self.skipping.clock if self.skipping else self.clock
         self._put_on(self.skipping)
         for one in reversed(self.rewrites):  # those that come first see a call first
             for each in one.at_boundary():
@@ -119,6 +122,7 @@ class Standing:
     def _rewrite(self, clock: Clock, context: CallContext) -> None:
         """What stands inside of the model, below all else."""
         if self.extras.chosen is not None and self.method == "forward":
+            self.clock = clock
             self.rewrites = make(self.extras.chosen, Site(self.module, self.mesh, clock, context, self.name))
         for one in self.rewrites:
             self._put_on(one)

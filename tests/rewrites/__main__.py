@@ -1,10 +1,9 @@
-"""`python -m tests.rewrites` puts the rewrite `text` on every class of the zoo that takes a mask of its text, and writes
-the table of docs/rewrites.md."""
+"""`python -m tests.rewrites` puts the rewrite `text` on every class of the zoo that takes a mask of its text, and
+writes the table of docs/rewrites.md."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def told(case: Case, ragged: bool) -> tuple[str, float] | None:
     with parafuse.apply(model, parafuse.Config(rewrites="text")) as handle:
         rewrite: Any = next(x for x in handle._on[0][1].rewrites if isinstance(x, TrimmedText))
         error = max(relative_error(outputs(model, values), want) for _ in range(2))
-        rewrite.seen = Counter()
+        rewrite.seen.clear()
         with Masks() as seen:
             error = max(error, relative_error(outputs(model, values), want))
     if rewrite.seen["left whole"]:

@@ -106,8 +106,6 @@ class Slice:
     has then: offloading puts others in their places."""
 
     def __init__(self, flow: Flow, targets: list[Tensor], module: nn.Module):
-        self._leaves = {id(x): number for number, x in enumerate(flow.leaves) if isinstance(x, Tensor)}
-        self._kept_leaves = flow.leaves
         self._targets = targets
         needed = {storage_of(x) for x in targets}
         self._ops: list[Op] = []
@@ -117,6 +115,9 @@ class Slice:
                 needed |= {storage_of(x) for x in op.tensors()}
         self._ops.reverse()
         used = {id(x) for op in self._ops for x in op.tensors()}
+        given = [(i, x) for i, x in enumerate(flow.leaves) if isinstance(x, Tensor) and id(x) in used]
+        self._leaves = {id(x): number for number, x in given}
+        self._kept_leaves = [x for _, x in given]  # alive, so that an id is its own
         self._weights = {
             id(x): (holder, name)
             for part in module.modules()
@@ -128,7 +129,7 @@ class Slice:
 
     def _writes_to_its_own(self) -> bool:
         """Whether what is written in place was made by an operator before: not an argument, nor a weight."""
-        given = {storage_of(x) for x in self._kept_leaves if isinstance(x, Tensor)}
+        given = {storage_of(x) for x in self._kept_leaves}
         made: set[int] = set()
         for op in self._ops:
             schema: Any = getattr(op.func, "_schema", None)

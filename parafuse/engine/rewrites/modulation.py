@@ -192,7 +192,7 @@ class StepModulation(Rewrite):
         self._failures = 0
 
     def _say(self, why: str) -> None:
-        if why not in self.why:
+        if why not in self.why and not self.site.is_choice:
             note(f"rewrite modulation on {self.site.name}: {why}")
         self.why[why] = None
 
@@ -295,7 +295,7 @@ class StepModulation(Rewrite):
             return self._say("no argument follows from the scheduler's timesteps (or it differs by token)")
         flow = Flow(leaves, keeps=lambda sources: place not in sources)
         try:
-            like, rows = _run(self.module, leaves, spec, flow)
+            like, rows = self._run(leaves, spec, flow)
         except Exception as error:
             if is_out_of_memory(error):
                 return self._say("one plain call, to see what depends on what, does not fit this rank's memory")
@@ -316,6 +316,10 @@ class StepModulation(Rewrite):
             return None
         self._learned.append(learned)
         return learned
+
+    def _run(self, leaves: list[Any], spec: TreeSpec, flow: Flow | None) -> tuple[dict[nn.Linear, Tensor], int]:
+        with self.site.context.trying():
+            return _run(self.module, leaves, spec, flow)
 
     def _is_worth_it(self, learned: Learned) -> bool:
         """Where nobody asked by name: whether it pays (docs/rewrites.md)."""
@@ -351,7 +355,7 @@ class StepModulation(Rewrite):
         """Whether it holds at these sizes of all arguments: where they are new, one plain call tells."""
         sizes = _shapes(leaves)
         if sizes not in learned.proven:
-            like, _ = _run(self.module, leaves, learned.spec, None)
+            like, _ = self._run(leaves, learned.spec, None)
             held = {i: leaves[i] for i in learned.uses}
             found = learned.slice(held)
             same = all(
@@ -446,7 +450,8 @@ def _fits(learned: Learned, leaves: list[Any], spec: TreeSpec) -> bool:
 def _facts(leaves: list[Any], uses: frozenset[int]) -> tuple[Any, ...]:
     """What of the arguments decides which operators run: the values of those that are no tensors, and of tensors that
     the layers depend on, the shapes."""
-    return tuple(
+    casts = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    return casts + tuple(
         (i in uses and x.shape, x.dtype, x.device, x.shape[:1])
         if isinstance(x, Tensor)
         else x

@@ -34,6 +34,7 @@ EXACT = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 5e-2, torch.
 """Of the largest value: how far a cut call may be from the whole one, which sums in another order."""
 UNMOVED = 1e-5
 """How far noise in padding may move the result, in any dtype: what is masked has no weight at all."""
+NO_MASK, NOTHING_PADDED = "some calls have no mask of a text", "in some calls nothing is padded"
 MAX_KNOWN = 64
 """Structures of calls that are kept in mind; those beyond are not cut."""
 
@@ -104,6 +105,8 @@ class TrimmedText(Rewrite):
     def begin(self) -> None:
         self.seen.clear()
         self._kept.clear()
+        for why in (NO_MASK, NOTHING_PADDED):
+            self.why.pop(why, None)
 
     def lines(self) -> list[str]:
         done = [f"{count} calls {what}" for what, count in sorted(self.seen.items())]
@@ -135,9 +138,15 @@ class TrimmedText(Rewrite):
         says = {mask: found for mask, found in valid.items() if found is not None}
         useful = [one for one in texts if says[one.mask].is_full or one.kept(says[one.mask]) < one.length]
         if not useful:
+            self.why[NOTHING_PADDED if texts else NO_MASK] = None
             self.seen["left whole"] += 1
             return original(*args, **kwargs)
-        key = (str(spec), tuple(map(_fact, leaves)), tuple((one.mask, says[one.mask].is_full) for one in useful))
+        lengths = {one.length for one in useful}
+        key = (
+            str(spec),
+            tuple(_fact(x, lengths) for x in leaves),
+            tuple((one.mask, says[one.mask].is_full) for one in useful),
+        )
         way = self._known.get(key, 0)
         if isinstance(way, int) and way < TRIES:
             if len(self._known) >= MAX_KNOWN:
@@ -158,7 +167,7 @@ class TrimmedText(Rewrite):
         return original(*args, **kwargs)
 
     def _say(self, why: str) -> None:
-        if why not in self.why:
+        if why not in self.why and not self.site.is_choice:
             note(f"rewrite text on {self.site.name}: {why}")
         self.why[why] = None
 
@@ -248,7 +257,7 @@ class TrimmedText(Rewrite):
         """The denoiser for calls that are made to learn something: plain where one rank has all tokens, else as the
         ranks share them."""
         if self.site.mesh.sequence is None:
-            with bare(self.module) as forward:
+            with self.site.context.trying(), bare(self.module) as forward:
                 yield forward
             return
         with self.site.context.trying():
@@ -287,11 +296,13 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [x for x in leaves if isinstance(x, Tensor)]
 
 
-def _fact(leaf: Any) -> Any:
-    """What of an argument decides how a call is cut."""
+def _fact(leaf: Any, lengths: set[int]) -> Any:
+    """What of an argument decides how a call is cut. Numbers may count steps, but for those that are lengths."""
     if isinstance(leaf, Tensor):
         return (leaf.shape, leaf.dtype, leaf.device)
-    return leaf if leaf is None or isinstance(leaf, (bool, int, str)) else type(leaf).__name__
+    if isinstance(leaf, int) and not isinstance(leaf, bool):
+        return leaf if leaf in lengths else int
+    return leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf).__name__
 
 
 def takes_a_mask(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -17,8 +18,18 @@ Sources = frozenset[int]
 UNKNOWN: Sources = frozenset({-1})
 """Of what was made unseen."""
 _BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-_BLANK = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
-"""Operators that look at shapes alone."""
+_BLANK = (
+    "lift_fresh",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+)
+"""Operators that look at shapes alone, or make a tensor of numbers."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +47,16 @@ class Op:
 
 class Flow(TorchDispatchMode):
     """Follows values through a call with these leaves. `keeps`: whether to keep an operator whose results have such
-    sources; what it keeps stays in memory as long as this does."""
+    sources; what it keeps stays in memory as long as this does. `unseen`: where tensors come from that were there before,
+    or were made where this did not look."""
 
-    def __init__(self, leaves: list[Any], keeps: Callable[[Sources], bool] = lambda _: False):
+    def __init__(
+        self, leaves: list[Any], keeps: Callable[[Sources], bool] = lambda _: False, unseen: Sources = frozenset()
+    ):
         super().__init__()
-        self._sources: dict[int, Sources] = {}
-        """By storage."""
+        self._unseen = unseen
+        self._sources: dict[int, tuple[Sources, StorageWeakRef]] = {}
+        """By storage: a weak reference lets its memory go, but not its place, so that no other gets its sources."""
         self._decided: Sources = frozenset()
         """What Python has looked at the values of."""
         self._keeps = keeps
@@ -49,12 +64,15 @@ class Flow(TorchDispatchMode):
         self.leaves = leaves  # alive, so that a storage is its own
         for number, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
-                self.mark([leaf], self.sources_of(leaf) | {number})
+                known = self._sources.get(storage_of(leaf) or 0)
+                self.mark([leaf], {number, *(known[0] if known else ())})  # two may be views of one
 
     def sources_of(self, x: Tensor) -> Sources:
-        """What a value depends on; nothing for weights, and for what is made of shapes."""
+        """What a value depends on; nothing where it is made of shapes."""
         key = storage_of(x)
-        return UNKNOWN if key is None else self._sources.get(key, frozenset())
+        if key is None:
+            return UNKNOWN
+        return self._sources[key][0] if key in self._sources else self._unseen
 
     def mark(self, tree: Any, sources: Iterable[int]) -> None:
         """Tells where values come from that were made unseen."""
@@ -65,14 +83,16 @@ class Flow(TorchDispatchMode):
     def _note(self, x: Tensor, sources: Sources) -> None:
         key = storage_of(x)
         if key is not None:
-            self._sources[key] = sources
+            known = self._sources.get(key)
+            self._sources[key] = (sources, known[1] if known else StorageWeakRef(x.untyped_storage()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         found: Sources = self._decided
-        if func.overloadpacket.__name__ not in _BLANK:
+        is_blank = func.overloadpacket.__name__ in _BLANK
+        if not is_blank:
             found = found.union(*map(self.sources_of, given))
         if _is_by_value(func, given):
             self._decided |= found
@@ -80,7 +100,7 @@ class Flow(TorchDispatchMode):
         there = {storage_of(x) for x in given}
         for x in results:
             key = storage_of(x)
-            self._note(x, found | self.sources_of(x) if key in there else found)
+            self._note(x, found | self.sources_of(x) if key in there and not is_blank else found)
         if self._keeps(found):
             self.ops.append(Op(func, args, kwargs, results))
         return out

@@ -33,6 +33,7 @@ class Gates:
     """One for each part that a model calls itself: what stands on it, and the items of its lists."""
 
     def __init__(self, module: nn.Module):
+        self.module = module
         self.parts = list(dict.fromkeys(_parts(module)))
         self._gates: dict[nn.Module, Gate] = {}
         self._undo: list[Callable[[], None]] = []
@@ -61,7 +62,8 @@ class Gates:
     def find(self, run: Callable[[], Any], leaves: list[Any], masks: Sources) -> Sites:
         """What parts are given that comes from these masks alone, and that masks nothing. Only the model's own code
         between its parts is followed; what a part gives back is taken to come from everything."""
-        flow, seen = Flow(leaves), list[tuple[nn.Module, Place, Tensor]]()
+        flow, seen = Flow(leaves, unseen=UNKNOWN), list[tuple[nn.Module, Place, Tensor]]()
+        flow.mark([*self.module.parameters(), *self.module.buffers()], ())
         depth = 0
 
         def enter(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

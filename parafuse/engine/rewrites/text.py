@@ -7,6 +7,7 @@ what is cut must change nothing, and the cut call must give the same. A mask is 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from parafuse.errors import is_out_of_memory
 from parafuse.log import note
 from parafuse.parallel.batch_cut import TRIES
 from parafuse.parallel.bundle import all_say
+from parafuse.parallel.comm import all_gather
 from parafuse.parallel.effects import Parts, Watched
 from parafuse.parallel.hooks import Forward, OnForward
 from parafuse.parallel.lent import Lent
@@ -225,9 +227,11 @@ class TrimmedText(Rewrite):
         if self._holds(run, without, whole):
             return Way(way.texts, way.change, no_mask=frozenset(full))
         sites = self._gates.find(lambda: run(cut), cut, frozenset(full))
-        kinds = {type(part) for part in sites}
+        if not self._all_have([(self._gates.parts.index(part), places) for part, places in sites.items()]):
+            return way
+        kinds = dict.fromkeys(type(part) for part in sites)
         found: Sites = {}
-        for some in (kinds, *({kind} for kind in kinds)):
+        for some in (tuple(kinds), *((kind,) for kind in kinds)):
             more = {part: places for part, places in sites.items() if type(part) in some and part not in found}
             with self._gates.closed({**found, **more}):
                 if more and self._holds(run, cut, whole):
@@ -251,6 +255,16 @@ class TrimmedText(Rewrite):
         if mesh.sequence is None:
             return yes
         return all_say(yes, self.module, mesh.sequence_degree, mesh.sequence.group_name)
+
+    def _all_have(self, facts: Any) -> bool:
+        """Whether all ranks that share a sequence found the same, so that they go on with the same calls."""
+        mesh = self.site.mesh
+        if mesh.sequence is None:
+            return True
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        mine = int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7])
+        found = all_gather(torch.tensor([mine], device=device), mesh.sequence_degree, mesh.sequence.group_name)
+        return len(set(found.flatten().tolist())) == 1
 
     @contextmanager
     def _trial(self, original: Forward) -> Iterator[Forward]:

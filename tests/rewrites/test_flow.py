@@ -31,9 +31,10 @@ def chosen(a: Tensor, b: Tensor) -> Tensor:
 
 def reused(a: Tensor, b: Tensor) -> Tensor:
     """Memory that is let go may be given to another."""
+    fresh = WEIGHT
     for _ in range(50):
-        del_me = a * 2
-        del del_me
+        lost = a * 2
+        del lost
         fresh = torch.tensor([7.0, 8.0, 9.0])
     return fresh
 
@@ -70,7 +71,7 @@ def test_a_slice_runs_again_with_other_arguments_and_the_weights_of_then() -> No
     layer = nn.Linear(3, 3)
 
     def run(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        kept = torch.empty(3).copy_(a).add_(1.0)
+        kept = a.clone().add_(1.0)
         return layer(kept.sin()), kept * b
 
     with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 
 import parafuse
@@ -20,7 +21,6 @@ from parafuse.engine.verify import relative_error
 from parafuse.errors import ConfigError, UnsupportedError
 from tests.adapters import lora
 from tests.dist.ranks import run_ranks
-from tests.graphs import Graphs
 from tests.guided.cells import seeded, tensors
 from tests.guided.collect import cases
 from tests.guided.flux import CONFIG, build
@@ -292,27 +292,27 @@ def test_blocks_compile_to_as_many_graphs_as_without() -> None:
     made = list[int]()
     for rewrites in ("", "modulation"):
         torch.compiler.reset()
-        case, graphs = cases()["FLUX.1"], Graphs()
+        case, graphs = cases()["FLUX.1"], CompileCounter()
         pipeline, call = case.build(), case.call(1)
         want = tensors(pipeline(**seeded(call)))
         with parafuse.apply(pipeline, parafuse.Config(rewrites=rewrites)):
             pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend=graphs)
             for _ in range(2):
                 assert relative_error(tensors(pipeline(**seeded(call))), want) <= EXACT
-        made.append(graphs.made)
+        made.append(graphs.frame_count)
     assert made[0] == made[1] > 0
 
 
 def compiled_on_rank() -> tuple[float, list[int], int]:
     torch.compiler.reset()
-    case, graphs = cases()["FLUX.1"], Graphs()
+    case, graphs = cases()["FLUX.1"], CompileCounter()
     pipeline, call = case.build(), case.call(1) | dict(true_cfg_scale=1.0)
     want, made, errors = tensors(pipeline(**seeded(call))), list[int](), list[float]()
     with parafuse.apply(pipeline, CONFIG_ON) as handle:
         pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend=graphs)
         for _ in range(2):
             errors.append(relative_error(tensors(pipeline(**seeded(call))), want))
-            made.append(graphs.made)
+            made.append(graphs.frame_count)
         return max(errors), made, of(handle).seen["as they are"]
 
 

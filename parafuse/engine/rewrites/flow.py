@@ -47,8 +47,8 @@ class Op:
 
 class Flow(TorchDispatchMode):
     """Follows values through a call with these leaves. `keeps`: whether to keep an operator whose results have such
-    sources; what it keeps stays in memory as long as this does. `unseen`: where tensors come from that were there before,
-    or were made where this did not look."""
+    sources; what it keeps stays in memory as long as this does. `unseen`: where tensors come from that were there
+    before, or were made where this did not look."""
 
     def __init__(
         self, leaves: list[Any], keeps: Callable[[Sources], bool] = lambda _: False, unseen: Sources = frozenset()

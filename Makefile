@@ -12,7 +12,7 @@ WHEELS_FOR ?= 3.12
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-use test-caches test-options caches options support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
+.PHONY: help setup demo check test test-use test-caches test-options caches options rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,16 +45,19 @@ test: setup ## Run the tests of the engine (ten minutes); fewer than tests/colle
 test-use: setup ## Run what users run: members, adapters and guides of diffusers; bench, prove, verify (ten minutes)
 	$(BIN)/python -m pytest tests/drop_in tests/measuring --collected-floor tests/collected_floor_use.txt
 
-test-test-options: setup ## Run the tests of quantization, compile and rewrites, and hold a part of docs/options-support.md (five minutes)
+test-caches: setup ## Run the tests of caches, and hold a part of docs/cache-support.md (three minutes)
+	$(BIN)/python -m pytest tests/caches --collected-floor tests/collected_floor_caches.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.caches --fixed-part
+
+test-options: setup ## Run the tests of quantization and rewrites, and hold a part of docs/options-support.md (five minutes)
 	$(BIN)/python -m pytest tests/quantize tests/rewrites --collected-floor tests/collected_floor_options.txt
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.options --fixed-part
 
 options: setup ## Try quantization, compile and rewrites beside everything else: docs/options-support.md (half an hour)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.options
 
-caches: setup ## Run the tests of caches, and hold a part of docs/cache-support.md (three minutes)
-	$(BIN)/python -m pytest tests/caches --collected-floor tests/collected_floor_caches.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.caches --fixed-part
+rewrites: setup ## Put the rewrite text on every class that takes a mask: the table of docs/rewrites.md (a minute)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.rewrites
 
 caches: setup ## Put caches on every model in every layout: docs/cache-support.md (a quarter of an hour)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.caches

@@ -22,7 +22,17 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("parafuse", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("parafuse")
 
-SUITES = ("unit", "dist", "gpu", "quality", "caches", "drop_in", "measuring")  # the fastest answer first
+SUITES = (
+    "unit",
+    "dist",
+    "gpu",
+    "quality",
+    "caches",
+    "quantize",
+    "rewrites",
+    "drop_in",
+    "measuring",
+)  # the fastest answer first
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -27,6 +27,7 @@ from parafuse.engine.plan import Plan
 from parafuse.engine.plan_store import key_for
 from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, quantize
 from parafuse.engine.quantize.report import lines
+from parafuse.engine.rewrites.choose import STEPWISE, choices
 from parafuse.engine.source import ModelSource
 from parafuse.engine.stack import block_stack
 from parafuse.engine.standing import Standing, standing_on
@@ -132,7 +133,7 @@ class Handle:
         if mesh is None:
             return
         kept: list[tuple[str, Standing]] = []
-        extras = _extras(self.extras, wanted)
+        extras = _extras(self.extras, wanted, self.target)
         for name, module, method in wanted:
             one = standing_on(module, method)
             if one is None:
@@ -197,7 +198,7 @@ class Handle:
         if mesh is None:
             return
         wanted = [*_wanted(target, mesh.degree), *_wanted(SimpleNamespace(**dict(arriving)), mesh.degree)]
-        extras = _extras(self.extras, wanted)
+        extras = _extras(self.extras, wanted, self.target)
         for each in wanted:
             _check(*each, {axis: mesh.degree(axis) for axis in Axis}, extras[each[1:]])
         staying = [id(module) for _, module, _ in wanted]
@@ -207,8 +208,8 @@ class Handle:
         self.put_on(wanted)
 
     def go_by_steps(self) -> None:
-        """Counts the target's steps, where a cache needs them."""
-        if self.cache is not None:
+        """Counts the target's steps, where a cache or a rewrite needs them."""
+        if self.cache is not None or any(name in self.extras.rewrites for name in STEPWISE):
             self.clock.add(self.target)
 
     @property
@@ -255,7 +256,12 @@ class Handle:
         with ExitStack() as open_ones:
             memories = {name: open_ones.enter_context(one.request()) for name, one in self.skipping.items()}
             open_ones.enter_context(self.clock.anew(self.target))
+            for _, one in self._on:
+                one.begin()
             yield memories
+            for _, one in self._on:
+                one.settle()
+        self._tell()
 
     def __enter__(self) -> Handle:
         return self
@@ -367,7 +373,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
             target, STACKS if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 else DENOISERS
         )  # says what is missing
     _refuse_joint(extras.cache, target)
-    each_has = _extras(extras, wanted)
+    each_has = _extras(extras, wanted, target)
     found = [_check(*each, degrees, each_has[each[1:]]) for each in wanted]
     shared = [one for one in found if one is not None]
     if shared:
@@ -386,8 +392,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     handle = Handle(mesh=mesh, extras=extras, quantize=method, target=target)
     known = next((one.guidance for one in shared if one.guidance), None)
     handle.rounds = known.rounds if known else handle.rounds
-    counting = next((one.skipping for one in shared if one.skipping), None)
-    handle.clock = counting.clock if counting else handle.clock
+    handle.clock = next((one.clock for one in shared if one.clock), handle.clock)
     handle.go_by_steps()
     try:
         handle.quantize_weights(target)
@@ -409,13 +414,16 @@ def _without_mesh(target: Any, method: Quantize | None) -> Handle:
     return handle
 
 
-def _extras(extras: Extras, wanted: list[Wanted]) -> dict[tuple[nn.Module, str], Extras]:
-    """What each gets. Raises ConfigError where none can have the cache."""
+def _extras(extras: Extras, wanted: list[Wanted], target: Any) -> dict[tuple[nn.Module, str], Extras]:
+    """What each gets. Raises ConfigError where none can have the cache, or a rewrite."""
     modules = [(name, module) for name, module, method in wanted if method == "forward"]
     cached = fitting(extras.cache, modules) if extras.cache is not None and wanted else ()
+    chosen = choices(extras.rewrites, modules, target) if extras.rewrites else []
+    each = {module: choice for (_, module), choice in zip(modules, chosen, strict=False)}
     found: dict[tuple[nn.Module, str], Extras] = {}
     for name, module, method in wanted:
         fits = extras if name in cached else extras.without_cache()
+        fits = fits.with_rewrites(each[module]) if module in each else fits
         found[module, method] = fits if method == "forward" else Extras()
     return found
 

@@ -22,9 +22,11 @@ from parafuse.engine.caches.token_merging import Merging
 from parafuse.engine.caches.units import skeleton_of
 from parafuse.engine.derive import derive
 from parafuse.engine.extras import Extras
+from parafuse.engine.rewrites.choose import make
+from parafuse.engine.rewrites.rewrite import Rewrite, Site
 from parafuse.engine.stack import block_stack
 from parafuse.parallel.call_context import CallContext
-from parafuse.parallel.compiled import CompiledUnits, CompiledWhole
+from parafuse.parallel.compiled import CompiledUnits, CompiledWhole, refuse_compile
 from parafuse.parallel.data import DataParallel
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
 from parafuse.parallel.hooks import guard
@@ -51,6 +53,9 @@ class Standing:
     sequence: SequenceParallel | None = None
     data: DataParallel | None = None
     guidance: GuidanceParallel | None = None
+    clock: Clock | None = None
+    """By which it counts steps, where it does."""
+    rewrites: list[Rewrite] = field(default_factory=list[Rewrite])
     users: list[Any] = field(default_factory=list[Any])
     """Handles."""
     _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
@@ -71,6 +76,7 @@ class Standing:
         context = CallContext(owners={} if cache else None)
         if isinstance(cache, StackCache) and cache.branches == JOINT:
             context.led = Led(self.mesh.group_name(Axis.CFG))
+        self._rewrite(clock, context)
         parts = self._parts(clock, context)
         self._share_tokens(parts)
         if parts is not None:
@@ -88,7 +94,11 @@ class Standing:
             self.skipping = StackSkipping(
                 self.module, skeleton, cache, rule, clock=clock, context=context, group=self.mesh.sequence
             )
+        self.clock = self.skipping.clock if self.skipping else self.clock
         self._put_on(self.skipping)
+        for one in reversed(self.rewrites):  # those that come first see a call first
+            for each in one.at_boundary():
+                self._put_on(each)
         if _makes_branches(parts):
             self._put_on(LeadingRows(self.module, context, self.mesh))
         if degree(Axis.DATA) > 1:
@@ -106,13 +116,26 @@ class Standing:
             self._put_on(OtherBranches(parts))
         if self.skipping is not None:
             self._put_on(CallWatch(self.skipping))
+        for one in self.rewrites:
+            self._put_on(one.outermost())
+
+    def _rewrite(self, clock: Clock, context: CallContext) -> None:
+        """What stands inside of the model, below all else."""
+        if self.extras.chosen is not None and self.method == "forward":
+            self.clock = clock
+            self.rewrites = make(self.extras.chosen, Site(self.module, self.mesh, clock, context, self.name))
+        for one in self.rewrites:
+            self._put_on(one)
 
     def _share_tokens(self, parts: PartReuse | None) -> None:
         if self.method == "forward" and self.mesh.sequence_degree > 1:
             prober = parts.without(derive) if parts else derive
             self.sequence = SequenceParallel(self.module, block_stack(self.module), self.mesh, prober, parts)
         elif self.method == "forward" and self.extras.cache is None:
-            self._put_on(CompiledWhole(self.module))
+            met = [part for one in self.rewrites for part in one.met_parts()]
+            self._put_on(CompiledUnits(met) if met else CompiledWhole(self.module))
+            if met:
+                self._undo.append(refuse_compile(self.module))
         self._put_on(self.sequence)
 
     def _parts(self, clock: Clock, context: CallContext) -> PartReuse | None:
@@ -154,6 +177,16 @@ class Standing:
             self._undo[-1]()
             self._undo.pop()
 
+    def begin(self) -> None:
+        """At the start of a request: counts anew."""
+        for one in self.rewrites:
+            one.begin()
+
+    def settle(self) -> None:
+        """At the end of a request: raises where something did not hold."""
+        for one in self.rewrites:
+            one.settle()
+
     def lines(self, name: str) -> list[str]:
         """One line for each thing that stands, for receipts."""
         degree, found = self.mesh.degree, list[str]()
@@ -165,6 +198,7 @@ class Standing:
         if self.guidance:
             found.append(f"guidance parallel (cfg {degree(Axis.CFG)}) on {name}")
         found += [f"{line} on {name}" for line in self.extras.lines()]
+        found += [line.replace(":", f" on {name}:", 1) for one in self.rewrites for line in one.lines()]
         return found
 
 

@@ -129,12 +129,12 @@ class Branches:
         last = self._last.get(name)
         if last is None or name not in leaves:
             return False
-        place = _place(leaves[name])
+        place = place_of(leaves[name])
         if place is not None and place == last.place:
             return True
         before = last.content
         if before is None:  # it was not looked at then
-            if _place(last.value) != last.place:
+            if place_of(last.value) != last.place:
                 return False
             before = self._content(name, last.value)
         return before == self._content(name, leaves[name])
@@ -171,12 +171,12 @@ class Branches:
         return frozenset((name, content) for name, content in contents.items() if name not in self._left_out)
 
     def _given(self, name: str, leaf: Any) -> Given:
-        return Given(leaf, _place(leaf), None if name in self._left_out else self._content(name, leaf))
+        return Given(leaf, place_of(leaf), None if name in self._left_out else self._content(name, leaf))
 
     def _given_latents(self, value: Any) -> Given:
         """Contents of latents matter until it is learned what to leave out."""
         leaves = tuple(tree_flatten(value)[0])
-        places = tuple(map(_place, leaves))
+        places = tuple(map(place_of, leaves))
         is_told = self._left_out and None not in places  # those of inference mode do not tell
         return Given(leaves, places, None if is_told else tuple(self._content(_LATENTS, leaf) for leaf in leaves))
 
@@ -192,7 +192,7 @@ class Branches:
             return _digest(torch.from_numpy(value))
         if not isinstance(value, Tensor):
             return ("value", value if isinstance(value, Hashable) else repr(value))
-        place = _place(value)
+        place = place_of(value)
         if place is None:
             return _digest(value)
         contents = self._contents.setdefault(name, {})
@@ -203,7 +203,7 @@ class Branches:
         return contents[place][1]
 
 
-def _place(x: Any) -> Hashable:
+def place_of(x: Any) -> Hashable:
     """Where a tensor stands, and how often it was written to; None where that is not told."""
     if not isinstance(x, Tensor) or x.is_inference():
         return None

@@ -158,8 +158,8 @@ def refuse_compile(module: nn.Module) -> Callable[[], None]:
 
     def refused(*_: Any, **__: Any) -> None:
         raise UnsupportedError(
-            f"{type(module).__name__}: cannot be compiled as a whole under sequence parallel or a cache; compile its "
-            "blocks: compile_repeated_blocks(fullgraph=True), or compile() on each of them."
+            f"{type(module).__name__}: cannot be compiled as a whole under sequence parallel, a cache or the rewrite "
+            "text; compile its blocks: compile_repeated_blocks(fullgraph=True), or compile() on each of them."
         )
 
     return override(module, "compile", refused)

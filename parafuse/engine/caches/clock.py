@@ -92,6 +92,10 @@ class Clock:
         for told in self.on_start:
             told()
 
+    def schedulers(self) -> list[Any]:
+        """Of the pipeline whose loop began last, where that is known; else of all."""
+        return self._schedulers() if self._running is None else schedulers_of(self._running)
+
     def _schedulers(self) -> list[Any]:
         found = [one for target in self._targets for one in schedulers_of(target)]
         return [one for i, one in enumerate(found) if not any(one is other for other in found[:i])]
@@ -131,7 +135,7 @@ class Clock:
         own: Any = getattr(self._running, "_num_timesteps", None)
         if isinstance(own, int) and own > 0:
             return own
-        for scheduler in self._schedulers() if self._running is None else schedulers_of(self._running):
+        for scheduler in self.schedulers():
             times = getattr(scheduler, "timesteps", None)
             if times is not None and len(times):
                 return len(times) - (getattr(scheduler, "begin_index", None) or 0)

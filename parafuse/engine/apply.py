@@ -26,7 +26,7 @@ from parafuse.engine.host_times import host_times
 from parafuse.engine.plan import Plan
 from parafuse.engine.plan_store import key_for
 from parafuse.engine.source import ModelSource
-from parafuse.engine.stack import block_stack
+from parafuse.engine.stack import block_stack, repeated_blocks
 from parafuse.engine.standing import Standing, standing_on
 from parafuse.errors import ConfigError
 from parafuse.log import note
@@ -396,6 +396,8 @@ def _check(name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int
             raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
         if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1:
             block_stack(module)
+        if extras.compile:
+            repeated_blocks(module)
     return None
 
 

@@ -4,7 +4,7 @@ between ranks must not be shared again. It is taken off when the last handle let
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -22,9 +22,9 @@ from parafuse.engine.caches.token_merging import Merging
 from parafuse.engine.caches.units import skeleton_of
 from parafuse.engine.derive import derive
 from parafuse.engine.extras import Extras
-from parafuse.engine.stack import block_stack
+from parafuse.engine.stack import block_stack, repeated_blocks
 from parafuse.parallel.call_context import CallContext
-from parafuse.parallel.compiled import CompiledUnits, CompiledWhole
+from parafuse.parallel.compiled import CompiledUnits, CompiledWhole, Regional
 from parafuse.parallel.data import DataParallel
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
 from parafuse.parallel.hooks import guard
@@ -51,6 +51,8 @@ class Standing:
     sequence: SequenceParallel | None = None
     data: DataParallel | None = None
     guidance: GuidanceParallel | None = None
+    regional: Regional | None = None
+    """Its compiled blocks."""
     users: list[Any] = field(default_factory=list[Any])
     """Handles."""
     _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
@@ -74,15 +76,16 @@ class Standing:
         parts = self._parts(clock, context)
         self._share_tokens(parts)
         if parts is not None:
-            if self.sequence is None:
+            if self.sequence is None and not self.extras.compile:
                 self._put_on(CompiledUnits(list(parts.hosts)))
             self.skipping = parts
         elif isinstance(cache, TokenMerging):
             self.skipping = Merging(self.module, cache, clock=clock, context=context)
-            self._put_on(CompiledUnits([site.block for site in self.skipping.sites]))
+            if not self.extras.compile:
+                self._put_on(CompiledUnits([site.block for site in self.skipping.sites]))
         elif isinstance(cache, StackCache):
             skeleton = skeleton_of(self.module)
-            if self.sequence is None:
+            if self.sequence is None and not self.extras.compile:
                 self._put_on(CompiledUnits(skeleton.units))
             rule = rule_of(cache, curves_for(cache, self.name, self.module))
             self.skipping = StackSkipping(
@@ -111,9 +114,22 @@ class Standing:
         if self.method == "forward" and self.mesh.sequence_degree > 1:
             prober = parts.without(derive) if parts else derive
             self.sequence = SequenceParallel(self.module, block_stack(self.module), self.mesh, prober, parts)
-        elif self.method == "forward" and self.extras.cache is None:
+        elif self.method == "forward" and self.extras.cache is None and not self.extras.compile:
             self._put_on(CompiledWhole(self.module))
         self._put_on(self.sequence)
+        if self.extras.compile:
+            self._compile(parts)
+
+    def _compile(self, parts: PartReuse | None) -> None:
+        """What a cache puts on blocks stands outside; what it puts on their parts is compiled with them."""
+        if self.sequence is not None:
+            blocks, compiled = self.sequence.blocks, self.sequence.compiled
+        else:
+            units = CompiledUnits(repeated_blocks(self.module), parts.variant if parts else lambda _: None)
+            self._put_on(units)
+            blocks, compiled = units.units, units.compiled
+        self.regional = Regional(self.module, blocks, compiled)
+        self._put_on(self.regional)
 
     def _parts(self, clock: Clock, context: CallContext) -> PartReuse | None:
         """What reuses parts of blocks; made before anything stands on these."""
@@ -164,7 +180,10 @@ class Standing:
             found.append(f"data parallel (data {degree(Axis.DATA)}) on {name}")
         if self.guidance:
             found.append(f"guidance parallel (cfg {degree(Axis.CFG)}) on {name}")
-        found += [f"{line} on {name}" for line in self.extras.lines()]
+        found += [f"{line} on {name}" for line in replace(self.extras, compile=False).lines()]
+        if self.regional:
+            kinds = ", ".join(f"{number} {kind}" for kind, number in self.regional.compiled.num_compiled.items())
+            found.append(f"compiled blocks on {name}: {kinds}")
         return found
 
 

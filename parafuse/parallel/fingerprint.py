@@ -22,13 +22,18 @@ def signature(leaf: Any) -> Any:
     return leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf).__name__
 
 
-def fingerprint(block: nn.Module) -> str:
-    """Equal for blocks that differ in weights only: class, submodules with their shapes, and all other attributes."""
+SCALES = ("scaling",)
+"""Numbers that adapters multiply with, as peft names them: calls set them and put them back."""
+
+
+def fingerprint(block: nn.Module, but: tuple[str, ...] = ()) -> str:
+    """Equal for blocks that differ in weights only: class, submodules with their shapes, and all other attributes
+    `but` for some."""
     facts = [
         (name, key, _fact(value))
         for name, module in block.named_modules()
         for key, value in sorted(vars(module).items())
-        if key not in _MODULE_STATE | _WHERE_FROM and not isinstance(value, (Tensor, nn.Module))
+        if key not in _MODULE_STATE | _WHERE_FROM and key not in but and not isinstance(value, (Tensor, nn.Module))
     ]
     return f"{type(block).__module__}.{block!r}{facts}"
 

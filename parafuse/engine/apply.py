@@ -32,6 +32,7 @@ from parafuse.errors import ConfigError
 from parafuse.log import note
 from parafuse.parallel.block_plan import BlockPlan
 from parafuse.parallel.comm import Count, counters, since
+from parafuse.parallel.compiled import Regional
 from parafuse.parallel.data import DataParallel
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
 from parafuse.parallel.hooks import is_overridden
@@ -65,6 +66,8 @@ class Handle:
     """What is put on the denoisers beside the layout; a cache on those that can have it."""
     skipping: dict[str, Caching] = field(default_factory=dict[str, Caching])
     """Component -> its cache."""
+    compiled: dict[str, Regional] = field(default_factory=dict[str, Regional])
+    """Component -> its compiled blocks."""
     rounds: Rounds = field(default_factory=Rounds)
     clock: Clock = field(default_factory=Clock)
     """The step that a call belongs to, for caches."""
@@ -135,6 +138,7 @@ class Handle:
         self.data = {name: one.data for name, one in self._on if one.data}
         self.guidance = {name: one.guidance for name, one in self._on if one.guidance}
         self.skipping = {name: one.skipping for name, one in self._on if one.skipping}
+        self.compiled = {name: one.regional for name, one in self._on if one.regional}
         self.applied[:] = [line for name, one in self._on for line in one.lines(name)]
 
     def stands_on(self, target: Any) -> bool:

@@ -18,6 +18,7 @@ from parafuse.engine import saved
 from parafuse.engine.apply import DENOISERS, Handle, apply, check_components, denoisers
 from parafuse.engine.caches.report import check_followed, following, report, skips
 from parafuse.engine.calls import call_keywords, paint, steps_of
+from parafuse.engine.compiling import Compiling
 from parafuse.engine.devices import refuse_numbered, remove_offload
 from parafuse.engine.host_times import host_times
 from parafuse.engine.loader import load_pipeline
@@ -65,12 +66,14 @@ class Engine(Surface):
     _busy: bool
     _load_s: float
     _closed: bool
+    _compiling: Compiling | None
 
     def __init__(self, pipeline: Any, source: ModelSource, plan: Plan, handle: Handle, world: World, progress: bool):
         self.plan, self.handle, self.world, self.receipt, self.loaded = plan, handle, world, {}, {}
         self._family, self._source, self._state, self._workers = [self], source, PipelineState(pipeline), None
         self._progress, self._busy, self._load_s, self._closed = progress, False, 0.0, False
         self.pipeline = pipeline
+        self._compiling = None
 
     @classmethod
     def from_pretrained(
@@ -241,6 +244,7 @@ class Engine(Surface):
             make_mesh(config.parallel.degrees(1), self.plan.device, config.timeout_s) if self.world.size == 1 else None
         )
         self.handle = apply(self.pipeline, config, mesh=mesh)
+        self._compiling = Compiling(self.handle, self.plan) if self.plan.compile else None
         self._guard()
 
     def _guard(self) -> None:
@@ -392,6 +396,7 @@ class Engine(Surface):
             output = paint(self.pipeline, call)
             check_followed(self.plan.replay, memories)
         self._say_idle(seen)
+        compiled = self._compiling.report() if self._compiling else None
         self.receipt = {
             "plan": self.plan.without_replay().to_dict(),
             "seed": seed,
@@ -402,6 +407,7 @@ class Engine(Surface):
             "guidance": {name: one.report(seen[one]) for name, one in self.handle.guidance.items()},
             "data": {name: one.report(seen[one]) for name, one in self.handle.data.items()},
             "cache": report(self.handle.cache, memories, self.world),
+            "compiled": compiled,
             "exchanged": {
                 name: vars(count) for name, count in since(self.handle.exchanged(), before).items() if count.calls
             },

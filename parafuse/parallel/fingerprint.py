@@ -67,10 +67,10 @@ _PLACING = {
 """Hooks of diffusers that move or cast weights."""
 _WHERE_FROM = {
     *"_name_or_path name_or_path _commit_hash _use_default_values".split(),
-    *"architectures dtype torch_dtype transformers_version".split(),
+    *"architectures dtype torch_dtype transformers_version target_name".split(),
 }
-"""Differs by machine, or by process (a set as a list), or is set when a model is saved; what a module does, it does not
-say."""
+"""Differs by machine, by process (a set as a list) or by layer (an adapter's), or is set when a model is saved; what a
+module does, it does not say."""
 _MODULE_STATE = {*vars(nn.Module()), "forward", "compile", "decode", "_hf_hook", "_old_forward", "_diffusers_hook"}
 """What torch keeps, and what is put on modules to run them: parafuse, hooks that name the rank's own device."""
 

@@ -126,7 +126,7 @@ class SequenceParallel:
                 if compiled is not None:
                     run = partial(compiled.call, self._reused.variant(block), original)
                 return run(*gather_all(args), **gather_all(kwargs))
-            bound = Bound(plan, leaves, self.ranks, self._slices)
+            bound = Bound(plan, leaves, self.ranks, self._slices, own=compiled is not None)
             local_args, local_kwargs = tree_unflatten(bound.local, spec)
             run: Any = run_on_rows
             if compiled is not None:

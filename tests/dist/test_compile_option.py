@@ -3,6 +3,7 @@ results in every combination."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -10,10 +11,16 @@ from unittest import mock
 
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import parafuse
+from parafuse.engine.devices import remove_offload
 from parafuse.parallel import tiers
+from tests.caches.steps import later, letters
+from tests.caches.test_token_merging import unet, unet_inputs
 from tests.dist.ranks import run_ranks
 from tests.models import EVEN, ODD, Sizes, build, call, error, inputs
 
@@ -91,3 +98,78 @@ def with_adapters(layout: dict[str, int]) -> dict[str, tuple[float, float, int]]
             found[name] = (wrong, error(want, before), tally(handle).total() - made)
             before, made = want, tally(handle).total()
     return found
+
+
+STEPS = 7
+COMBINATIONS: list[tuple[str, dict[str, int], str, str]] = [
+    ("flux", {}, "", ""),
+    ("flux", dict(ulysses=2), "", ""),
+    ("wan", dict(ring=2), "", ""),
+    ("weaver", dict(cfg=2, ulysses=1), "", ""),
+    ("unet", dict(data=2, ulysses=1), "", ""),
+    ("flux", {}, "interval:2", ""),
+    ("flux", dict(ulysses=2), "first-block:0.3", ""),
+    ("wan", dict(cfg=2, ulysses=1), "interval:2", ""),
+    ("wan", {}, "pab:2,2,2", ""),
+    ("wan", dict(ulysses=2), "fora:2", ""),
+    ("unet", {}, "interval:2", ""),
+    ("unet", {}, "tgate:4", ""),
+    ("unet", {}, "token-merging:0.5", ""),
+    ("flux", dict(ulysses=2), "", "int8"),
+    ("flux", {}, "interval:2", "int8"),
+    ("unet", {}, "", "group offload"),
+    ("flux", {}, "", "group offload"),
+    ("weaver", dict(ulysses=2), "", "group offload"),
+]
+"""Model, layout, cache, and what else is done to it."""
+
+
+def made(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    if name == "unet":
+        return unet(), unet_inputs(2)
+    return build(name), inputs(name, ODD)
+
+
+def stepping(model: nn.Module, asked: parafuse.Config, values: dict[str, Any], more: str = "") -> dict[str, Any]:
+    """What some steps of one request give."""
+    graphs: list[int] = []
+    with parafuse.apply(model, asked) as handle, torch.no_grad(), handle.request() as memories:
+        if more == "group offload":
+            cpu = torch.device("cpu")
+            apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        outputs: list[Tensor] = []
+        for step in range(STEPS):
+            outputs.append(tree_leaves(model(**later(values, step)))[0].clone())
+            graphs.append(tally(handle).total())
+        decisions = [letters(memory) for memory in memories.values()]
+        found = {"outputs": outputs, "decisions": decisions, "graphs": graphs, "classes": tally(handle)}
+        if more == "group offload":
+            remove_offload(model)
+    return found
+
+
+def combination(name: str, layout: dict[str, int], cache: str, more: str, backend: str) -> tuple[float, list[int], Any]:
+    """(difference from the same uncompiled, graphs after each step, what the cache decided in both)."""
+    torch.compiler.reset()
+    found: list[dict[str, Any]] = []
+    for compiled in (False, True):
+        model, values = made(name)
+        if more == "int8":
+            quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
+        asked = replace(config(layout, cache=cache or None), compile=compiled)
+        with mock.patch.object(tiers, "BACKEND", backend):
+            found.append(stepping(model, asked, values, more))
+    plain, got = found
+    wrong = max(map(error, got["outputs"], plain["outputs"]))
+    return wrong, got["graphs"], (plain["decisions"], got["decisions"])
+
+
+@pytest.mark.parametrize(("name", "layout", "cache", "more"), COMBINATIONS)
+def test_combined(name: str, layout: dict[str, int], cache: str, more: str) -> None:
+    size = max(1, math.prod(layout.values()))
+    given = (name, layout, cache, more, "eager")
+    for wrong, graphs, (plain, got) in run_ranks(combination, size, *given) if size > 1 else [combination(*given)]:
+        assert wrong <= EXACT
+        assert graphs[-1] > 0
+        assert graphs[-1] == graphs[4]
+        assert got == plain

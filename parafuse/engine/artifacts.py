@@ -33,7 +33,7 @@ MAX_FILES = 8
 """Of one key: ranks may have made different graphs."""
 NOT_IN_KEY = ("model", "timeout_s", "replay", "why")
 """Fields of a plan that change no graph."""
-_MADE_BY_TORCH, _NAMES, _LIBRARIES = "artifacts", "names.json", "libraries/"
+_MADE_BY_TORCH, _NAMES, _ABLE, _LIBRARIES = "artifacts", "names.json", "instructions.json", "libraries/"
 _LIBRARY = re.compile(r"[0-9a-z]{2}/[0-9a-z]{20,80}(\.main)?\.(so|cpp)")
 _SMALL_BYTES = 2**10
 """Sources of libraries by which torch tries what the processor can do are smaller."""
@@ -121,6 +121,7 @@ def pack() -> tuple[bytes, list[str]] | None:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(_NAMES, json.dumps(names))
+        archive.writestr(_ABLE, json.dumps(_instructions()))
         archive.writestr(_MADE_BY_TORCH, made[0])
         for file in _libraries():
             with contextlib.suppress(OSError):
@@ -137,7 +138,8 @@ def unpack(data: bytes) -> bool:
                 inner = name.removeprefix(_LIBRARIES)
                 if name.startswith(_LIBRARIES) and _LIBRARY.fullmatch(inner):
                     _put(_cache_dir() / inner, archive.read(name))
-    except (zipfile.BadZipFile, KeyError, OSError):
+            _take_instructions(json.loads(archive.read(_ABLE)))
+    except (zipfile.BadZipFile, KeyError, ValueError, OSError):
         return False
     return torch.compiler.load_cache_artifacts(made) is not None
 
@@ -162,6 +164,28 @@ def _libraries() -> list[Path]:
         for file in (source, library)
     ]
     return [file for file in (*mine, *tried) if _LIBRARY.fullmatch(f"{file.parent.name}/{file.name}")]
+
+
+def _instructions() -> list[str]:
+    """What torch has found the processor able to do; empty where it has not looked."""
+    from torch._inductor import cpu_vec_isa
+
+    looked = cpu_vec_isa.valid_vec_isa_list.cache_info().currsize
+    return [str(one) for one in cpu_vec_isa.valid_vec_isa_list()] if looked else []
+
+
+def _take_instructions(names: list[str]) -> None:
+    """Spares torch trying each set of instructions in a process of its own, a second in all, where the same libraries
+    ran on the same kind of processor."""
+    from torch._inductor import config, cpu_vec_isa
+
+    looked = cpu_vec_isa.valid_vec_isa_list.cache_info().currsize
+    if not names or looked:
+        return
+    with config.patch({"cpp.vec_isa_ok": True}):
+        found = [str(one) for one in cpu_vec_isa.valid_vec_isa_list()]
+    if found != names:
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
 
 
 def _file_of(module: Any) -> str:

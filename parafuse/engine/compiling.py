@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -18,8 +19,10 @@ class Compiling:
 
     def __init__(self, handle: Handle, plan: Plan):
         self._handle, self._plan = handle, plan
+        begun = time.perf_counter()
         self.loaded = artifacts.load(plan)
         """What was kept by an earlier process."""
+        self.load_s = time.perf_counter() - begun
         self._kept: Counter[str] = Counter()
         self._before = self._now()
 
@@ -42,9 +45,10 @@ class Compiling:
                 for name, one in regional.items()
             },
             "seconds": round(spent["seconds"], 3),
-            "made anew": int(spent["misses"]),
-            "found made": int(spent["hits"]),
+            "made_anew": int(spent["misses"]),
+            "found_made": int(spent["hits"]),
             "loaded": self.loaded,
+            "loading_seconds": round(self.load_s, 3),
         }
 
     def _regional(self) -> dict[str, Regional]:

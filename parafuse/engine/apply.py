@@ -323,6 +323,9 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
             target, STACKS if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 else DENOISERS
         )  # says what is missing
     _refuse_joint(extras.cache, target)
+    first = next((x for _, module, _ in wanted for x in chain(module.parameters(), module.buffers())), None)
+    device = "cuda" if first is not None and first.is_cuda else "cpu"
+    extras.check_graphs(device, degrees[Axis.RING] * degrees[Axis.ULYSSES])
     each_has = _extras(extras, wanted)
     found = [_check(*each, degrees, each_has[each[1:]]) for each in wanted]
     shared = [one for one in found if one is not None]
@@ -332,8 +335,6 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         mesh = shared[0].mesh
         hold(mesh)
     elif mesh is None:
-        first = next(chain(wanted[0][1].parameters(), wanted[0][1].buffers()), None)
-        device = "cuda" if first is not None and first.is_cuda else "cpu"
         if world_size > 1:
             ensure_world(device, config.timeout_s)
         mesh = make_mesh(degrees, device, config.timeout_s)

@@ -20,6 +20,7 @@ from parafuse.engine.caches.report import check_followed, following, report, ski
 from parafuse.engine.calls import call_keywords, paint, steps_of
 from parafuse.engine.compiling import Compiling
 from parafuse.engine.devices import refuse_numbered, remove_offload
+from parafuse.engine.extras import Extras
 from parafuse.engine.host_times import host_times
 from parafuse.engine.loader import load_pipeline
 from parafuse.engine.loading_checks import check_loading, own_config, taken
@@ -119,6 +120,7 @@ class Engine(Surface):
         }
         refuse_ignored(config, given_plan)
         check_loading(source, plan, pipeline_kwargs, sent=ours and size > 1)
+        Extras.of(plan.config()).check_graphs(plan.device, plan.sequence_degree)
         check_components(source, plan, pipeline_kwargs)
         workers, world = None, None
         if size > 1 and ours:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from parafuse.cache import Cache, cache_of, with_calibration
+from parafuse.cache import Cache, StackCache, cache_of, with_calibration
 from parafuse.config import Config
+from parafuse.errors import ConfigError
+from parafuse.parallel import captured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,22 @@ class Extras:
     def without_cache(self) -> Extras:
         """For a denoiser that cannot have one, beside another that can."""
         return replace(self, cache=None)
+
+    def check_graphs(self, device: str, sequence_degree: int) -> None:
+        """Raises ConfigError where what is asked for cannot be captured as CUDA graphs."""
+        if not self.cuda_graphs:
+            return
+        captured.refuse_without_graphs(device)
+        if sequence_degree > 1:
+            raise ConfigError(
+                f"cuda_graphs=True: not with a sequence that {sequence_degree} ranks share, whose exchanges would be "
+                "captured as well; use cfg or data for the ranks, or leave cuda_graphs out."
+            )
+        if self.cache is not None and not isinstance(self.cache, StackCache):
+            raise ConfigError(
+                f"cuda_graphs=True: not with cache {self.cache.method}, which keeps parts of blocks; use one that skips "
+                "blocks (first-block, teacache, taylorseer, interval, ...), or leave cuda_graphs out."
+            )
 
     def lines(self) -> list[str]:
         """What is asked for, in words."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,7 @@ from parafuse.engine.derive import derive
 from parafuse.engine.extras import Extras
 from parafuse.engine.stack import block_stack, repeated_blocks
 from parafuse.parallel.call_context import CallContext
+from parafuse.parallel.captured import CapturedCalls, make_capture
 from parafuse.parallel.compiled import CompiledUnits, CompiledWhole, Regional
 from parafuse.parallel.data import DataParallel
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
@@ -53,6 +55,8 @@ class Standing:
     guidance: GuidanceParallel | None = None
     regional: Regional | None = None
     """Its compiled blocks."""
+    captured: list[CapturedCalls] = field(default_factory=list[CapturedCalls])
+    """What runs as CUDA graphs."""
     users: list[Any] = field(default_factory=list[Any])
     """Handles."""
     _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
@@ -87,10 +91,14 @@ class Standing:
             skeleton = skeleton_of(self.module)
             if self.sequence is None and not self.extras.compile:
                 self._put_on(CompiledUnits(skeleton.units))
+            if self.extras.cuda_graphs:
+                self._capture(skeleton.units)
             rule = rule_of(cache, curves_for(cache, self.name, self.module))
             self.skipping = StackSkipping(
                 self.module, skeleton, cache, rule, clock=clock, context=context, group=self.mesh.sequence
             )
+        if cache is None and self.extras.cuda_graphs:
+            self._capture([self.module])
         self._put_on(self.skipping)
         if _makes_branches(parts):
             self._put_on(LeadingRows(self.module, context, self.mesh))
@@ -102,6 +110,18 @@ class Standing:
             self._put_on(self.guidance)
         self._watch(parts)
         self._sign()
+
+    def _capture(self, modules: list[nn.Module]) -> None:
+        """Inside of what decides and of what shares calls, so that nothing in a graph waits for the host or for another
+        rank: the whole denoiser, or with a cache each of the units that it may skip."""
+        capture = make_capture(self._device())
+        self.captured = [CapturedCalls(module, capture) for module in modules]
+        for one in self.captured:
+            self._put_on(one)
+
+    def _device(self) -> str:
+        first = next(chain(self.module.parameters(), self.module.buffers()), None)
+        return "cpu" if first is None else first.device.type
 
     def _watch(self, parts: PartReuse | None) -> None:
         """What every rank passes with every call."""

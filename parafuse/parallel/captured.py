@@ -60,12 +60,17 @@ class CudaCapture:
 
 
 def make_capture(device: str) -> Capture:
+    """What captures on a device. Raises ConfigError for one that has no graphs."""
+    refuse_without_graphs(device)
+    return CudaCapture()
+
+
+def refuse_without_graphs(device: str) -> None:
     """Raises ConfigError for a device that has no graphs."""
     if device != "cuda":
         raise ConfigError(
             f"cuda_graphs=True: needs a GPU, and the device is {device!r}; leave it out (compile=True works there)."
         )
-    return CudaCapture()
 
 
 @dataclass

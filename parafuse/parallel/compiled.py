@@ -74,7 +74,10 @@ class CompiledKind:
 class RegionalKind(CompiledKind):
     """The same as `Config(compile=True)` has it: two graphs for a bucket of calls (tiers.py), counted."""
 
-    way_out = " (compile=True compiles every repeated block as one whole graph; leave it out for this model)"
+    way_out = (
+        " (compile=True compiles every repeated block as one whole graph: leave it out for this model; offload whole "
+        "blocks or components, not their parts)"
+    )
 
     def __init__(self, name: str, whole: WholeShapes | None, tally: Tally):
         self.name = name

@@ -1,8 +1,8 @@
 """What torch.compile has made, kept from one process to the next: so a second start compiles nothing.
 
-A file holds torch's own artifacts and, on the CPU, the libraries that its compiler has built from them, which torch does
-not keep there. It is code: it is read from a folder of the user's alone, or where somebody says that its source is
-trusted. Files are whole or not there: other ranks read them meanwhile.
+A file holds torch's own artifacts and, on the CPU, the libraries that its compiler has built from them, which torch
+does not keep there. It is code: it is read from a folder of the user's alone, or where somebody says that its source
+is trusted. Files are whole or not there: other ranks read them meanwhile.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ class Extras:
             )
         if self.cache is not None and not isinstance(self.cache, StackCache):
             raise ConfigError(
-                f"cuda_graphs=True: not with cache {self.cache.method}, which keeps parts of blocks; use one that skips "
-                "blocks (first-block, teacache, taylorseer, interval, ...), or leave cuda_graphs out."
+                f"cuda_graphs=True: not with cache {self.cache.method}, which changes parts of blocks; use one that "
+                "skips blocks (first-block, teacache, taylorseer, interval, ...), or leave cuda_graphs out."
             )
 
     def lines(self) -> list[str]:

@@ -79,24 +79,7 @@ class Standing:
             context.led = Led(self.mesh.group_name(Axis.CFG))
         parts = self._parts(clock, context)
         self._share_tokens(parts)
-        if parts is not None:
-            if self.sequence is None and not self.extras.compile:
-                self._put_on(CompiledUnits(list(parts.hosts)))
-            self.skipping = parts
-        elif isinstance(cache, TokenMerging):
-            self.skipping = Merging(self.module, cache, clock=clock, context=context)
-            if not self.extras.compile:
-                self._put_on(CompiledUnits([site.block for site in self.skipping.sites]))
-        elif isinstance(cache, StackCache):
-            skeleton = skeleton_of(self.module)
-            if self.sequence is None and not self.extras.compile:
-                self._put_on(CompiledUnits(skeleton.units))
-            if self.extras.cuda_graphs:
-                self._capture(skeleton.units)
-            rule = rule_of(cache, curves_for(cache, self.name, self.module))
-            self.skipping = StackSkipping(
-                self.module, skeleton, cache, rule, clock=clock, context=context, group=self.mesh.sequence
-            )
+        self._cache(parts, clock, context)
         if cache is None and self.extras.cuda_graphs:
             self._capture([self.module])
         self._put_on(self.skipping)
@@ -139,6 +122,30 @@ class Standing:
         self._put_on(self.sequence)
         if self.extras.compile:
             self._compile(parts)
+
+    def _cache(self, parts: PartReuse | None, clock: Clock, context: CallContext) -> None:
+        """Makes what skips or reuses work, and puts on what is to stand inside of it."""
+        cache = self.extras.cache
+        if parts is not None:
+            self._let_compile(list(parts.hosts))
+            self.skipping = parts
+        elif isinstance(cache, TokenMerging):
+            self.skipping = Merging(self.module, cache, clock=clock, context=context)
+            self._let_compile([site.block for site in self.skipping.sites])
+        elif isinstance(cache, StackCache):
+            skeleton = skeleton_of(self.module)
+            self._let_compile(skeleton.units)
+            if self.extras.cuda_graphs:
+                self._capture(skeleton.units)
+            rule = rule_of(cache, curves_for(cache, self.name, self.module))
+            self.skipping = StackSkipping(
+                self.module, skeleton, cache, rule, clock=clock, context=context, group=self.mesh.sequence
+            )
+
+    def _let_compile(self, units: list[nn.Module]) -> None:
+        """By hand, where nothing else sees to that."""
+        if self.sequence is None and not self.extras.compile:
+            self._put_on(CompiledUnits(units))
 
     def _compile(self, parts: PartReuse | None) -> None:
         """What a cache puts on blocks stands outside; what it puts on their parts is compiled with them."""

@@ -173,8 +173,8 @@ class CapturedCalls(OnForward):
         self._held, self._places = Held(self.module), _places(self.module)
         if self._held.unknown:
             raise UnsupportedError(
-                f"{type(self.module).__name__}: {self._held.unknown} may change unseen, so its calls cannot be captured; "
-                "leave cuda_graphs=True out."
+                f"{type(self.module).__name__}: {self._held.unknown} may change unseen, so its calls cannot be "
+                "captured; leave cuda_graphs=True out."
             )
 
     def _captured(self, original: Forward, leaves: list[Any], spec: TreeSpec) -> _Captured:

@@ -15,8 +15,8 @@ from torch.utils._pytree import TreeSpec
 from parafuse.errors import UnsupportedError
 from parafuse.parallel.attention_mode import run_on_rows
 from parafuse.parallel.block_plan import BlockPlan
-from parafuse.parallel.fingerprint import SCALES, fingerprint
 from parafuse.parallel.effects import Parts
+from parafuse.parallel.fingerprint import SCALES, fingerprint
 from parafuse.parallel.hooks import Forward, OnForward, override, override_forward
 from parafuse.parallel.tiers import Compiler, Tally, Tiers, own_code
 from parafuse.parallel.traced import TracedBlocks

@@ -3,8 +3,8 @@ their place for all others.
 
 A bucket is what calls have in common: the structure of their arguments, dtypes, the number of samples, which sizes are
 1, whether gradients are recorded, and a variant that the caller names (which parts of a block a cache reuses). Prompt
-lengths and resolutions differ inside of a bucket; so may numbers that a block holds (the scale of an adapter): where one
-is another, the graph with symbols takes over for good.
+lengths and resolutions differ inside of a bucket; so may numbers that a block holds (the scale of an adapter): where
+one is another, the graph with symbols takes over for good.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class AnotherGraphError(Exception):
 
 
 class Compiler:
-    """torch's own compiler, counted; with a limit, it makes no more graphs than that. Ranks of a node that need the same
-    graph at the same time compile it once: one does, the others find it in torch's cache."""
+    """torch's own compiler, counted; with a limit, it makes no more graphs than that. Ranks of a node that need the
+    same graph at the same time compile it once: one does, the others find it in torch's cache."""
 
     def __init__(self, name: str, tally: Tally, most: int | None = None):
         self.name, self.tally, self.most, self.made = name, tally, most, 0

@@ -124,6 +124,8 @@ class CompiledBlocks:
         """What `Config(compile=True)` means for these blocks; again where they are made of something else by now (an
         adapter, other attention processors)."""
         for block in blocks:
+            if block in self._asked and not isinstance(self._asked[block], RegionalKind):
+                continue  # compiled by hand since
             kind = fingerprint(block, but=SCALES)
             if kind not in self._regional:
                 if len(self._regional) >= MAX_KINDS:

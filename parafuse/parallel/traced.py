@@ -82,6 +82,8 @@ class TracedBlocks:
 
     def __init__(self, name: str, whole: WholeShapes, options: dict[str, Any], tally: Tally | None = None):
         self.name, self.whole, self.options, self.tally = name, whole, options, tally or Tally()
+        by_hand = "compile it without fullgraph=True (it then runs uncompiled)"
+        self.way_out = by_hand if tally is None else "leave compile=True out"
         self._blocks: dict[nn.Module, TracedBlock] = {}
         self._compiled: dict[Any, Callable[..., list[Any]]] = {}
         self._keys: set[Any] = set()
@@ -128,8 +130,7 @@ class TracedBlocks:
     def _give_up(self, why: str, error: Exception | None = None) -> None:
         if self.options.get("fullgraph"):
             raise UnsupportedError(
-                f"{self.name}: is no single graph on split tokens ({why}); compile it without fullgraph=True (it then "
-                "runs uncompiled), or run it on one rank."
+                f"{self.name}: is no single graph on split tokens ({why}); {self.way_out}, or run it on one rank."
             ) from error
         if why not in self._said:
             note(f"{self.name}: runs uncompiled ({why})")

@@ -2,9 +2,9 @@
 
 `python -m benchmarks.compile_cold`: each way starts twice in a process of its own: cold (an empty folder for what torch
 compiles) and again over the same folder. The seconds are processor time of the first call, of this process and of the
-compilers that it runs, over that of an eager call: other work on the machine does not change it. What torch needs for the
-first compilation of any function (it tries the processor's instructions, once a machine) is told apart. Then both ways
-run in one process in turns, for the steady state. Figures: docs/notes/compile.md.
+compilers that it runs, over that of an eager call: other work on the machine does not change it. What torch needs for
+the first compilation of any function (it tries the processor's instructions, once a machine) is told apart. Then both
+ways run in one process in turns, for the steady state. Figures: docs/notes/compile.md.
 """
 
 from __future__ import annotations

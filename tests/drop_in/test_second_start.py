@@ -1,4 +1,4 @@
-"""A second process start finds what the first one has compiled, on every rank; the first one compiles it once a node."""
+"""A second start finds what the first one has compiled, on every rank; the first one compiles it once a node."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,12 @@ def test_what_is_kept_is_found_by_the_same_plan_alone(kept: Path, monkeypatch: p
     assert artifacts.load(PLAN) == "1 files"
     assert [file.stat().st_mode & 0o777 for file in (kept, *kept.iterdir())] == [0o700, 0o600]
     others = [
-        Plan(**PLAN.to_dict() | change)
-        for change in (dict(model_id="2"), dict(dtype="bfloat16"), dict(cache="first-block:0.1"))
+        replace(PLAN, model_id="2"),
+        replace(PLAN, dtype="bfloat16"),
+        replace(PLAN, cache="first-block:0.1"),
     ]
     assert [artifacts.load(plan) for plan in others] == ["none"] * 3
-    assert artifacts.load(Plan(**PLAN.to_dict() | dict(timeout_s=9.0, why="another reason"))) == "1 files"
+    assert artifacts.load(replace(PLAN, timeout_s=9.0, why="another reason")) == "1 files"
     monkeypatch.setattr(artifacts, "versions", lambda: {"torch": "9.9"})
     assert artifacts.load(PLAN) == "none"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -192,7 +193,7 @@ def test_on_a_denoiser_with_and_without_a_cache(cache: str | None) -> None:
     assert max(map(error, got, want)) <= 1e-6
     assert again == decided
     assert made == ([1] if cache is None else [1] * 4)  # all of it, or each block
-    new = [after - before for before, after in zip(replays, replays[1:], strict=False)][3:]
+    new = [after - before for before, after in pairwise(replays)][3:]
     if cache is None:
         assert new == [1] * 4
         return

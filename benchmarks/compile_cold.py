@@ -127,13 +127,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             cold = {way: started(way, Path(folder) / way) for way in WAYS}
             again = {way: started(way, Path(folder) / way) for way in WAYS}
+            for way in WAYS:
+                first, second = (f"{at[way][0]:.1f} + {at[way][1]:.2f} s" for at in (cold, again))
+                print(f"{way:9} cold {first}, again {second}", flush=True)
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "steady")
             medians = {way: statistics.median(seconds) for way, seconds in steady().items()}
-    for way in WAYS:
-        first, second = (f"{at[way][0]:.1f} + {at[way][1]:.2f} s" for at in (cold, again))
-        print(f"{way:9} cold {first}, again {second}, a call {1000 * medians[way]:.1f} ms")
     ratio, slower = cold["regional"][1] / cold["whole"][1], medians["regional"] / medians["whole"] - 1
-    print(f"regional: cold {ratio:.1%} of whole, steady {slower:+.1%}")
+    calls = ", ".join(f"{way} {1000 * middle:.1f} ms" for way, middle in medians.items())
+    print(f"regional: cold {ratio:.1%} of whole, steady {slower:+.1%} ({calls})")
 
 
 if __name__ == "__main__":

@@ -160,6 +160,11 @@ class Config:
                 f"rewrites={self.rewrites!r}: rope changes the graphs of compiled blocks, but compile=False; give "
                 "compile=True too, or leave rope out."
             )
+        if "qkv" in names and self.quantize is not None:
+            raise ConfigError(
+                f"rewrites={self.rewrites!r}: qkv joins weights, and quantize takes them one by one; leave one of both "
+                "out."
+            )
         object.__setattr__(self, "rewrites", ",".join(name for name in REWRITES if name in names))
 
     def to_dict(self) -> dict[str, Any]:

@@ -27,14 +27,15 @@ from parafuse.engine.plan import Plan
 from parafuse.engine.plan_store import key_for
 from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, quantize
 from parafuse.engine.quantize.report import lines
-from parafuse.engine.rewrites.choose import STEPWISE, choices
+from parafuse.engine.rewrites.choose import STEPWISE, Beside, choices
 from parafuse.engine.source import ModelSource
-from parafuse.engine.stack import block_stack
+from parafuse.engine.stack import block_stack, repeated_blocks
 from parafuse.engine.standing import Standing, standing_on
 from parafuse.errors import ConfigError
 from parafuse.log import note
 from parafuse.parallel.block_plan import BlockPlan
 from parafuse.parallel.comm import Count, counters, since
+from parafuse.parallel.compiled import Regional
 from parafuse.parallel.data import DataParallel
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
 from parafuse.parallel.hooks import is_overridden
@@ -73,6 +74,8 @@ class Handle:
     """What the denoisers, and text encoders if it says so, are quantized with."""
     quantized: dict[str, Quantized] = field(default_factory=dict[str, Quantized])
     """Component -> what was done to its layers."""
+    compiled: dict[str, Regional] = field(default_factory=dict[str, Regional])
+    """Component -> its compiled blocks."""
     rounds: Rounds = field(default_factory=Rounds)
     clock: Clock = field(default_factory=Clock)
     """The step that a call belongs to, for caches."""
@@ -164,9 +167,8 @@ class Handle:
         """Inside, weights are as a pipeline loads them: rewrites that change them are off. Local."""
         with ExitStack() as off:
             for _, one in self._on:
-                for rewrite in getattr(one, "rewrites", ()):
-                    if hasattr(rewrite, "set_aside"):
-                        off.enter_context(rewrite.set_aside())
+                for rewrite in one.rewrites:
+                    off.enter_context(rewrite.set_aside())
             yield
 
     def _tell(self) -> None:
@@ -175,6 +177,7 @@ class Handle:
         self.data = {name: one.data for name, one in self._on if one.data}
         self.guidance = {name: one.guidance for name, one in self._on if one.guidance}
         self.skipping = {name: one.skipping for name, one in self._on if one.skipping}
+        self.compiled = {name: one.regional for name, one in self._on if one.regional}
         self.applied[:] = [
             *lines(self.quantized.values()),
             *(line for name, one in self._on for line in one.lines(name)),
@@ -373,6 +376,9 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
             target, STACKS if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 else DENOISERS
         )  # says what is missing
     _refuse_joint(extras.cache, target)
+    first = next((x for _, module, _ in wanted for x in chain(module.parameters(), module.buffers())), None)
+    device = "cuda" if first is not None and first.is_cuda else "cpu"
+    extras.check_graphs(device, degrees[Axis.RING] * degrees[Axis.ULYSSES])
     each_has = _extras(extras, wanted, target)
     found = [_check(*each, degrees, each_has[each[1:]]) for each in wanted]
     shared = [one for one in found if one is not None]
@@ -382,8 +388,6 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         mesh = shared[0].mesh
         hold(mesh)
     elif mesh is None:
-        first = next(chain(wanted[0][1].parameters(), wanted[0][1].buffers()), None)
-        device = "cuda" if first is not None and first.is_cuda else "cpu"
         if world_size > 1:
             ensure_world(device, config.timeout_s)
         mesh = make_mesh(degrees, device, config.timeout_s)
@@ -418,7 +422,8 @@ def _extras(extras: Extras, wanted: list[Wanted], target: Any) -> dict[tuple[nn.
     """What each gets. Raises ConfigError where none can have the cache, or a rewrite."""
     modules = [(name, module) for name, module, method in wanted if method == "forward"]
     cached = fitting(extras.cache, modules) if extras.cache is not None and wanted else ()
-    chosen = choices(extras.rewrites, modules, target) if extras.rewrites else []
+    beside = Beside(compile=extras.compile, quantize=extras.quantizes)
+    chosen = choices(extras.rewrites, modules, target, beside) if extras.rewrites else []
     each = {module: choice for (_, module), choice in zip(modules, chosen, strict=False)}
     found: dict[tuple[nn.Module, str], Extras] = {}
     for name, module, method in wanted:
@@ -460,6 +465,8 @@ def _check(name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int
             raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
         if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1:
             block_stack(module)
+        if extras.compile:
+            repeated_blocks(module)
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,12 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parafuse.config import Axis, Config
+from parafuse.config import Config
 from parafuse.engine import saved
 from parafuse.engine.apply import DENOISERS, Handle, apply, check_components, denoisers
 from parafuse.engine.caches.report import check_followed, following, report, skips
 from parafuse.engine.calls import call_keywords, paint, steps_of
+from parafuse.engine.compiling import Compiling
 from parafuse.engine.devices import refuse_numbered, remove_offload
+from parafuse.engine.extras import Extras
 from parafuse.engine.host_times import host_times
 from parafuse.engine.loader import load_pipeline
 from parafuse.engine.loading_checks import check_loading, own_config, taken
@@ -26,7 +27,6 @@ from parafuse.engine.modular import continues, hush, takes_generator
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
 from parafuse.engine.quantize.put_on import quantize_loaded
-from parafuse.engine.quantize.report import report as quantized_report
 from parafuse.engine.quantized import compute_dtype, weights_of
 from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import SAME_CALL, facts, fresh_seed
@@ -34,11 +34,11 @@ from parafuse.engine.sharing import pipeline_over
 from parafuse.engine.source import ModelSource, locate, source_of
 from parafuse.engine.state import PipelineState, components_of
 from parafuse.engine.surface import Act, Surface, referred, resolved
+from parafuse.engine.told import say_idle, seen_by, told_by
 from parafuse.engine.workers import Workers
 from parafuse.engine.world_size import asked_size, launched_size, refuse_ignored, refuse_several
 from parafuse.errors import ConfigError, RankError, RankMismatchError
 from parafuse.log import note
-from parafuse.parallel.comm import since
 from parafuse.parallel.mesh import make_mesh
 from parafuse.parallel.placeholder import settled
 from parafuse.parallel.world import AGREE_S, SAME_ARGUMENTS, World, join_world, launched
@@ -67,12 +67,14 @@ class Engine(Surface):
     _busy: bool
     _load_s: float
     _closed: bool
+    _compiling: Compiling | None
 
     def __init__(self, pipeline: Any, source: ModelSource, plan: Plan, handle: Handle, world: World, progress: bool):
         self.plan, self.handle, self.world, self.receipt, self.loaded = plan, handle, world, {}, {}
         self._family, self._source, self._state, self._workers = [self], source, PipelineState(pipeline), None
         self._progress, self._busy, self._load_s, self._closed = progress, False, 0.0, False
         self.pipeline = pipeline
+        self._compiling = None
 
     @classmethod
     def from_pretrained(
@@ -118,6 +120,7 @@ class Engine(Surface):
         }
         refuse_ignored(config, given_plan)
         check_loading(source, plan, pipeline_kwargs, sent=ours and size > 1)
+        Extras.of(plan.config()).check_graphs(plan.device, plan.sequence_degree)
         check_components(source, plan, pipeline_kwargs)
         workers, world = None, None
         if size > 1 and ours:
@@ -250,6 +253,7 @@ class Engine(Surface):
             make_mesh(config.parallel.degrees(1), self.plan.device, config.timeout_s) if self.world.size == 1 else None
         )
         self.handle = apply(self.pipeline, config, mesh=mesh)
+        self._compiling = Compiling(self.handle, self.plan) if self.plan.compile else None
         self._guard()
 
     def _guard(self) -> None:
@@ -379,7 +383,7 @@ class Engine(Surface):
         elif seed is not None:
             call["generator"] = [torch.Generator("cpu").manual_seed(one) for one in seed]
         begun, before = time.perf_counter(), self.handle.exchanged()
-        seen = {one: Counter(one.seen) for one in (*self.handle.guidance.values(), *self.handle.data.values())}
+        seen = seen_by(self.handle)
         self.handle.rounds.forget()
         for sequence in self.handle.sequence.values():
             if sequence.has_changed():
@@ -400,21 +404,17 @@ class Engine(Surface):
         ):
             output = paint(self.pipeline, call)
             check_followed(self.plan.replay, memories)
-        self._say_idle(seen)
+        say_idle(self.handle, seen)
+        compiled = self._compiling.report() if self._compiling else None
         self.receipt = {
             "plan": self.plan.without_replay().to_dict(),
             "seed": seed,
             "call": plain(keywords),
             "versions": versions(),
             "weights": weights_of(self.pipeline),
-            "quantized": quantized_report(self.handle.quantized.values()),
-            "applied": list(self.handle.applied),
-            "guidance": {name: one.report(seen[one]) for name, one in self.handle.guidance.items()},
-            "data": {name: one.report(seen[one]) for name, one in self.handle.data.items()},
+            **told_by(self.handle, seen, before),
             "cache": report(self.handle.cache, memories, self.world),
-            "exchanged": {
-                name: vars(count) for name, count in since(self.handle.exchanged(), before).items() if count.calls
-            },
+            "compiled": compiled,
             "timings_s": {
                 "load": round(self._load_s, 3),
                 "request": round(time.perf_counter() - begun, 3),
@@ -422,15 +422,6 @@ class Engine(Surface):
             },
         }
         return output
-
-    def _say_idle(self, seen: dict[Any, Counter[str]]) -> None:
-        """One line for an axis on which this request had nothing to share."""
-        for axis, parts in ((Axis.CFG, self.handle.guidance), (Axis.DATA, self.handle.data)):
-            new = sum(((one.seen - seen[one]) for one in parts.values()), Counter[str]())
-            if parts and not new["cut"] and not new["together"]:
-                note(
-                    f"{axis} {self.plan.degree(axis)}: nothing could be shared in this request; its ranks did the same"
-                )
 
     @contextmanager
     def _threads(self) -> Iterator[None]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from parafuse.cache import Cache, cache_of, with_calibration
+from parafuse.cache import Cache, StackCache, cache_of, with_calibration
 from parafuse.config import Config
 from parafuse.engine.rewrites.choose import Choice
+from parafuse.errors import ConfigError
+from parafuse.parallel import captured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +18,8 @@ class Extras:
     cache: Cache | None = None
     compile: bool = False
     cuda_graphs: bool = False
+    quantizes: bool = field(default=False, compare=False)
+    """Whether weights are quantized, which what stands on a denoiser must know of."""
     rewrites: tuple[str, ...] = ()
     """Names, in the order in which they are put on."""
     chosen: Choice | None = None
@@ -27,6 +31,7 @@ class Extras:
             cache=with_calibration(cache_of(config.cache)),
             compile=config.compile,
             cuda_graphs=config.cuda_graphs,
+            quantizes=config.quantize is not None,
             rewrites=tuple(filter(None, config.rewrites.split(","))),
         )
 
@@ -40,6 +45,22 @@ class Extras:
     def with_rewrites(self, chosen: Choice) -> Extras:
         """For a denoiser that gets these of them."""
         return replace(self, chosen=chosen)
+
+    def check_graphs(self, device: str, sequence_degree: int) -> None:
+        """Raises ConfigError where what is asked for cannot be captured as CUDA graphs."""
+        if not self.cuda_graphs:
+            return
+        captured.refuse_without_graphs(device)
+        if sequence_degree > 1:
+            raise ConfigError(
+                f"cuda_graphs=True: not with a sequence that {sequence_degree} ranks share, whose exchanges would be "
+                "captured as well; use cfg or data for the ranks, or leave cuda_graphs out."
+            )
+        if self.cache is not None and not isinstance(self.cache, StackCache):
+            raise ConfigError(
+                f"cuda_graphs=True: not with cache {self.cache.method}, which changes parts of blocks; use one that "
+                "skips blocks (first-block, teacache, taylorseer, interval, ...), or leave cuda_graphs out."
+            )
 
     def lines(self) -> list[str]:
         """What is asked for, in words."""

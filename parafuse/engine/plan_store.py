@@ -26,12 +26,18 @@ FOLDER_ENV = "PARAFUSE_CACHE"
 """Names the folder; empty: nothing is kept."""
 
 
-def folder() -> Path | None:
-    """Where plans are kept: `PARAFUSE_CACHE`, or the user's cache folder."""
+def cache_folder() -> Path | None:
+    """`PARAFUSE_CACHE`, or the user's cache folder."""
     named = os.environ.get(FOLDER_ENV)
     if named is None:
-        return Path(platformdirs.user_cache_dir("parafuse")) / "plans"
-    return Path(named) / "plans" if named else None
+        return Path(platformdirs.user_cache_dir("parafuse"))
+    return Path(named) if named else None
+
+
+def folder() -> Path | None:
+    """Where plans are kept."""
+    where = cache_folder()
+    return None if where is None else where / "plans"
 
 
 def key_of(block: nn.Module, leaves: list[Any], spec: TreeSpec) -> str:

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from torch import nn
 
 from parafuse.config import Config
-from parafuse.engine import plan_store
+from parafuse.engine import artifacts, plan_store
+from parafuse.engine.artifacts import machine
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.saved import write_record
 from parafuse.engine.receipt import versions
@@ -81,9 +80,9 @@ def save(
         "block_plans": len(block_plans),
     }
     (own / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    made = torch.compiler.save_cache_artifacts()
-    if made is not None:
-        (own / COMPILED).write_bytes(made[0])
+    packed = artifacts.pack()
+    if packed is not None:
+        (own / COMPILED).write_bytes(packed[0])
 
 
 def read(folder: Path, config: Config | None, size: int | None) -> Saved:
@@ -118,12 +117,6 @@ def _moved(plan: Plan, model: str, model_id: str) -> Plan:
     """The same for the same weights at another place, with what was measured of them."""
     measured = plan.calibration and plan.calibration | {"model": model, "model_id": model_id}
     return replace(plan, model=model, model_id=model_id, calibration=measured)
-
-
-def machine(device: str) -> dict[str, str]:
-    """What compiled code depends on."""
-    name = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else platform.processor()
-    return {"torch": torch.__version__, "device": device, "name": name, "python": platform.python_version()}
 
 
 def _why_not(plan: Plan, size: int | None, folder: Path, *, trusts: bool) -> str:
@@ -168,11 +161,7 @@ def _adopt_compiled(file: Path, record: dict[str, Any], device: str, config: Con
         return f"not used: made with {different} {record['machine'].get(different)!r}, here is {here[different]!r}"
     if not config.allow_pickle:
         return "not used: compiled code can do anything; Config(allow_pickle=True) if you trust its source"
-    return (
-        "used"
-        if torch.compiler.load_cache_artifacts(file.read_bytes()) is not None
-        else "not used: torch finds nothing in it"
-    )
+    return "used" if artifacts.unpack(file.read_bytes()) else "not used: torch finds nothing in it"
 
 
 def _refuse_unsaved(name: str, part: nn.Module) -> None:

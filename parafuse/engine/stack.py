@@ -47,7 +47,7 @@ def block_stack(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(blocks))  # a block that is used twice is wrapped once
 
 
-def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+def named_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Full name -> each repeated block, of any model of layers: a denoiser, also a UNet, or a text encoder.
 
     Items of lists whose class the model declares (`_repeated_blocks`, or else `_no_split_modules`, which has patch
@@ -66,3 +66,31 @@ def _is_inside(name: str, others: dict[str, nn.Module]) -> bool:
     """Whether it is part of another one."""
     parts = name.split(".")
     return any(".".join(parts[:length]) in others for length in range(1, len(parts)))
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """What is compiled of a denoiser: of a transformer its block stack; of a UNet the transformer blocks of all its
+    levels, its residual layers and what makes it smaller and larger. Raises UnsupportedError when there are none."""
+    if not is_unet(model):
+        return block_stack(model)
+    found = [
+        item
+        for path, items in model.named_modules()
+        if isinstance(items, nn.ModuleList) and path.rpartition(".")[2] in UNET_LISTS
+        for item in items
+        if isinstance(item, nn.Module)
+    ]
+    if not found:
+        raise UnsupportedError(
+            f"{type(model).__name__}: has none of {', '.join(UNET_LISTS)} to compile; leave compile=True out."
+        )
+    return list(dict.fromkeys(found))
+
+
+UNET_LISTS = ("transformer_blocks", "resnets", "downsamplers", "upsamplers")
+"""ModuleLists of a UNet whose items are compiled."""
+
+
+def is_unet(module: nn.Module) -> bool:
+    """Whether a denoiser goes down to smaller resolutions and up again."""
+    return hasattr(module, "down_blocks") and hasattr(module, "up_blocks")

@@ -4,7 +4,8 @@ between ranks must not be shared again. It is taken off when the last handle let
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -24,9 +25,10 @@ from parafuse.engine.derive import derive
 from parafuse.engine.extras import Extras
 from parafuse.engine.rewrites.choose import make
 from parafuse.engine.rewrites.rewrite import Rewrite, Site
-from parafuse.engine.stack import block_stack
+from parafuse.engine.stack import block_stack, repeated_blocks
 from parafuse.parallel.call_context import CallContext
-from parafuse.parallel.compiled import CompiledUnits, CompiledWhole, refuse_compile
+from parafuse.parallel.captured import CapturedCalls, make_capture
+from parafuse.parallel.compiled import CompiledUnits, CompiledWhole, Regional, refuse_compile
 from parafuse.parallel.data import DataParallel
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
 from parafuse.parallel.hooks import guard
@@ -56,6 +58,10 @@ class Standing:
     clock: Clock | None = None
     """By which it counts steps, where it does."""
     rewrites: list[Rewrite] = field(default_factory=list[Rewrite])
+    regional: Regional | None = None
+    """Its compiled blocks."""
+    captured: list[CapturedCalls] = field(default_factory=list[CapturedCalls])
+    """What runs as CUDA graphs."""
     users: list[Any] = field(default_factory=list[Any])
     """Handles."""
     _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
@@ -79,22 +85,10 @@ class Standing:
         self._rewrite(clock, context)
         parts = self._parts(clock, context)
         self._share_tokens(parts)
-        if parts is not None:
-            if self.sequence is None:
-                self._put_on(CompiledUnits(list(parts.hosts)))
-            self.skipping = parts
-        elif isinstance(cache, TokenMerging):
-            self.skipping = Merging(self.module, cache, clock=clock, context=context)
-            self._put_on(CompiledUnits([site.block for site in self.skipping.sites]))
-        elif isinstance(cache, StackCache):
-            skeleton = skeleton_of(self.module)
-            if self.sequence is None:
-                self._put_on(CompiledUnits(skeleton.units))
-            rule = rule_of(cache, curves_for(cache, self.name, self.module))
-            self.skipping = StackSkipping(
-                self.module, skeleton, cache, rule, clock=clock, context=context, group=self.mesh.sequence
-            )
+        self._cache(parts, clock, context)
         self.clock = self.skipping.clock if self.skipping else self.clock
+        if cache is None and self.extras.cuda_graphs:
+            self._capture([self.module])
         self._put_on(self.skipping)
         for one in reversed(self.rewrites):  # those that come first see a call first
             for each in one.at_boundary():
@@ -109,6 +103,18 @@ class Standing:
             self._put_on(self.guidance)
         self._watch(parts)
         self._sign()
+
+    def _capture(self, modules: list[nn.Module]) -> None:
+        """Inside of what decides and of what shares calls, so that nothing in a graph waits for the host or for another
+        rank: the whole denoiser, or with a cache each of the units that it may skip."""
+        capture = make_capture(self._device())
+        self.captured = [CapturedCalls(module, capture) for module in modules]
+        for one in self.captured:
+            self._put_on(one)
+
+    def _device(self) -> str:
+        first = next(chain(self.module.parameters(), self.module.buffers()), None)
+        return "cpu" if first is None else first.device.type
 
     def _watch(self, parts: PartReuse | None) -> None:
         """What every rank passes with every call."""
@@ -131,12 +137,50 @@ class Standing:
         if self.method == "forward" and self.mesh.sequence_degree > 1:
             prober = parts.without(derive) if parts else derive
             self.sequence = SequenceParallel(self.module, block_stack(self.module), self.mesh, prober, parts)
-        elif self.method == "forward" and self.extras.cache is None:
+        elif self.method == "forward" and self.extras.cache is None and not self.extras.compile:
             met = [part for one in self.rewrites for part in one.met_parts()]
             self._put_on(CompiledUnits(met) if met else CompiledWhole(self.module))
             if met:
                 self._undo.append(refuse_compile(self.module))
         self._put_on(self.sequence)
+        if self.extras.compile:
+            self._compile(parts)
+
+    def _cache(self, parts: PartReuse | None, clock: Clock, context: CallContext) -> None:
+        """Makes what skips or reuses work, and puts on what is to stand inside of it."""
+        cache = self.extras.cache
+        if parts is not None:
+            self._let_compile(list(parts.hosts))
+            self.skipping = parts
+        elif isinstance(cache, TokenMerging):
+            self.skipping = Merging(self.module, cache, clock=clock, context=context)
+            self._let_compile([site.block for site in self.skipping.sites])
+        elif isinstance(cache, StackCache):
+            skeleton = skeleton_of(self.module)
+            self._let_compile(skeleton.units)
+            if self.extras.cuda_graphs:
+                self._capture(skeleton.units)
+            rule = rule_of(cache, curves_for(cache, self.name, self.module))
+            self.skipping = StackSkipping(
+                self.module, skeleton, cache, rule, clock=clock, context=context, group=self.mesh.sequence
+            )
+
+    def _let_compile(self, units: list[nn.Module]) -> None:
+        """By hand, where nothing else sees to that."""
+        if self.sequence is None and not self.extras.compile:
+            self._put_on(CompiledUnits(units))
+
+    def _compile(self, parts: PartReuse | None) -> None:
+        """What a cache puts on blocks stands outside; what it puts on their parts is compiled with them."""
+        if self.sequence is not None:
+            blocks, compiled = self.sequence.blocks, self.sequence.compiled
+        else:
+            units = CompiledUnits(repeated_blocks(self.module), parts.variant if parts else lambda _: None)
+            self._put_on(units)
+            blocks, compiled = units.units, units.compiled
+        options = {name: value for one in self.rewrites for name, value in one.compile_options().items()}
+        self.regional = Regional(self.module, blocks, compiled, options)
+        self._put_on(self.regional)
 
     def _parts(self, clock: Clock, context: CallContext) -> PartReuse | None:
         """What reuses parts of blocks; made before anything stands on these."""
@@ -197,7 +241,10 @@ class Standing:
             found.append(f"data parallel (data {degree(Axis.DATA)}) on {name}")
         if self.guidance:
             found.append(f"guidance parallel (cfg {degree(Axis.CFG)}) on {name}")
-        found += [f"{line} on {name}" for line in self.extras.lines()]
+        found += [f"{line} on {name}" for line in replace(self.extras, compile=False).lines()]
+        if self.regional:
+            kinds = ", ".join(f"{number} {kind}" for kind, number in self.regional.compiled.num_compiled.items())
+            found.append(f"compiled blocks on {name}: {kinds}")
         found += [line.replace(":", f" on {name}:", 1) for one in self.rewrites for line in one.lines()]
         return found
 

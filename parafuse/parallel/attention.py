@@ -7,6 +7,7 @@ P = R x U ranks of the sequence = ring degree x Ulysses degree.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,21 +32,27 @@ class SequenceAttention:
         self.sequence_group = "" if mesh.sequence is None else mesh.sequence.group_name
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call) -> Tensor:
+        """As `in_order`, for graphs that may differ by rank: no compiler may drop or move it."""
+        return sequence_attention(q, k, v, *self._facts(queries, keys, call))
+
+    def in_order(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call, after: Tensor | None
+    ) -> Tensor:
         """q (B, H, S, D), k (B, G, S', D), v (B, G, S', Dv) -> (B, H, S, Dv); filler rows of the result are zero.
 
         Bytes sent: `layout.ulysses_bytes` inside the Ulysses group, `layout.ring_bytes` of the heads held around the
         ring; for kept rows of the queries, one gather of them beside that. Ulysses: Jacobs et al. 2023,
         arXiv:2309.14509; ring: Liu et al. 2023, arXiv:2310.01889; both together: Fang and Zhao 2024,
-        arXiv:2405.07719."""
-        lengths = list(queries.lengths), list(keys.lengths)
+        arXiv:2405.07719. `after`: what the attention before it gave, so that all ranks meet in the same order."""
+        return attention_after(q, k, v, *self._facts(queries, keys, call), after)
+
+    def _facts(self, queries: Layout, keys: Layout, call: Call) -> tuple[Any, ...]:
         groups = self.ulysses_group, self.ring_group, self.sequence_group
-        kept = queries.kept, keys.kept
-        return sequence_attention(q, k, v, call.mask, *lengths, *kept, *groups, call.scale, call.is_causal)
+        lengths = list(queries.lengths), list(keys.lengths)
+        return (call.mask, *lengths, queries.kept, keys.kept, *groups, call.scale, call.is_causal)
 
 
-@keeps_order
-@torch.library.custom_op("parafuse::sequence_attention", mutates_args=())
-def sequence_attention(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
+def _attend(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -74,8 +81,7 @@ def sequence_attention(  # noqa: PLR0913, PLR0917 (an operator's arguments are f
     return with_everyone(out, queries, sequence_group)
 
 
-@sequence_attention.register_fake
-def _(  # noqa: PLR0913, PLR0917
+def _shape_of(  # noqa: PLR0913, PLR0917
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -91,6 +97,36 @@ def _(  # noqa: PLR0913, PLR0917
     if ulysses_group and kept_queries is None:
         return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
     return q.new_empty((batch, heads, rows, width))
+
+
+sequence_attention = keeps_order(torch.library.custom_op("parafuse::sequence_attention", _attend, mutates_args=()))
+sequence_attention.register_fake(_shape_of)
+
+
+@torch.library.custom_op("parafuse::attention_after", mutates_args=())
+def attention_after(  # noqa: PLR0913, PLR0917
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    kept_queries: int | None,
+    kept_keys: int | None,
+    ulysses_group: str,
+    ring_group: str,
+    sequence_group: str,
+    scale: float | None,
+    is_causal: bool,
+    after: Tensor | None,
+) -> Tensor:
+    """The same for graphs that are equal on all ranks: what comes `after` what orders it. Torch keeps no graph with an
+    ordered effect for a later process."""
+    lengths, groups = (query_lengths, key_lengths), (ulysses_group, ring_group, sequence_group)
+    return _attend(q, k, v, mask, *lengths, kept_queries, kept_keys, *groups, scale, is_causal)
+
+
+attention_after.register_fake(_shape_of)
 
 
 class RankAttention:

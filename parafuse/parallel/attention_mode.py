@@ -54,10 +54,10 @@ def run_on_rows(
 
     Everything that varies is an argument, so that torch.compile makes one graph of it for all blocks of a kind."""
 
-    calls = 0
+    calls, last = 0, None
 
     def attend(site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
-        nonlocal calls
+        nonlocal calls, last
         calls = site + 1
         if site >= len(sites):
             raise UnsupportedError("the block made more attention calls than when it was examined")
@@ -65,7 +65,8 @@ def run_on_rows(
         if queries is None or keys is None:
             return F.scaled_dot_product_attention(**own_rows(ranks, queries, call, given))
         check_mask(call.mask, queries, keys)
-        return attention(q, k, v, queries, keys, call)
+        last = attention.in_order(q, k, v, queries, keys, call, last)
+        return last
 
     with AttentionMode(attend):
         result = forward(*args, **kwargs)

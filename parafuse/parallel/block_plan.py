@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -92,8 +93,10 @@ def bind(plan: BlockPlan, leaves: Sequence[Any]) -> Lengths:
 class Bound:
     """One block call, split: local arguments, attention by site, and results that carry their rows."""
 
-    def __init__(self, plan: BlockPlan, leaves: list[Any], ranks: SequenceGroup, slices: dict[Any, Any]):
-        self.plan, self.ranks = plan, ranks
+    def __init__(
+        self, plan: BlockPlan, leaves: list[Any], ranks: SequenceGroup, slices: dict[Any, Any], *, own: bool = False
+    ):
+        self.plan, self.ranks, self._own = plan, ranks, own
         self.lengths = bind(plan, leaves)
         self._slices = slices
         self.local = [self._local(i, leaf) for i, leaf in enumerate(leaves)]
@@ -112,7 +115,10 @@ class Bound:
         # (tensors of inference mode do not tell). The leaf is kept alive, so that its id is its own.
         version = None if leaf.is_inference() else leaf._version
         if key not in self._slices or version is None or self._slices[key][1] != version:
-            self._slices[key] = (leaf, version, self.ranks.take(leaf, label.dim, layout))
+            rows = self.ranks.take(leaf, label.dim, layout)
+            # A part of a tensor on one rank is one with filler, so another tensor, on another: one graph serves both.
+            rows = rows.clone(memory_format=torch.contiguous_format) if self._own and rows._base is not None else rows
+            self._slices[key] = (leaf, version, rows)
         return self._slices[key][2]
 
     def layout(self, atoms: Atoms) -> Layout:

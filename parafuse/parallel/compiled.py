@@ -3,9 +3,9 @@ ranks. The exchanges are operators, so each block is one graph, and blocks of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,13 +15,18 @@ from torch.utils._pytree import TreeSpec
 from parafuse.errors import UnsupportedError
 from parafuse.parallel.attention_mode import run_on_rows
 from parafuse.parallel.block_plan import BlockPlan
-from parafuse.parallel.fingerprint import fingerprint
-from parafuse.parallel.hooks import Forward, override, override_forward
+from parafuse.parallel.effects import Parts
+from parafuse.parallel.fingerprint import SCALES, fingerprint
+from parafuse.parallel.hooks import Forward, OnForward, override, override_forward
+from parafuse.parallel.tiers import Compiler, Tally, Tiers, own_code
 from parafuse.parallel.traced import TracedBlocks
 from parafuse.parallel.whole_shapes import WholeShapes
 
+MAX_KINDS = 32
+"""Of blocks, by what they are made of, whose graphs are kept."""
 
-def call(forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
+
+def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A block in which nothing is split."""
     return forward(*args, **kwargs)
 
@@ -29,19 +34,22 @@ def call(forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
 class CompiledKind:
     """The compiled forms of all blocks that are alike, with the same options of `torch.compile`."""
 
+    way_out = ""
+
     def __init__(self, name: str, whole: WholeShapes | None, options: dict[str, Any]):
         self.name, self.options = name, options
-        self._run_on_rows = torch.compile(_own_code(run_on_rows, name), **options)
-        self._call = torch.compile(_own_code(call, name), **options)
+        self._run_on_rows: Callable[..., Any] = torch.compile(own_code(run_on_rows, name), **options)
+        self._call: Callable[..., Any] = torch.compile(own_code(call, name), **options)
         self._traced = TracedBlocks(name, whole, options) if whole is not None else None
 
-    def run_on_rows(self, *args: Any) -> tuple[Any, int]:
+    def run_on_rows(self, variant: Any, /, *args: Any) -> tuple[Any, int]:
+        """`variant`: what a graph is made for beside its arguments, where that is known."""
         with torch.no_grad(), self._own_errors():  # the operators have no backward
             return self._run_on_rows(*args)
 
-    def call(self, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
+    def call(self, variant: Any, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
         with self._own_errors():
-            return self._call(forward, *args, **kwargs)
+            return self._call(forward, args, kwargs)
 
     def on_whole_shapes(
         self, block: nn.Module, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec
@@ -60,7 +68,30 @@ class CompiledKind:
             if not type(error).__module__.startswith("torch._dynamo"):
                 raise
             why = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())
-            raise UnsupportedError(f"{self.name}: cannot be compiled under parafuse: {why}") from error
+            raise UnsupportedError(f"{self.name}: cannot be compiled under parafuse: {why}{self.way_out}") from error
+
+
+class RegionalKind(CompiledKind):
+    """The same as `Config(compile=True)` has it: two graphs for a bucket of calls (tiers.py), counted."""
+
+    way_out = (
+        " (compile=True compiles every repeated block as one whole graph: leave it out for this model; offload whole "
+        "blocks or components, not their parts)"
+    )
+
+    def __init__(self, name: str, whole: WholeShapes | None, tally: Tally):
+        self.name = name
+        self._rows, self._whole_calls = Tiers(run_on_rows, name, tally), Tiers(call, name, tally)
+        options: dict[str, Any] = dict(fullgraph=True, dynamic=False, backend=Compiler(name, tally))
+        self._traced = TracedBlocks(name, whole, options, tally) if whole is not None else None
+
+    def run_on_rows(self, variant: Any, /, *args: Any) -> tuple[Any, int]:
+        with torch.no_grad(), self._own_errors():
+            return self._rows(variant, *args)
+
+    def call(self, variant: Any, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
+        with self._own_errors():
+            return self._whole_calls(variant, forward, args, kwargs)
 
 
 class CompiledBlocks:
@@ -69,6 +100,7 @@ class CompiledBlocks:
     def __init__(self, whole: WholeShapes | None):
         self._whole = whole
         self._kinds: dict[str, list[CompiledKind]] = {}
+        self._regional: dict[str, RegionalKind] = {}
         self._asked: dict[nn.Module, CompiledKind] = {}
 
     def get(self, block: nn.Module) -> CompiledKind | None:
@@ -88,9 +120,28 @@ class CompiledBlocks:
 
         return compile
 
+    def compile_all(self, blocks: Iterable[nn.Module], tally: Tally) -> None:
+        """What `Config(compile=True)` means for these blocks; again where they are made of something else by now (an
+        adapter, other attention processors)."""
+        for block in blocks:
+            if block in self._asked and not isinstance(self._asked[block], RegionalKind):
+                continue  # compiled by hand since
+            kind = fingerprint(block, but=SCALES)
+            if kind not in self._regional:
+                if len(self._regional) >= MAX_KINDS:
+                    self._regional.pop(next(iter(self._regional)))
+                self._regional[kind] = RegionalKind(type(block).__name__, self._whole, tally)
+            self._asked[block] = self._regional[kind]
+
+    @property
+    def num_compiled(self) -> Counter[str]:
+        """Blocks by class."""
+        return Counter(type(block).__name__ for block in self._asked)
+
     def forget(self) -> None:
         self._asked.clear()
         self._kinds.clear()
+        self._regional.clear()
 
 
 class CompiledWhole:
@@ -125,47 +176,91 @@ class CompiledWhole:
 
 
 class CompiledUnits:
-    """What `block.compile(...)` means where calls of blocks are met but not split (a cache on one rank): the block's
-    own forward is compiled, and blocks of a kind share it. Taken off with parafuse."""
+    """What `block.compile(...)` means where calls of blocks are met but not split (a cache on one rank), and what
+    `Config(compile=True)` does there: the block's own forward is compiled, and blocks of a kind share it. Taken off
+    with parafuse."""
 
-    def __init__(self, units: list[nn.Module]):
-        self.units = units
-        self._blocks = CompiledBlocks(None)
+    def __init__(self, units: list[nn.Module], variant: Callable[[nn.Module], Any] = lambda _: None):
+        self.units, self._variant = units, variant
+        self.compiled = CompiledBlocks(None)
         self._undo: list[Callable[[], None]] = []
 
     def install(self) -> None:
         for unit in self.units:
             self._undo.append(override_forward(unit, lambda original, unit=unit: self._forward(unit, original)))
-            self._undo.append(override(unit, "compile", self._blocks.compile_method(unit, fingerprint(unit))))
+            self._undo.append(override(unit, "compile", self.compiled.compile_method(unit, fingerprint(unit))))
 
     def remove(self) -> None:
         """Puts both back as they were. No communication."""
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
-        self._blocks.forget()
+        self.compiled.forget()
 
     def _forward(self, unit: nn.Module, original: Forward) -> Forward:
+        compiled, variant = self.compiled, self._variant
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            compiled = self._blocks.get(unit)
-            return original(*args, **kwargs) if compiled is None else compiled.call(original, *args, **kwargs)
+            kind = compiled.get(unit)
+            if kind is None:
+                return original(*args, **kwargs)
+            return kind.call(variant(unit), original, *args, **kwargs)
 
         return forward
 
 
-def refuse_compile(module: nn.Module) -> Callable[[], None]:
+BY_BLOCKS = "its repeated blocks are compiled already (compile=True); leave that out to compile it as a whole."
+
+
+class Regional(OnForward):
+    """Compiles the repeated blocks of one denoiser: last of all that stands on it inside of its calls, and again where
+    its parts were replaced since the last one. No communication."""
+
+    def __init__(
+        self, root: nn.Module, blocks: list[nn.Module], compiled: CompiledBlocks, options: dict[str, Any] | None = None
+    ):
+        """`options`: of Inductor, for every graph."""
+        super().__init__(root)
+        self.blocks, self.compiled, self.tally = blocks, compiled, Tally(options=options or {})
+        self._parts = Parts(root)
+        self._refusal: Callable[[], None] | None = None
+
+    def install(self) -> None:
+        super().install()
+        if not is_refused(self.module):
+            self._refusal = refuse_compile(self.module, BY_BLOCKS)
+        self.compiled.compile_all(self.blocks, self.tally)
+
+    def remove(self) -> None:
+        """Puts back what stood there; what was compiled goes with the blocks. No communication."""
+        super().remove()
+        if self._refusal:
+            self._refusal()
+            self._refusal = None
+
+    def _forward(self, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._parts.have_other_objects():
+                self._parts = Parts(self.module)
+                self.compiled.compile_all(self.blocks, self.tally)
+            return original(*args, **kwargs)
+
+        return forward
+
+
+def refuse_compile(module: nn.Module, way_out: str = "") -> Callable[[], None]:
     """Makes `module.compile` say that its blocks are to be compiled; the returned function undoes it."""
+    way_out = way_out or (
+        "cannot be compiled as a whole under sequence parallel, a cache or the rewrite text; compile its blocks: "
+        "compile_repeated_blocks(fullgraph=True), or compile() on each of them."
+    )
 
     def refused(*_: Any, **__: Any) -> None:
-        raise UnsupportedError(
-            f"{type(module).__name__}: cannot be compiled as a whole under sequence parallel, a cache or the rewrite "
-            "text; compile its blocks: compile_repeated_blocks(fullgraph=True), or compile() on each of them."
-        )
+        raise UnsupportedError(f"{type(module).__name__}: {way_out}")
 
     return override(module, "compile", refused)
 
 
-def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A copy with a code object of its own: torch counts graphs, and gives up, by code object."""
-    code = function.__code__.replace(co_name=f"{name}.{function.__name__}")
-    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+def is_refused(module: nn.Module) -> bool:
+    """Whether something stands for `module.compile` already."""
+    return "compile" in vars(module)

@@ -22,13 +22,18 @@ def signature(leaf: Any) -> Any:
     return leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf).__name__
 
 
-def fingerprint(block: nn.Module) -> str:
-    """Equal for blocks that differ in weights only: class, submodules with their shapes, and all other attributes."""
+SCALES = ("scaling",)
+"""Numbers that adapters multiply with, as peft names them: calls set them and put them back."""
+
+
+def fingerprint(block: nn.Module, but: tuple[str, ...] = ()) -> str:
+    """Equal for blocks that differ in weights only: class, submodules with their shapes, and all other attributes
+    `but` for some."""
     facts = [
         (name, key, _fact(value))
         for name, module in block.named_modules()
         for key, value in sorted(vars(module).items())
-        if key not in _MODULE_STATE | _WHERE_FROM and not isinstance(value, (Tensor, nn.Module))
+        if key not in _MODULE_STATE | _WHERE_FROM and key not in but and not isinstance(value, (Tensor, nn.Module))
     ]
     return f"{type(block).__module__}.{block!r}{facts}"
 
@@ -62,10 +67,10 @@ _PLACING = {
 """Hooks of diffusers that move or cast weights."""
 _WHERE_FROM = {
     *"_name_or_path name_or_path _commit_hash _use_default_values".split(),
-    *"architectures dtype torch_dtype transformers_version".split(),
+    *"architectures dtype torch_dtype transformers_version target_name".split(),
 }
-"""Differs by machine, or by process (a set as a list), or is set when a model is saved; what a module does, it does not
-say."""
+"""Differs by machine, by process (a set as a list) or by layer (an adapter's), or is set when a model is saved; what a
+module does, it does not say."""
 _MODULE_STATE = {*vars(nn.Module()), "forward", "compile", "decode", "_hf_hook", "_old_forward", "_diffusers_hook"}
 """What torch keeps, and what is put on modules to run them: parafuse, hooks that name the rank's own device."""
 

@@ -31,6 +31,10 @@ class Reused(Protocol):
         """The attention calls that the block does not make."""
         ...
 
+    def variant(self, block: nn.Module) -> Any:
+        """What the call reuses, as a key: it is another graph for each."""
+        ...
+
     def explicit(self, block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec) -> Explicit:
         """The same call for what records a block without a look at the objects that it uses."""
         ...
@@ -41,6 +45,9 @@ class NothingReused:
 
     def left_out(self, block: nn.Module) -> frozenset[int]:
         return frozenset()
+
+    def variant(self, block: nn.Module) -> Any:
+        return None
 
     def explicit(self, block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec) -> Explicit:
         return Explicit(forward, leaves, spec, lambda result: result)

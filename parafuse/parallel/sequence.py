@@ -122,11 +122,15 @@ class SequenceParallel:
                     return call.finish(compiled.on_whole_shapes(block, plan, call.forward, call.leaves, call.spec))
                 return self.whole(plan, original, leaves, spec)
             if not plan.splits:
-                run = original if compiled is None else partial(compiled.call, original)
+                run = original
+                if compiled is not None:
+                    run = partial(compiled.call, self._reused.variant(block), original)
                 return run(*gather_all(args), **gather_all(kwargs))
-            bound = Bound(plan, leaves, self.ranks, self._slices)
+            bound = Bound(plan, leaves, self.ranks, self._slices, own=compiled is not None)
             local_args, local_kwargs = tree_unflatten(bound.local, spec)
-            run = run_on_rows if compiled is None else compiled.run_on_rows
+            run: Any = run_on_rows
+            if compiled is not None:
+                run = partial(compiled.run_on_rows, self._reused.variant(block))
             left_out = self._reused.left_out(block)
             sites = tuple(site for number, site in enumerate(bound.sites) if number not in left_out)
             result, calls = run(original, local_args, local_kwargs, sites, self.attention, self.ranks)

@@ -3,6 +3,7 @@ Python once on fake tensors, then compiled. torch.compile alone cannot look thro
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from parafuse.parallel.held import Held
 from parafuse.parallel.hooks import Forward
 from parafuse.parallel.layout import Layout
 from parafuse.parallel.shard import Sharded
+from parafuse.parallel.tiers import Tally
 from parafuse.parallel.whole_shapes import WholeShapes
 
 MAX_GRAPHS = 64
@@ -78,8 +80,10 @@ class TracedBlock:
 class TracedBlocks:
     """Graphs of one kind of block. Blocks whose records are the same, to the letter, share what is compiled."""
 
-    def __init__(self, name: str, whole: WholeShapes, options: dict[str, Any]):
-        self.name, self.whole, self.options = name, whole, options
+    def __init__(self, name: str, whole: WholeShapes, options: dict[str, Any], tally: Tally | None = None):
+        self.name, self.whole, self.options, self.tally = name, whole, options, tally or Tally()
+        by_hand = "compile it without fullgraph=True (it then runs uncompiled)"
+        self.way_out = by_hand if tally is None else "leave compile=True out"
         self._blocks: dict[nn.Module, TracedBlock] = {}
         self._compiled: dict[Any, Callable[..., list[Any]]] = {}
         self._keys: set[Any] = set()
@@ -126,8 +130,7 @@ class TracedBlocks:
     def _give_up(self, why: str, error: Exception | None = None) -> None:
         if self.options.get("fullgraph"):
             raise UnsupportedError(
-                f"{self.name}: is no single graph on split tokens ({why}); compile it without fullgraph=True (it then "
-                "runs uncompiled), or run it on one rank."
+                f"{self.name}: is no single graph on split tokens ({why}); {self.way_out}, or run it on one rank."
             ) from error
         if why not in self._said:
             note(f"{self.name}: runs uncompiled ({why})")
@@ -153,6 +156,7 @@ class TracedBlocks:
             return [x.local if isinstance(x, Sharded) else x for x in flat]
 
         trace = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
+        begun = time.perf_counter()
         try:
             with torch.no_grad():
                 graph: GraphModule = trace(kept, _tensors(leaves))
@@ -160,6 +164,7 @@ class TracedBlocks:
                 raise NotOneGraphError("it changes what it holds when it is called")
         finally:
             traced.held.restore()
+            self.tally.recorded_s += time.perf_counter() - begun
         constants = tuple(id(getattr(graph, str(n.target))) for n in graph.graph.nodes if n.op == "get_attr")
         inputs = tuple(map(_fact, (*kept, *_tensors(leaves))))
         record = (graph.code, constants, inputs)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from parafuse.engine.quantize.roles import FILE, pattern_of
-from parafuse.engine.stack import repeated_blocks
+from parafuse.engine.stack import named_blocks
 from tests.zoo.case import Case
 from tests.zoo.collect import cases, inputs_of, outputs, randomized
 
@@ -31,7 +31,7 @@ def seen(case: Case) -> dict[str, set[bool]]:
 
         layer.register_forward_pre_hook(note)
 
-    for block, module in repeated_blocks(model).items():
+    for block, module in named_blocks(model).items():
         for name, layer in module.named_modules():
             if isinstance(layer, nn.Linear):
                 watch(f"{block}.{name}", layer)

@@ -12,7 +12,7 @@ import parafuse
 from parafuse.engine.quantize.choose import ADAPTER, MODULATION, NAMED, OUTSIDE, choose
 from parafuse.engine.quantize.report import ranges
 from parafuse.engine.quantize.roles import measured, pattern_of, sees_samples
-from parafuse.engine.stack import repeated_blocks
+from parafuse.engine.stack import named_blocks
 from parafuse.errors import ConfigError
 from parafuse.quantization import Fp8, Fp8Weight, Int8
 from tests.models import build
@@ -49,7 +49,7 @@ def test_a_class_that_nobody_measured_is_told_by_what_holds_its_layers(
     for name, case in cases().items():
         kind = name.partition(":")[0]
         model = case.build()
-        for block, module in repeated_blocks(model).items():
+        for block, module in named_blocks(model).items():
             for path, holder in module.named_modules():
                 for child, layer in holder.named_children():
                     full = ".".join(filter(None, (block, path, child)))
@@ -162,4 +162,4 @@ def test_blocks_inside_of_blocks_count_once() -> None:
     outer.embedder = Block()  # declared too, and no repeated one
     outer.blocks = nn.ModuleList([Block(), Block()])
     outer.blocks[0].inner = nn.ModuleList([Block()])
-    assert list(repeated_blocks(outer)) == ["blocks.0", "blocks.1"]
+    assert list(named_blocks(outer)) == ["blocks.0", "blocks.1"]

@@ -331,7 +331,7 @@ def test_a_handle_sets_it_aside() -> None:
     rewrite = FusedProjections(model)
     rewrite.install()
     with parafuse.apply(model, parafuse.Config(cache="interval:2")) as handle:
-        handle._on[0][1].rewrites = [rewrite]  # pyright: ignore[reportAttributeAccessIssue]
+        handle._on[0][1].rewrites = [rewrite]
         with handle.set_aside():
             assert rewrite.num_on == 0
             call(model, inputs("flux", ODD))

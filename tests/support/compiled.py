@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.registry import lookup_backend
 
 import parafuse
 from parafuse.engine.stack import block_stack
 from parafuse.engine.verify import relative_error
 from parafuse.errors import ParafuseError
+from parafuse.parallel import tiers
 from tests.dist.ranks import RankFailure, run_ranks
+from tests.graphs import Graphs
 from tests.support.cells import EXACT, LAYOUTS, ROUNDED, Layout
 from tests.zoo.case import Case
 from tests.zoo.collect import cases, inputs_of, outputs, randomized
@@ -34,7 +36,7 @@ WITH_INDUCTOR = (
 
 @dataclass
 class Compiled:
-    """`block.compile(fullgraph=True)` on every block of one case in one layout."""
+    """`Config(compile=True)` on one case in one layout."""
 
     plain: int | None = None
     """Graphs on one rank without parafuse; None: torch cannot make one graph of a block."""
@@ -80,16 +82,17 @@ def measure(name: str, layout: Layout, backend: str) -> Compiled:
     model = randomized(case.build()).eval()
     want = [outputs(model, inputs_of(case, case.sizes, seed=step + 1)) for step in range(STEPS)]
     try:
-        found.plain = _run(case, model, "aot_eager")[0]
+        found.plain = _run(case, model, _by_hand(model))[0]
     except Exception as error:
         if not type(error).__module__.startswith("torch._dynamo"):
             raise
     for block in block_stack(model):
         block._compiled_call_impl = None
     ring, ulysses = layout
-    with parafuse.apply(model, parafuse.Config(parallel=parafuse.Parallel(ring=ring, ulysses=ulysses))):
+    config = parafuse.Config(parallel=parafuse.Parallel(ring=ring, ulysses=ulysses), compile=True)
+    with mock.patch.object(tiers, "BACKEND", backend), parafuse.apply(model, config) as handle:
         try:
-            found.graphs, found.later, got = _run(case, model, backend)
+            found.graphs, found.later, got = _run(case, model, lambda: _made(handle))
         except ParafuseError as refusal:
             found.refused = str(refusal)
             return found
@@ -97,21 +100,23 @@ def measure(name: str, layout: Layout, backend: str) -> Compiled:
     return found
 
 
-def _run(case: Case, model: nn.Module, backend: str) -> tuple[int, int, list[list[Tensor]]]:
-    """(graphs of two steps, graphs of a third one, what each step gives)."""
+def _by_hand(model: nn.Module) -> Callable[[], int]:
+    """Compiles every block as a user would without parafuse; the returned function gives the number of graphs."""
     torch.compiler.reset()
-    graphs = 0
-    make: Any = lookup_backend(backend)
-
-    def counting(module: Any, inputs: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return make(module, inputs)
-
+    graphs = Graphs()
     for block in block_stack(model):
-        block.compile(fullgraph=True, backend=counting)
+        block.compile(fullgraph=True, backend=graphs)
+    return lambda: graphs.made
+
+
+def _made(handle: parafuse.Handle) -> int:
+    return sum(one.tally.graphs.total() for one in handle.compiled.values())
+
+
+def _run(case: Case, model: nn.Module, graphs: Callable[[], int]) -> tuple[int, int, list[list[Tensor]]]:
+    """(graphs of two steps, graphs of a third one, what each step gives)."""
     got, made = [], []
     for step in range(STEPS):
         got.append(outputs(model, inputs_of(case, case.sizes, seed=step + 1)))
-        made.append(graphs)
+        made.append(graphs())
     return made[1], made[2] - made[1], got

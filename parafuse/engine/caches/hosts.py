@@ -7,8 +7,7 @@ from torch import nn
 from parafuse.cache import Cache, StackCache, TGateCache, TokenMerging
 from parafuse.engine.caches.anatomy import TIME, may_have
 from parafuse.engine.caches.schedules import CROSS, SELF
-from parafuse.engine.caches.units import is_unet
-from parafuse.engine.stack import block_stack
+from parafuse.engine.stack import block_stack, is_unet
 from parafuse.errors import UnsupportedError
 
 

@@ -175,6 +175,11 @@ class PartReuse(Caching):
         """The attention calls that a block does not make in the call at hand."""
         return self.hosts[block].left_out if block in self.hosts else frozenset()
 
+    def variant(self, block: nn.Module) -> Any:
+        """What its parts do in the call at hand."""
+        cell = self.hosts[block].cell if block in self.hosts else None
+        return (tuple(cell.reuses), tuple(cell.copies)) if cell is not None and cell.is_on else None
+
     def explicit(self, block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec) -> Explicit:
         """The same call with what passes through the cell as arguments and results."""
         cell = self.hosts[block].cell if block in self.hosts else Cell()

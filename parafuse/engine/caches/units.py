@@ -10,7 +10,7 @@ from torch import nn
 
 from parafuse.cache import TRANSFORMER, UNET
 from parafuse.engine.caches.streams import Seen
-from parafuse.engine.stack import block_stack
+from parafuse.engine.stack import block_stack, is_unet
 from parafuse.errors import UnsupportedError
 
 
@@ -121,11 +121,6 @@ class Levels:
 def skeleton_of(module: nn.Module) -> Skeleton:
     """How a denoiser can be skipped. Raises UnsupportedError where it cannot."""
     return Levels(module) if is_unet(module) else Stack(module)
-
-
-def is_unet(module: nn.Module) -> bool:
-    """Whether a denoiser goes down to smaller resolutions and up again."""
-    return hasattr(module, "down_blocks") and hasattr(module, "up_blocks")
 
 
 def _layers(blocks: nn.ModuleList) -> list[nn.Module]:

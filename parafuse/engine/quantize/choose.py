@@ -11,7 +11,7 @@ from torch import nn
 
 from parafuse.engine.quantize.pack import is_packed, method_of
 from parafuse.engine.quantize.roles import pattern_of, sees_samples
-from parafuse.engine.stack import repeated_blocks
+from parafuse.engine.stack import named_blocks
 from parafuse.errors import ConfigError, nearest
 from parafuse.quantization import Quantize
 
@@ -38,7 +38,7 @@ class Choice:
 
 def choose(component: str, model: nn.Module, method: Quantize) -> Choice:
     """Looks through a component's linear layers. Raises ConfigError for a name in `skip` that it has not."""
-    blocks = repeated_blocks(model)
+    blocks = named_blocks(model)
     choice = Choice(component)
     shared = Counter(id(module.weight) for module in model.modules() if isinstance(module, nn.Linear))
     skipped = _skipped(component, model, method)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from parafuse.engine.rewrites.fusable import SOURCES, Trials, attentions, projections, why_not_plain
+from parafuse.engine.rewrites.rewrite import Rewrite
 from parafuse.errors import ConfigError
 from parafuse.log import note
 from parafuse.parallel.hooks import override
@@ -31,7 +32,7 @@ STATE = frozenset(vars(nn.Module()))
 """What torch keeps in a module; of it only submodules are changed."""
 
 
-class FusedProjections:
+class FusedProjections(Rewrite):
     """The joint projections of one denoiser. All ranks do the same with it; no communication.
 
     An attention on whose projections an adapter is loaded later runs as it was as long as that is there."""
@@ -256,6 +257,11 @@ def gain(rows: int, width: int, processors: int = PROCESSORS) -> float:
         return math.ceil(tiles / processors)
 
     return 3 * rounds(width) / rounds(3 * width)
+
+
+def why_not(module: nn.Module) -> str:
+    """Why a denoiser cannot have it, as far as is known before it is tried."""
+    return "" if attentions(module) else "has no attention with separate projections"
 
 
 def why_not_auto(module: nn.Module) -> str:

@@ -52,6 +52,15 @@ class Rewrite(ABC):
         """Parts of the model whose calls it meets: these are compiled one by one, not the model as a whole."""
         return []
 
+    def compile_options(self) -> dict[str, Any]:
+        """Of Inductor, for every compiled block."""
+        return {}
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, weights are as the model was loaded with them: to be saved."""
+        yield
+
     def outermost(self) -> OnForward | None:
         """What meets every call, also those that another rank makes."""
         return None

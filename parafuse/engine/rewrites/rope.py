@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from parafuse.engine.rewrites.rewrite import Rewrite
+
 NAME = "rope"
 PLACE = "post_grad_custom_pre_pass"
 """Inductor's option for passes over graphs of plain operators, before its own."""
@@ -66,7 +68,7 @@ def why_not_auto(module: nn.Module, *, compiles: bool) -> str:
     return "" if weight is not None and weight.is_cuda else "does not pay on a CPU: 1% slower there"
 
 
-class JoinedLast:
+class JoinedLast(Rewrite):
     """It as one of the rewrites of a denoiser: what compiles its blocks takes `options`."""
 
     def __init__(self, module: nn.Module):
@@ -78,6 +80,9 @@ class JoinedLast:
 
     def remove(self) -> None:
         """What was compiled goes with what compiled it."""
+
+    def compile_options(self) -> dict[str, Any]:
+        return self.options
 
     def lines(self) -> list[str]:
         return lines_of(self.options)

@@ -1,0 +1,42 @@
+"""What stood on a pipeline in one request, and what it did: the part of the receipt that handles tell."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from parafuse.config import Axis
+from parafuse.engine.apply import Handle
+from parafuse.engine.quantize.report import report as quantized
+from parafuse.log import note
+from parafuse.parallel.comm import Count, since
+
+Seen = dict[Any, Counter[str]]
+"""What shares calls -> what it had seen before the request."""
+
+
+def seen_by(handle: Handle) -> Seen:
+    return {one: Counter(one.seen) for one in (*handle.guidance.values(), *handle.data.values())}
+
+
+def told_by(handle: Handle, seen: Seen, exchanged: Mapping[str, Count]) -> dict[str, Any]:
+    """`seen`, `exchanged`: as they were before the request."""
+    return {
+        "quantized": quantized(handle.quantized.values()),
+        "applied": list(handle.applied),
+        "guidance": {name: one.report(seen[one]) for name, one in handle.guidance.items()},
+        "data": {name: one.report(seen[one]) for name, one in handle.data.items()},
+        "exchanged": {
+            name: vars(count) for name, count in since(handle.exchanged(), dict(exchanged)).items() if count.calls
+        },
+    }
+
+
+def say_idle(handle: Handle, seen: Seen) -> None:
+    """One line for an axis on which this request had nothing to share."""
+    for axis, parts in ((Axis.CFG, handle.guidance), (Axis.DATA, handle.data)):
+        new = sum(((one.seen - seen[one]) for one in parts.values()), Counter[str]())
+        if parts and not new["cut"] and not new["together"]:
+            degree = handle.mesh.degree(axis) if handle.mesh else 1
+            note(f"{axis} {degree}: nothing could be shared in this request; its ranks did the same")

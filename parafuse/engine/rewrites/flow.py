@@ -107,7 +107,10 @@ class Flow(TorchDispatchMode):
 
 
 def storage_of(x: Tensor) -> int | None:
-    """The same for views of one tensor; None for one that wraps others."""
+    """The same for views of one tensor; None for one that wraps others, which must not be asked: tokens that are split
+    would be gathered for it."""
+    if type(x) not in (Tensor, nn.Parameter):
+        return None
     try:
         return int(x.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):

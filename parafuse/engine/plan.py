@@ -48,7 +48,7 @@ class Plan:
     cuda_graphs: bool = False
     """Whether that is captured as CUDA graphs."""
     rewrites: str = ""
-    """Exact changes of what a denoiser computes, by name."""
+    """Exact changes of what a denoiser computes, by name; "auto" stays: which of them pay is told by the first call."""
     calibration: dict[str, Any] | None = None
     """What the file that the cache names holds: so every rank has it, and a plan runs where the file is not."""
     replay: dict[str, list[str]] | None = None
@@ -64,7 +64,7 @@ class Plan:
             raise ConfigError(f"plan.degrees={self.degrees!r}: must give a degree for each of {', '.join(Axis)}.")
         if not isinstance(self.world_size, int) or isinstance(self.world_size, bool) or self.world_size < 1:
             raise ConfigError(f"plan.world_size={self.world_size!r}: must be a whole number of at least 1.")
-        for name, value in (("device", self.device), ("dtype", self.dtype), ("rewrites", self.rewrites)):
+        for name, value in (("device", self.device), ("dtype", self.dtype)):
             if value == "auto":
                 raise ConfigError(f"plan.{name}='auto': a plan is explicit; only a Config may say 'auto'.")
         parallel = Parallel(**cast("dict[str, Any]", self.degrees))

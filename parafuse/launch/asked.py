@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from parafuse.config import Config
 from parafuse.engine.plan import Plan
 from parafuse.errors import ConfigError
 
@@ -48,6 +49,15 @@ class Asked:
             raise ConfigError(f"--ranks {self.ranks}: must be at least 1.")
         if self.quiet and self.verbose:
             raise ConfigError("--quiet and --verbose exclude each other; give one of them.")
+
+
+def refuse_extras(command: str, config: Config, names: Sequence[str], way_out: str) -> None:
+    """Raises ConfigError for what a command would ignore."""
+    for name in names:
+        value = getattr(config, name)
+        if value:
+            shown = f"={value}" if not isinstance(value, bool) else ""
+            raise ConfigError(f"{command}: --{name.replace('_', '-')}{shown}: {way_out}")
 
 
 def number_of_ranks(asked: Asked, plan: Plan | None = None) -> int:

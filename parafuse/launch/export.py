@@ -10,7 +10,7 @@ from typing import Any
 from parafuse.config import Config, Parallel
 from parafuse.errors import ConfigError
 from parafuse.launch import quiet
-from parafuse.launch.asked import Asked
+from parafuse.launch.asked import Asked, refuse_extras
 from parafuse.launch.generate import check_writable
 from parafuse.launch.keywords import one_step_call
 from parafuse.launch.options import Option, build, given
@@ -42,8 +42,8 @@ def prepare(prompt: str | None, export: Export, options: list[Option], typed: di
     from parafuse.engine.source import locate
 
     config = build(Config.from_file(export.config) if export.config else Config(), given(options, typed))
-    if config.cache is not None:
-        raise ConfigError(f"--config {export.config!r}: has a cache, which no exported plan can have; leave it out.")
+    names = ("cache", "quantize", "compile", "cuda_graphs", "rewrites")
+    refuse_extras("export-plan", config, names, "no exported plan can have it; leave it out.")
     if "RANK" in os.environ or config.parallel != Parallel():
         raise ConfigError("export-plan: runs on one rank, whatever the plan is for; leave launcher and degrees out.")
     source = locate(export.model, allow_pickle=config.allow_pickle)

@@ -104,7 +104,7 @@ class Option:
         """As typer wants it. Values arrive as text: `parse` has the better messages. None: not given."""
         kind: Any = list[str] if self.is_many else bool if self.is_switch else str
         shown = f"{self.default:g}" if isinstance(self.default, float) else self.default
-        text = self.help if shown in (None, False, ()) else f"{self.help} (Default: {shown})"
+        text = self.help if shown in (None, False, (), "") else f"{self.help} (Default: {shown})"
         info = typer.Option(self.flag, help=text, metavar=self.metavar, show_default=False, rich_help_panel=self.panel)
         annotation = Annotated[kind | None, info]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

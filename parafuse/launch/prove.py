@@ -12,13 +12,14 @@ from parafuse.cache import Cache, cache_of
 from parafuse.config import Axis, Config
 from parafuse.errors import ConfigError
 from parafuse.launch import quiet
-from parafuse.launch.asked import Asked, number_of_ranks
+from parafuse.launch.asked import Asked, number_of_ranks, refuse_extras
 from parafuse.launch.bench.case import ALONE, REPLICATED, WAYS, Case, Variant
 from parafuse.launch.bench.command import check_packages
 from parafuse.launch.bench.record import save_beside
 from parafuse.launch.keywords import call_for_prompts
 from parafuse.launch.options import Option, build, given
 from parafuse.launch.prompts import prompts_of
+from parafuse.quantization import Quantize, quantize_of
 
 BASELINE = Variant(name="plain", way="plain")
 OURS = "parafuse"
@@ -66,6 +67,8 @@ def prepare(prompt: str | None, proof: Proof, options: list[Option], typed: dict
 
     check_packages("prove")
     config = build(Config.from_file(proof.config) if proof.config else Config(), given(options, typed))
+    refuse_extras("prove", config, ("compile",), "ways with compiled blocks are timed beside the others; leave it out.")
+    refuse_extras("prove", config, ("cuda_graphs", "rewrites"), "is not timed here; leave it out.")
     world_size = number_of_ranks(proof)
     source = locate(proof.model, allow_pickle=config.allow_pickle)
     plan = resolve(config, source, world_size)
@@ -76,7 +79,7 @@ def prepare(prompt: str | None, proof: Proof, options: list[Option], typed: dict
         theme=f"prove-{Path(proof.model).name}",
         model=proof.model,
         baseline=BASELINE.name,
-        variants=_variants(plan.degrees, world_size, proof.peers, cache_of(config.cache)),
+        variants=_variants(plan.degrees, world_size, proof.peers, cache_of(config.cache), quantize_of(config.quantize)),
         call=call | {"prompt": prompts[0]},
         seed=proof.seed or 0,
         rounds=proof.rounds,
@@ -85,7 +88,9 @@ def prepare(prompt: str | None, proof: Proof, options: list[Option], typed: dict
     return ProofJob(proof=proof, case=case, config=config, world_size=world_size, prompts=prompts)
 
 
-def _variants(degrees: dict[str, int], ranks: int, peers: bool, cache: Cache | None = None) -> tuple[Variant, ...]:
+def _variants(
+    degrees: dict[str, int], ranks: int, peers: bool, cache: Cache | None = None, method: Quantize | None = None
+) -> tuple[Variant, ...]:
     """Plain diffusers, the plan that parafuse chose, both compiled, the plan with a cache, and what others offer."""
     found = [BASELINE, Variant(name="plain + compile", way="plain", compile=True, may_fail=True)]
     if ranks == 1:
@@ -99,6 +104,9 @@ def _variants(degrees: dict[str, int], ranks: int, peers: bool, cache: Cache | N
     if cache is not None:
         name = f"{OURS} ({', '.join(part for part in (_said(degrees), f'cache {cache.brief}') if part)})"
         found.append(dataclasses.replace(found[2], name=name, cache=str(cache), may_fail=True))
+    if method is not None:
+        name = f"{OURS} ({', '.join(part for part in (_said(degrees), f'quantize {method.brief}') if part)})"
+        found.append(dataclasses.replace(found[2], name=name, quantize=str(method), may_fail=True))
     if peers:
         ways = [way for way in WAYS if way not in ("plain", OURS)]
         found += [Variant(name=way, way=way) for way in ways if way in (*ALONE, *REPLICATED) or ranks > 1]

@@ -16,7 +16,7 @@ from parafuse.cache import cache_of
 from parafuse.config import DTYPES, Config, Parallel
 from parafuse.errors import ConfigError, MismatchError
 from parafuse.launch import quiet
-from parafuse.launch.asked import Asked, number_of_ranks
+from parafuse.launch.asked import Asked, number_of_ranks, refuse_extras
 from parafuse.launch.keywords import call_for_prompts, one_step_call
 from parafuse.launch.options import Option, build, given
 from parafuse.launch.prompts import prompts_of
@@ -89,14 +89,17 @@ def prepare(prompt: str | None, trial: Trial, options: list[Option], typed: dict
             f"--{lossy[0].what} {lossy[0].brief}: changes what verify holds to be the same; leave it out, or give "
             "--quality to compare pictures."
         )
+    if not trial.quality:
+        way_out = "layouts are held against each other without it; leave it out, or give --quality to compare pictures."
+        refuse_extras("verify", config, ("compile", "cuda_graphs", "rewrites"), way_out)
     world_size = number_of_ranks(trial)
-    if world_size == 1 and trial.against is None and not lossy:
+    if world_size == 1 and trial.against is None and not lossy and not (config.compile or config.rewrites):
         way_out = ", or another dtype with --against, or --cache or --quantize" if trial.quality else ""
         raise ConfigError(f"--ranks 1: one rank has nothing to be compared with; give --ranks 2 or more{way_out}.")
     source = locate(trial.model, allow_pickle=config.allow_pickle)
     if trial.quality:
         plan = resolve(config, source, world_size)
-        if world_size == 1 and plan.dtype == trial.against and not lossy:
+        if world_size == 1 and plan.dtype == trial.against and not (lossy or config.compile or config.rewrites):
             raise ConfigError(f"--against {trial.against!r}: is what one rank would run too; give another --dtype.")
         prompts = prompts_of(source, prompt, trial.prompts, trial.first)
         call = call_for_prompts(trial, source, prompts)

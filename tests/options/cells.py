@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache as cached
 from typing import Any
 
@@ -74,7 +74,7 @@ OPTIONS: dict[str, Option] = {
     "rewrites modulation": Option({"rewrites": "modulation"}, is_exact=True),
     "rewrites rope and compile": Option({"rewrites": "rope", "compile": True}, is_exact=True),
     "all of them": Option(
-        {"quantize": "int8-weight:min_features=8", "compile": True, "rewrites": "qkv,modulation,rope"},
+        {"quantize": "int8-weight:min_features=8", "compile": True, "rewrites": "modulation,rope"},
     ),
 }
 SETTINGS: dict[str, Setting] = {
@@ -155,7 +155,3 @@ def _off(found: Tensor, want: Tensor) -> float:
     if found.shape != want.shape or not bool(found.isfinite().all()):
         return float("inf")
     return float((found - want).abs().max() / want.abs().max())
-
-
-def without(option: Option, name: str) -> Option:
-    return replace(option, config={key: value for key, value in option.config.items() if key != name})

@@ -49,8 +49,8 @@ test-caches: setup ## Run the tests of caches, and hold a part of docs/cache-sup
 	$(BIN)/python -m pytest tests/caches --collected-floor tests/collected_floor_caches.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.caches --fixed-part
 
-test-options: setup ## Run the tests of quantization and rewrites, and hold a part of docs/options-support.md (five minutes)
-	$(BIN)/python -m pytest tests/quantize tests/rewrites --collected-floor tests/collected_floor_options.txt
+test-options: setup ## Run the tests of quantization, compile and rewrites, and hold a part of docs/options-support.md (five minutes)
+	$(BIN)/python -m pytest tests/quantize tests/rewrites tests/options --collected-floor tests/collected_floor_options.txt
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.options --fixed-part
 
 options: setup ## Try quantization, compile and rewrites beside everything else: docs/options-support.md (half an hour)

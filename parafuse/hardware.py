@@ -108,18 +108,29 @@ def num_cuda_devices() -> int:
     CUDA_VISIBLE_DEVICES is followed as CUDA does: the list ends at the first entry that is no device."""
     if torch_cuda_build() is None:
         return 0
-    number = len(gpus()[1])
+    return len(_visible(len(gpus()[1])))
+
+
+def visible_gpus() -> list[Gpu]:
+    """Those of CUDA_VISIBLE_DEVICES; all of them where it names some by their identity, which is not looked up."""
+    found = gpus()[1]
+    places = _visible(len(found))
+    return found if None in places else [found[place] for place in places if place is not None]
+
+
+def _visible(number: int) -> list[int | None]:
+    """Places of the devices that CUDA shows, of so many; None for one that is named by its identity."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return number
-    count = 0
+        return list(range(number))
+    places: list[int | None] = []
     for entry in visible.split(","):
         name = entry.strip()
         is_index = name.isdigit() and int(name) < number
         if not is_index and not name.startswith(("GPU-", "MIG-")):
             break
-        count += 1
-    return count
+        places.append(int(name) if is_index else None)
+    return places
 
 
 def gpus() -> tuple[str | None, list[Gpu]]:

@@ -119,5 +119,7 @@ def quantize_of(value: Any) -> Quantize | None:
     if value is None or type(value) in METHODS.values():
         return value
     if not isinstance(value, str):
-        raise ConfigError(f"quantize={value!r}: must be a text such as 'fp8', a parafuse.Quantize, or None.")
+        raise ConfigError(
+            f"quantize={value!r}: must be a text such as 'fp8', a parafuse.Fp8 or another method, or None."
+        )
     return read("quantize", value, METHODS)

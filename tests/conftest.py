@@ -30,6 +30,7 @@ SUITES = (
     "caches",
     "quantize",
     "rewrites",
+    "options",
     "drop_in",
     "measuring",
 )  # the fastest answer first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -21,16 +21,17 @@ from parafuse.engine.caches.clock import Clock, schedulers_of
 from parafuse.engine.caches.memory import Memory
 from parafuse.engine.devices import remove_offload
 from parafuse.engine.extras import Extras
-from parafuse.engine.following import Component, follow, is_manager, managed
+from parafuse.engine.following import Component, follow
 from parafuse.engine.host_times import host_times
 from parafuse.engine.plan import Plan
 from parafuse.engine.plan_store import key_for
-from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, quantize
+from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, existing, quantize
 from parafuse.engine.quantize.report import lines
 from parafuse.engine.rewrites.choose import STEPWISE, Beside, choices
 from parafuse.engine.source import ModelSource
 from parafuse.engine.stack import block_stack, repeated_blocks
 from parafuse.engine.standing import Standing, standing_on
+from parafuse.engine.targets import DENOISERS, STACKS, Wanted, denoisers, wanted_of, weighty
 from parafuse.errors import ConfigError
 from parafuse.log import note
 from parafuse.parallel.block_plan import BlockPlan
@@ -43,14 +44,6 @@ from parafuse.parallel.mesh import Mesh, hold, make_mesh, release
 from parafuse.parallel.sequence import SequenceParallel
 from parafuse.parallel.world import ensure_world
 from parafuse.quantization import Quantize
-
-STACKS = ("transformer", "transformer_2", "unconditional_transformer")
-"""Pipeline components that hold a block stack, where they are present: what sequence parallel splits."""
-DENOISERS = (
-    *STACKS, "unet", "image_unet", "text_unet", "prior", "prior_prior", "decoder", "super_res_first", "super_res_last",
-)  # fmt: skip
-"""Components that a pipeline calls in every step."""
-DECODERS = ("vae", "movq", "vqgan", "vqvae")
 
 
 @dataclass
@@ -76,6 +69,8 @@ class Handle:
     """Component -> what was done to its layers."""
     compiled: dict[str, Regional] = field(default_factory=dict[str, Regional])
     """Component -> its compiled blocks."""
+    _replaced: list[Quantized] = field(default_factory=list[Quantized])
+    """Of components that are others by now."""
     rounds: Rounds = field(default_factory=Rounds)
     clock: Clock = field(default_factory=Clock)
     """The step that a call belongs to, for caches."""
@@ -109,20 +104,33 @@ class Handle:
             release(self.mesh)
         self._is_off = True
 
-    def quantize_weights(self, target: Any) -> None:
-        """Quantizes what is to be and is not yet. Local. Raises ConfigError before anything is changed."""
+    def quantize_weights(self, target: Any, arriving: Sequence[Component] = ()) -> None:
+        """Quantizes what is to be and is not yet, and sees what is already. Local. Raises ConfigError before anything
+        is changed."""
+        parts, encoders = weighty(target, arriving)
+        done = existing([*parts, *encoders])
         if self.quantize is not None:
-            asked = asked_of(denoisers(target, DENOISERS, required=False), target, self.quantize)
-            for one in quantize(asked, self.quantize):
-                if one.choice.layers or one.choice.component not in self.quantized:
-                    self.quantized[one.choice.component] = one
-            self._tell()
+            found = quantize(asked_of(parts, encoders, self.quantize, required=False), self.quantize)
+            done |= {one.choice.component: one for one in found}
+        self.keep_quantized(done.values())
+
+    def keep_quantized(self, done: Iterable[Quantized]) -> None:
+        """What was done, for receipts and `remove`. The first word on a component counts, as long as that stays."""
+        for one in done:
+            name = one.choice.component
+            known = self.quantized.get(name)
+            if known is None or known.model is not one.model:
+                self._replaced += [known] if known is not None else []
+                self.quantized[name] = one
+        self._tell()
 
     def _put_weights_back(self) -> None:
-        left = [name for name, one in self.quantized.items() if one.choice.layers and one.undo is None]
-        for one in self.quantized.values():
+        both = [*self._replaced, *self.quantized.values()]
+        left = [one.choice.component for one in both if one.choice.layers and one.undo is None]
+        for one in both:
             if one.undo is not None:
                 one.undo()
+        self._replaced.clear()
         if left:
             note(
                 f"{', '.join(left)}: stays quantized: the original weights are not kept (keep_originals=true keeps "
@@ -183,6 +191,11 @@ class Handle:
             *(line for name, one in self._on for line in one.lines(name)),
         ]
 
+    @property
+    def is_off(self) -> bool:
+        """Whether it was taken off."""
+        return self._is_off
+
     def stands_on(self, target: Any) -> bool:
         """Whether all that it would be put on now, it is on: not so where a component was replaced. What was taken off
         stays off."""
@@ -190,17 +203,18 @@ class Handle:
             getattr(target, name, one.model) is not one.model for name, one in self.quantized.items()
         ):
             return self._is_off
-        wanted = [] if self.mesh is None else _wanted(target, self.mesh.degree)
+        wanted = [] if self.mesh is None else wanted_of(target, self.mesh.degree)
         return [(module, method) for _, module, method in wanted] == [(one.module, one.method) for _, one in self._on]
 
     def renew(self, target: Any, arriving: Sequence[Component] = ()) -> None:
         """Puts it on what the target has now or is about to get, and takes it off what that has no more. Local. Raises
         ConfigError before anything is changed."""
-        self.quantize_weights(target)
         mesh = self.mesh
+        checked(self.quantize, *weighty(target, arriving), mesh.num_ranks if mesh else 1)
         if mesh is None:
+            self.quantize_weights(target, arriving)
             return
-        wanted = [*_wanted(target, mesh.degree), *_wanted(SimpleNamespace(**dict(arriving)), mesh.degree)]
+        wanted = [*wanted_of(target, mesh.degree), *wanted_of(SimpleNamespace(**dict(arriving)), mesh.degree)]
         extras = _extras(self.extras, wanted, self.target)
         for each in wanted:
             _check(*each, {axis: mesh.degree(axis) for axis in Axis}, extras[each[1:]])
@@ -208,6 +222,7 @@ class Handle:
         for module in self.own_modules():
             if id(module) not in staying:
                 remove_offload(module)  # it stands on what parafuse has put on
+        self.quantize_weights(target, arriving)
         self.put_on(wanted)
 
     def go_by_steps(self) -> None:
@@ -310,47 +325,6 @@ def _refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
             )
 
 
-def denoisers(target: Any, names: Sequence[str] = STACKS, *, required: bool = True) -> list[tuple[str, nn.Module]]:
-    """(name, module) of a pipeline's denoisers, or of the target itself where it is a module. Raises ConfigError where
-    there is none, unless that is allowed."""
-    if isinstance(target, nn.Module):
-        return [(type(target).__name__, target)]
-    modules = [(name, module) for name, module in _named(target, names) if isinstance(module, nn.Module)]
-    if not modules and required:
-        raise ConfigError(
-            f"target={type(target).__name__}: must be a torch module, or a pipeline or a ComponentsManager with "
-            f"one of {', '.join(names)}."
-        )
-    return modules
-
-
-def _named(target: Any, names: Sequence[str]) -> list[Component]:
-    """(name, component or None) of those names."""
-    if is_manager(target):
-        return [(name, part) for name, part in managed(target) if name.partition(" ")[0] in names]
-    return [(name, getattr(target, name, None)) for name in names]
-
-
-Wanted = tuple[str, nn.Module, str]
-"""Name, component, and the method of it that is to be shared."""
-
-
-def _wanted(target: Any, degree: Callable[[Axis], int]) -> list[Wanted]:
-    splits = degree(Axis.RING) * degree(Axis.ULYSSES) > 1
-    modules = denoisers(target, STACKS if splits else DENOISERS, required=False)
-    found = _batched(target, modules) if degree(Axis.DATA) > 1 else [(*one, "forward") for one in modules]
-    return [one for i, one in enumerate(found) if not any(one[1:] == other[1:] for other in found[:i])]
-
-
-def _batched(target: Any, modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, str]]:
-    """(name, module, method) of what a pipeline calls with a batch of samples: its denoisers, and the VAE's decoder."""
-    found = [(name, module, "forward") for name, module in modules]
-    for name, vae in () if isinstance(target, nn.Module) else _named(target, DECODERS):
-        if isinstance(vae, nn.Module) and hasattr(vae, "decode"):
-            found.append((f"{name}.decode", vae, "decode"))
-    return found
-
-
 def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None) -> Handle:
     """Makes a pipeline or a transformer run on all ranks. Every rank must call it, with the same config.
 
@@ -365,12 +339,13 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
     extras = Extras.of(config)
-    method = checked(config.quantize, denoisers(target, DENOISERS, required=False), target, world_size)
+    ranks = world_size if mesh is None else mesh.num_ranks
+    method = checked(config.quantize, *weighty(target), ranks)
     if world_size == 1 and not extras:
         return _without_mesh(target, method)
     if mesh is not None:
         degrees = {axis: mesh.degree(axis) for axis in Axis}
-    wanted = _wanted(target, lambda axis: degrees[axis])
+    wanted = wanted_of(target, lambda axis: degrees[axis])
     if not wanted:
         denoisers(
             target, STACKS if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 else DENOISERS
@@ -415,6 +390,8 @@ def _without_mesh(target: Any, method: Quantize | None) -> Handle:
     """On one rank, where nothing stands on the model."""
     handle = Handle(quantize=method, target=target)
     handle.quantize_weights(target)
+    if method is not None:
+        handle.follow(target)
     return handle
 
 

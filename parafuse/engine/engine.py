@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from parafuse.config import Config
 from parafuse.engine import saved
-from parafuse.engine.apply import DENOISERS, Handle, apply, check_components, denoisers
+from parafuse.engine.apply import Handle, apply, check_components
 from parafuse.engine.caches.report import check_followed, following, report, skips
 from parafuse.engine.calls import call_keywords, paint, steps_of
 from parafuse.engine.compiling import Compiling
@@ -26,7 +26,7 @@ from parafuse.engine.loading_checks import check_loading, own_config, taken
 from parafuse.engine.modular import continues, hush, takes_generator
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
-from parafuse.engine.quantize.put_on import quantize_loaded
+from parafuse.engine.quantize.put_on import Quantized, checked, quantize_loaded
 from parafuse.engine.quantized import compute_dtype, weights_of
 from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import SAME_CALL, facts, fresh_seed
@@ -34,6 +34,7 @@ from parafuse.engine.sharing import pipeline_over
 from parafuse.engine.source import ModelSource, locate, source_of
 from parafuse.engine.state import PipelineState, components_of
 from parafuse.engine.surface import Act, Surface, referred, resolved
+from parafuse.engine.targets import DENOISERS, denoisers, weighty
 from parafuse.engine.told import say_idle, seen_by, told_by
 from parafuse.engine.workers import Workers
 from parafuse.engine.world_size import asked_size, launched_size, refuse_ignored, refuse_several
@@ -230,19 +231,22 @@ class Engine(Surface):
         if plan.why:
             note(plan.one_line())
         keywords = {"dtype": plan.dtype} | settings["pipeline_kwargs"]  # dtypes by component may be among them
+        done: list[Quantized] = []
         if pipeline is None:
             pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], device=world.device, **keywords)
-            quantize_loaded(pipeline, plan, denoisers(pipeline, DENOISERS, required=False), world.device)
+            done = quantize_loaded(plan, *weighty(pipeline), world.device)
             pipeline.to(world.device)
         hush(pipeline)
         engine = cls(pipeline, source, plan, Handle(), world, progress)
-        engine._put_on()
+        engine._put_on(done)
         engine._load_s = time.perf_counter() - begun
         return engine
 
-    def _put_on(self) -> None:
-        """Puts on all that the plan says. Collective."""
+    def _put_on(self, quantized: Sequence[Quantized] = ()) -> None:
+        """Puts on all that the plan says. Collective. `quantized`: what was done while it was loaded."""
         if self.plan.changes_nothing:
+            checked(None, *weighty(self.pipeline), 1)
+            self.handle.quantize_weights(self.pipeline)
             return
         if not denoisers(self.pipeline, DENOISERS, required=False):
             note(f"{type(self.pipeline).__name__} has no denoiser: every rank does all of the work")
@@ -253,6 +257,7 @@ class Engine(Surface):
             make_mesh(config.parallel.degrees(1), self.plan.device, config.timeout_s) if self.world.size == 1 else None
         )
         self.handle = apply(self.pipeline, config, mesh=mesh)
+        self.handle.quantized |= {one.choice.component: one for one in quantized}
         self._compiling = Compiling(self.handle, self.plan) if self.plan.compile else None
         self._guard()
 
@@ -362,7 +367,7 @@ class Engine(Surface):
         split, before anything is changed."""
         if self.plan.changes_nothing:
             return
-        if self.handle.mesh is None and not self.handle.quantized:
+        if self.handle.mesh is None and not self.handle.quantized and not self.handle.is_off:
             if denoisers(self.pipeline, DENOISERS, required=False):
                 self._put_on()
         elif not self.handle.stands_on(self.pipeline):

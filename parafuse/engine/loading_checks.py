@@ -14,6 +14,8 @@ from parafuse.engine.architecture import read_architecture
 from parafuse.engine.folder import check_variant
 from parafuse.engine.loading_keywords import REFUSED, Keyword, keywords_of
 from parafuse.engine.plan import Plan
+from parafuse.engine.quantize.saved import saved_by
+from parafuse.engine.quantize.settle import check_settled
 from parafuse.engine.quantized import check_quantized
 from parafuse.engine.source import ModelSource, read_json
 from parafuse.errors import ConfigError, reject_unknown
@@ -70,6 +72,7 @@ def taken(
 def check_loading(source: ModelSource, plan: Plan, given: dict[str, Any], *, sent: bool) -> None:
     """What depends on the plan. `sent`: this process starts other ranks, which get all that is given."""
     check_quantized(source, plan, given)
+    check_settled(plan, saved_by(source, given))
     for name, value in given.items() if sent else ():
         _check_sent(name, value)
 

@@ -39,7 +39,7 @@ OTHER_WAYS = {
     "from_config": f"{ANOTHER}; make it first, then parafuse.Engine.from_pipeline(pipeline)",
 }
 XFORMERS = ("enable_xformers_memory_efficient_attention", "set_use_memory_efficient_attention_xformers")
-FUSES = ("fuse_lora", "unfuse_lora")
+FUSES = ("fuse_lora", "unfuse_lora", "fuse_qkv_projections", "unfuse_qkv_projections")
 PARTS = {
     "enable_vae_slicing": ("vae", "enable_slicing"),
     "disable_vae_slicing": ("vae", "disable_slicing"),
@@ -56,20 +56,21 @@ def way_of(name: str) -> Way:
     return Way.HERE if name in HERE else Way.EVERYWHERE
 
 
-def refusal(name: str, plan: Plan, args: tuple[object, ...] = (), *, part: str = "") -> str | None:
+def refusal(name: str, plan: Plan, args: tuple[object, ...] = (), *, part: str = "", packed: str = "") -> str | None:
     """Why a method of the pipeline, or of a part of it, cannot be called under this plan, and the way out; None where
-    it can."""
+    it can. `packed`: the
+    method in which weights are quantized, where they are."""
     if name in OTHER_WAYS and not part:
         return OTHER_WAYS[name]
-    if name == "enable_sequential_cpu_offload" and plan.quantize:
+    if name == "enable_sequential_cpu_offload" and packed:
         return (
-            f"accelerate moves weights one by one, and cannot move those in {plan.quantize.partition(':')[0]}; use "
+            f"accelerate moves weights one by one, and cannot move those in {packed}; use "
             "enable_model_cpu_offload, or enable_group_offload of the parts"
         )
-    if name in FUSES and plan.quantize:
+    if name in FUSES and packed:
         return (
-            f"weights in {plan.quantize.partition(':')[0]} cannot be added to; fuse LoRAs before quantizing "
-            "(Engine.from_pipeline of a pipeline with fused LoRAs), or leave them as adapters, which work"
+            f"weights in {packed} cannot be added to or joined; fuse before quantizing (Engine.from_pipeline of a "
+            "pipeline with fused LoRAs), or leave LoRAs as adapters, which work"
         )
     splits = plan.degree(Axis.RING) * plan.degree(Axis.ULYSSES)
     if name in XFORMERS and args[:1] != (False,) and splits > 1:

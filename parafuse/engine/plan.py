@@ -15,6 +15,7 @@ from parafuse.cache import Cache, CalibratedCache, cache_of
 from parafuse.calibration import Calibration
 from parafuse.config import Axis, Config, Parallel
 from parafuse.errors import ConfigError, reject_unknown
+from parafuse.quantization import AUTO, Fp8, quantize_of
 
 SCHEMA = 1
 OPTIONAL = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "calibration", "replay", "why", "schema")
@@ -73,6 +74,9 @@ class Plan:
             raise ConfigError("plan.replay: holds decisions of a cache, but plan.cache is empty.")
         parallel.degrees(self.world_size)
         self.cache_with_calibration()
+        method = quantize_of(self.quantize or None)
+        if isinstance(method, Fp8) and method.scale == AUTO:
+            raise ConfigError("plan.quantize: scale=auto: a plan is explicit; only a Config may say 'auto'.")
 
     def cache_with_calibration(self) -> Cache | None:
         """The cache, with what was measured for it. Raises ConfigError where that is missing, or not asked for."""

@@ -10,7 +10,7 @@ from parafuse.config import Axis, Config
 from parafuse.engine.memory import check_memory
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.saved import saved_by
-from parafuse.engine.quantize.settle import capability_here, settled
+from parafuse.engine.quantize.settle import TEXT_ENCODERS, capability_here, settled
 from parafuse.errors import ConfigError
 from parafuse.hardware import num_cuda_devices
 from parafuse.quantization import Quantize, quantize_of
@@ -74,5 +74,5 @@ def _settled(config: Config, source: ModelSource, device: str, dtype: str, world
         capability=capability,
         dtype=dtype,
         world_size=world_size,
-        saved=bool(saved_by(source)),
+        saved=any(part not in TEXT_ENCODERS for part in saved_by(source)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,9 +125,14 @@ def _library(source: ModelSource, part: str) -> str | None:
 
 
 def compute_dtype(module: Any) -> str | None:
-    """The dtype that a module computes in: that of its first parameter that is not packed."""
-    names = (str(p.dtype).removeprefix("torch.") for p in module.parameters() if type(p).__name__ == "Parameter")
-    return next((name for name in names if name in ("float32", "bfloat16", "float16")), None)
+    """The dtype that a module computes in: that of most of its weights that are not packed. Some models keep a few in
+    float32, and not always the last ones."""
+    sizes: Counter[str] = Counter()
+    for p in module.parameters():
+        if type(p).__name__ == "Parameter":
+            sizes[str(p.dtype).removeprefix("torch.")] += p.numel()
+    known = [name for name, _ in sizes.most_common() if name in ("float32", "bfloat16", "float16")]
+    return known[0] if known else None
 
 
 def weights_of(pipeline: Any) -> dict[str, str]:

@@ -174,7 +174,9 @@ def _refuse_unsaved(name: str, part: nn.Module) -> None:
         )
     if any(p.is_meta for p in part.parameters()):
         raise ConfigError(f"save: {name} is offloaded; remove_all_hooks() first.")
-    if not hasattr(part, "from_config") or getattr(part, "hf_quantizer", None) is not None:
+    quantizer: Any = getattr(part, "hf_quantizer", None)
+    is_packed = quantizer is not None and "torchao" not in str(quantizer.quantization_config.quant_method).lower()
+    if not hasattr(part, "from_config") or is_packed:
         return
     with init_empty_weights(include_buffers=True):
         plain: Any = type(part).from_config(part.config)  # pyright: ignore[reportAttributeAccessIssue]

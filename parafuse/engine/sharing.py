@@ -29,12 +29,17 @@ def _kept(pipeline: Any, kwargs: dict[str, Any]) -> Iterator[None]:
     parts = [*components_of(pipeline).values(), *kwargs.values()]
     modules = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
     parameters = [(p, p.data, p.dtype) for module in modules for p in module._parameters.values() if p is not None]
+    quantized: list[Any] = [module for module in modules if "is_quantized" in vars(module)]
+    for module in quantized:
+        module.is_quantized = False  # diffusers refuses to cast it; what it casts is put back
     buffers: list[tuple[dict[str, Any], str, Tensor]] = [
         (module._buffers, name, x) for module in modules for name, x in module._buffers.items() if x is not None
     ]
     try:
         yield
     finally:
+        for module in quantized:
+            module.is_quantized = True
         for parameter, data, dtype in parameters:
             if parameter.dtype != dtype:
                 parameter.data = data

@@ -108,6 +108,7 @@ class Surface(ABC):
     """The diffusers pipeline under the handles."""
     plan: Plan
     world: World
+    handle: Any
 
     @abstractmethod
     def act(self, act: Act) -> Any:
@@ -121,6 +122,11 @@ class Surface(ABC):
     @property
     @abstractmethod
     def rank(self) -> int: ...
+
+    @property
+    def packed(self) -> str:
+        """The method in which weights are quantized; empty where none are."""
+        return next((one.method.method for one in self.handle.quantized.values()), "")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "pipeline" not in vars(self):
@@ -254,7 +260,7 @@ def _reach(engine: Surface, path: str, name: str) -> Any:
 
 def _refuse(engine: Surface, path: str, name: str, args: tuple[Any, ...] = ()) -> None:
     """Raises ConfigError for what cannot be called under the engine's plan."""
-    reason = refusal(name, engine.plan, args, part=path)
+    reason = refusal(name, engine.plan, args, part=path, packed=engine.packed)
     if reason:
         raise ConfigError(f"{name}: {reason}.")
 

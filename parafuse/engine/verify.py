@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from parafuse.config import SEQUENCE_AXES, Axis
-from parafuse.engine.apply import apply, denoisers
+from parafuse.engine.apply import apply
 from parafuse.engine.recorded import RecordedCall, recording
+from parafuse.engine.targets import denoisers
 from parafuse.errors import ConfigError, ParafuseError, RankError
 from parafuse.parallel.comm import all_gather
 from parafuse.parallel.mesh import Mesh, make_mesh

@@ -113,9 +113,9 @@ def _resolvable(method: Quantize) -> Quantize:
 
 def run(job: PackingJob) -> None:
     """Measures, quantizes and writes, on one rank."""
-    from parafuse.engine.apply import DENOISERS, denoisers
     from parafuse.engine.engine import Engine
     from parafuse.engine.quantize.offline import quantize_measured, save
+    from parafuse.engine.targets import weighty
 
     packing = job.packing
     if not packing.verbose:
@@ -128,8 +128,7 @@ def run(job: PackingJob) -> None:
             engine(**job.call, prompt=job.prompts[number], seed=(packing.seed or 0) + number)
 
         outcome = quantize_measured(
-            engine.pipeline,
-            denoisers(engine.pipeline, DENOISERS),
+            *weighty(engine.pipeline),
             job.method,
             paint,
             limit=packing.limit,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -36,6 +37,11 @@ class Mesh:
     def group_name(self, axis: Axis) -> str:
         """The name under which torch keeps the group of an axis; empty where its degree is 1."""
         return self.groups[axis].group_name if axis in self.groups else ""
+
+    @property
+    def num_ranks(self) -> int:
+        """The product of the degrees."""
+        return math.prod(self.degree(axis) for axis in Axis)
 
     @property
     def sequence_degree(self) -> int:

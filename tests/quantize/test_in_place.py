@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from torch import nn
 
 import parafuse
 from parafuse.engine.quantize import put_on
-from parafuse.engine.quantize.choose import choose
-from parafuse.engine.quantize.pack import packed
+from parafuse.engine.quantize.choose import EARLIER, choose
+from parafuse.engine.quantize.pack import packed, set_weight
+from parafuse.engine.quantize.put_on import checked
 from parafuse.errors import ConfigError
-from parafuse.quantization import Int8, quantize_of
+from parafuse.quantization import Fp8, Int8, quantize_of
+from tests import pipelines
 from tests.guided import flux
 from tests.models import ODD, build, call, inputs
 
@@ -82,8 +87,90 @@ def test_what_is_quantized_already() -> None:
         parafuse.apply(model, parafuse.Config(quantize="int8-weight:min_features=16"))
     one = "FluxTransformer2DModel.transformer_blocks.0.attn.to_q"
     parafuse.apply(part, parafuse.Config(quantize=f"{TEXT},skip={one}"))
-    with pytest.raises(ConfigError, match=r"is quantized already \(in part\)"):
-        parafuse.apply(part, parafuse.Config(quantize=TEXT))
+    left = parafuse.apply(part, parafuse.Config(quantize=TEXT)).quantized["FluxTransformer2DModel"].choice.left
+    assert left["transformer_blocks.0.attn.to_q"] == EARLIER
+
+
+def test_what_others_have_quantized_is_seen(capfd: pytest.CaptureFixture[str]) -> None:
+    """By torchao, outside of parafuse: in the receipt, and refused where it cannot run or gives another picture."""
+    model = build("flux", heads=4)
+    layer = model.get_submodule("transformer_blocks.0.attn.to_q")
+    assert isinstance(layer, nn.Linear)
+    set_weight(layer, packed(layer.weight.data, Fp8(scale="tensor")))
+    for config in (None, parafuse.Config(cache="interval:2")):
+        with pytest.raises(ConfigError, match=r"is quantized already: .*: a CPU has no fp8"):
+            parafuse.apply(model, config)
+    allowed = Fp8(reference=True, scale="tensor")
+    assert parafuse.apply(model, parafuse.Config(quantize=allowed)).quantized
+    with pytest.raises(ConfigError, match="each of 2 ranks would take the largest value of its own part"):
+        checked(allowed, [("t", model)], [], 2)
+    with pytest.raises(ConfigError, match="is fp8:scale=tensor"):
+        parafuse.apply(model, parafuse.Config(quantize=Fp8(reference=True, scale="row")))
+    pipeline = flux.build("FluxPipeline")
+    parafuse.apply(pipeline, parafuse.Config(quantize="int8-weight:min_features=8")).quantized.clear()
+    with parafuse.Engine.from_pipeline(pipeline) as engine:
+        assert engine.packed == "int8-weight"
+        with pytest.raises(ConfigError, match="weights in int8-weight cannot be added to"):
+            engine.fuse_lora()
+        engine(**flux.call(1) | {"num_inference_steps": 1, "seed": 1, "true_cfg_scale": 1.0})
+        assert engine.receipt["quantized"]["transformer"]["num_quantized"] > 0
+    capfd.readouterr()
+
+
+def test_what_fails_in_the_middle_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, values = build("flux", heads=4), inputs("flux", ODD)
+    want, calls = call(model, values), []
+
+    def failing(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 9:
+            raise RuntimeError("no memory")
+        return packed(*args)
+
+    monkeypatch.setattr(put_on, "packed", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        parafuse.apply(model, parafuse.Config(quantize=f"{TEXT},keep_originals=true"))
+    assert torch.equal(call(model, values), want)
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    assert not hasattr(model, "is_quantized")
+
+
+def test_originals_are_kept_while_it_is_loaded_too(tmp_path: Path) -> None:
+    folder = pipelines.sd3(tmp_path / "sd3")
+    config = parafuse.Config(quantize=Int8(min_features=8, keep_originals=True))
+    with parafuse.Engine.from_pretrained(str(folder), config) as engine:
+        layer = engine.pipeline.transformer.transformer_blocks[0].attn.to_q
+        assert type(layer.weight).__name__ == "Int8Tensor"
+        engine.handle.remove()
+        assert type(layer.weight) is nn.Parameter
+        engine.handle.remove()
+
+
+def _engine() -> parafuse.Engine:
+    return parafuse.Engine.from_pipeline(flux.build("FluxPipeline"), parafuse.Config(quantize="int8:min_features=8"))
+
+
+def test_another_pipeline_over_the_same_parts() -> None:
+    with parafuse.Engine.from_pipeline(
+        flux.build("FluxPipeline"), parafuse.Config(quantize="int8:min_features=8")
+    ) as one:
+        other = one.from_pipe(diffusers.FluxImg2ImgPipeline)
+        assert other.pipeline.transformer is one.pipeline.transformer
+        assert other.packed == "int8"
+        assert one.pipeline.transformer.is_quantized
+
+
+def test_a_refused_component_is_not_changed() -> None:
+    with parafuse.Engine.from_pipeline(
+        flux.build("FluxPipeline"), parafuse.Config(quantize="int8:min_features=8")
+    ) as one:
+        other = flux.build("FluxPipeline").transformer
+        parafuse.apply(other, parafuse.Config(quantize="fp8-weight:min_features=8"))
+        before = [type(p) for p in other.parameters()]
+        with pytest.raises(ConfigError, match="is quantized already"):
+            one.transformer = other
+        assert [type(p) for p in other.parameters()] == before
+        assert one.pipeline.transformer is not other
 
 
 def test_a_component_that_comes_later_is_quantized_too() -> None:

@@ -80,3 +80,21 @@ def test_guidance_and_caches_with_quantized_layers(cache: str | None) -> None:
             assert other["quantized"] == receipt["quantized"]
             assert other["quantized"]["text_encoder"]["num_quantized"] > 0
             assert torch.isfinite(got).all()
+
+
+def test_a_model_that_keeps_a_few_weights_in_float32_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wan's first parameter is one of them; on a GPU fp8 asks for bfloat16."""
+    from parafuse.engine.quantize import put_on
+
+    model = build("wan", heads=4).to(torch.bfloat16)
+    model.get_parameter("scale_shift_table").data = model.get_parameter("scale_shift_table").data.float()
+    seen: list[str] = []
+
+    def noted(method: Any, **facts: Any) -> Any:
+        seen.append(facts["dtype"])
+        return method
+
+    monkeypatch.setattr(put_on, "settled", noted)
+    put_on.checked("fp8:scale=row,min_features=16", [("transformer", model)], [], 1)
+    assert next(model.parameters()).dtype == torch.float32
+    assert seen == ["bfloat16"]

@@ -93,7 +93,9 @@ def test_fusing_comes_before() -> None:
         assert off(fused, painted(None, "before")[0]) < 0.1
         load(one, "b", seed=2)
         for call in (one.fuse_lora, one.unfuse_lora):
-            with pytest.raises(ConfigError, match="weights in int8 cannot be added to; fuse LoRAs before quantizing"):
+            with pytest.raises(
+                ConfigError, match="weights in int8 cannot be added to or joined; fuse before quantizing"
+            ):
                 call(components=["transformer"])
 
 

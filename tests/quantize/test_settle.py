@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 import parafuse
-from parafuse import Config, Plan
+from parafuse import Config, Plan, hardware
 from parafuse.engine.quantize.saved import RECORD, check_saved, saved_by
-from parafuse.engine.quantize.settle import settled
+from parafuse.engine.quantize.settle import capability_here, settled
 from parafuse.engine.source import ModelSource
 from parafuse.errors import ConfigError
+from parafuse.hardware import Gpu
 from parafuse.quantization import METHODS, Fp8, Int8, Quantize, quantize_of
 from tests.unit.test_config_plan import make_plan
 
@@ -44,7 +45,7 @@ def test_a_text_makes_a_quantization_and_that_its_text(text: str, method: Quanti
         ("int8:reference=true", "unknown key 'reference'"),
         ("int8:min_features=0", "min_features=0: must be a whole number of at least 1"),
         ("int8:text_encoders=fp9", "text_encoders='fp9': must be one of none, fp8"),
-        (8, "must be a text such as 'fp8', a parafuse.Quantize, or None"),
+        (8, "must be a text such as 'fp8', a parafuse.Fp8 or another method, or None"),
     ],
 )
 def test_a_wrong_text_is_refused_in_one_line(value: Any, words: str) -> None:
@@ -85,7 +86,7 @@ def on(method: str, capability: tuple[int, int] | None, ranks: int = 1, dtype: s
         ("fp8:scale=tensor", HOPPER, 1, "tensor"),
         ("fp8:scale=tensor", HOPPER, 2, "another picture would come of it; use scale=row, or scale=calibrated"),
         ("fp8:scale=calibrated", HOPPER, 2, "must be measured; parafuse quantize"),
-        ("int8:text_encoders=fp8", AMPERE, 1, "quantize fp8: needs CUDA compute capability 8.9"),
+        ("int8:text_encoders=fp8", AMPERE, 1, "text_encoders=fp8: quantize fp8: needs CUDA compute capability 8.9"),
     ],
 )
 def test_what_a_device_can(method: str, capability: tuple[int, int] | None, ranks: int, words: str) -> None:
@@ -99,7 +100,21 @@ def test_fp8_products_give_bfloat16() -> None:
     assert on("fp8:reference=true", None, dtype="float32") == "row"
 
 
+def test_int8_is_not_for_float16() -> None:
+    assert "dtype='float16': products are added up before they are scaled" in on("int8-weight", None, dtype="float16")
+
+
+def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Gpu(name=name, memory_bytes=1, capability=name, nvlinks=0) for name in ("9.0", "6.1")]
+    monkeypatch.setattr(hardware, "gpus", lambda: ("1", found))
+    for visible, least in (("0", (9, 0)), ("1", (6, 1)), ("0,1", (6, 1)), ("GPU-x", (6, 1))):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert capability_here() == least
+
+
 def test_a_plan_holds_it_settled() -> None:
+    with pytest.raises(ConfigError, match=r"plan\.quantize: scale=auto: a plan is explicit"):
+        make_plan(quantize="fp8")
     with pytest.raises(ConfigError, match="a CPU has no fp8"):
         parafuse.Engine.from_pretrained("emoji", Config(quantize="fp8", device="cpu"))
     plan = make_plan(quantize="fp8:scale=row")
@@ -142,12 +157,12 @@ def test_a_folder_says_what_it_is_quantized_with(tmp_path: Path) -> None:
     ("kind", "granularity", "plan", "capability", "words"),
     [
         ("fp8", "PerRow", dict(device="cpu"), None, "is saved in fp8: a CPU has no fp8"),
-        ("fp8", "PerRow", dict(device="cpu", quantize="fp8:reference=true"), None, ""),
+        ("fp8", "PerRow", dict(device="cpu", quantize="fp8:reference=true,scale=row"), None, ""),
         ("fp8", "PerRow", dict(device="cuda", dtype="bfloat16"), AMPERE, "needs CUDA compute capability 8.9"),
         ("fp8", "PerRow", dict(device="cuda", dtype="bfloat16"), HOPPER, ""),
         ("fp8", "PerRow", dict(device="cuda", dtype="float16"), HOPPER, "fp8 products give bfloat16"),
         ("fp8", "PerTensor", dict(device="cuda", dtype="bfloat16"), HOPPER, "each of 6 ranks would take"),
-        ("fp8", "PerRow", dict(device="cpu", quantize="int8"), None, "is saved in fp8, and stays so"),
+        ("fp8", "PerRow", dict(device="cpu", quantize="int8"), None, "is saved in fp8:scale=row, and stays so"),
     ],
 )
 def test_a_saved_one_is_checked_before_it_is_loaded(

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from parafuse import Engine
 from parafuse.engine import random_weights
-from parafuse.engine.apply import DENOISERS
 from parafuse.engine.architecture import architectures, read_architecture
 from parafuse.engine.loader import load_pipeline
 from parafuse.engine.random_weights import build_part
 from parafuse.engine.source import locate
+from parafuse.engine.targets import DENOISERS
 from parafuse.errors import ConfigError, ModelError
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from parafuse.engine.apply import DENOISERS, denoisers
+from parafuse.engine.targets import DENOISERS, denoisers
 from parafuse.parallel.branches import Branches
 from parafuse.parallel.hooks import Forward, override_forward
 from tests.guided.cells import seeded

@@ -18,7 +18,8 @@ CACHES = (
     "Cache DeepCache FasterCache FirstBlockCache ForaCache IntervalCache MagCache MaskCache PyramidAttentionBroadcast "
     "TGateCache TaylorSeerCache TeaCache TokenMerging"
 ).split()
-NAMES = sorted([*CACHES, "Config", "Engine", "Handle", "ParafuseError", "Parallel", "Plan", "apply"])
+QUANTIZATIONS = "Fp8 Fp8Weight Int8 Int8Weight Quantize".split()
+NAMES = sorted([*CACHES, *QUANTIZATIONS, "Config", "Engine", "Handle", "ParafuseError", "Parallel", "Plan", "apply"])
 STATE = """
 import asyncio, atexit, json, locale, logging, os, random, signal, sys, threading, warnings
 def state():

@@ -19,6 +19,7 @@ OUTSIDE = "outside of the repeated blocks"
 MODULATION = "sees one row for each sample"
 ADAPTER = "of an adapter"
 NAMED = "named in skip"
+EARLIER = "left when the others were quantized"
 BASE = ".base_layer"
 """What PEFT puts between an adapted layer's name and its weights."""
 
@@ -30,8 +31,8 @@ class Choice:
     component: str
     layers: dict[str, nn.Linear] = field(default_factory=dict[str, nn.Linear])
     """Full name -> layer that is to be quantized."""
-    there: dict[str, str] = field(default_factory=dict[str, str])
-    """Full name -> method, of those that are already."""
+    there: dict[str, Quantize] = field(default_factory=dict[str, Quantize])
+    """Full name -> what it is quantized with already."""
     left: dict[str, str] = field(default_factory=dict[str, str])
     """Full name -> why it stays as it is."""
 
@@ -46,7 +47,7 @@ def choose(component: str, model: nn.Module, method: Quantize) -> Choice:
     for name, holder, layer in _linears(model):
         known = name.removesuffix(BASE)
         packed = method_of(layer.weight)
-        if packed:
+        if packed is not None:
             choice.there[known] = packed
             continue
         reason = (
@@ -59,6 +60,9 @@ def choose(component: str, model: nn.Module, method: Quantize) -> Choice:
             choice.left[known] = reason
         else:
             choice.layers[known] = layer
+    if choice.there:  # such a component stays as it is
+        choice.left |= dict.fromkeys(choice.layers, EARLIER)
+        choice.layers.clear()
     return choice
 
 

@@ -59,15 +59,22 @@ class Seen:
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
             x: Tensor = args[0]
             self.largest[name] = max(self.largest[name], float(x.abs().max()))
-            self._rows[name].add(x.ndim == 2)
+            self._rows[name].add(x.numel() // x.shape[-1] == self._samples())
 
         return note
 
-    def uncalled(self) -> list[str]:
-        return [name for name, rows in self._rows.items() if not rows]
+    def _samples(self) -> int:
+        """Of the call that is being made."""
+        call = self.calls[-1]
+        first = next((x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)), None)
+        return first.shape[0] if first is not None and first.ndim else 1
+
+    def unmeasured(self) -> list[str]:
+        """Layers that were given nothing but zeros, or nothing at all."""
+        return [name for name, most in self.largest.items() if not most]
 
     def samples(self) -> list[str]:
-        """Layers that were given (samples, features) in every call, in a class whose layers nobody has measured."""
+        """Layers that were given one row for each sample in every call, in a class whose layers nobody has measured."""
         if is_measured(self.one.model):
             return []
         return [name for name, rows in self._rows.items() if rows == {True}]
@@ -129,9 +136,9 @@ def _as_quantized(seen: Seen, names: Sequence[str]) -> Iterator[None]:
             layer.weight = weight
 
 
-def without(method: Quantize, groups: Sequence[Group | tuple[str, str]]) -> Quantize:
-    """The same that leaves these groups, or (component, name), as they are."""
-    names = [f"{g.component}.{g.pattern}" if isinstance(g, Group) else ".".join(g) for g in groups]
+def without(method: Quantize, groups: Sequence[tuple[str, str]]) -> Quantize:
+    """The same that leaves these as they are: (component, name of layers)."""
+    names = [".".join(group) for group in groups]
     return replace(method, skip="+".join([*method.skipped, *names])) if names else method
 
 

@@ -8,11 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from parafuse.engine.quantize.guard import Group, Paint, Seen, error_of, groups_of, is_calibrated, watch, without
 from parafuse.engine.quantize.pack import nbytes
-from parafuse.engine.quantize.put_on import Quantized, asked_of, chosen, quantize
+from parafuse.engine.quantize.put_on import Parts, Quantized, asked_of, chosen, quantize
 from parafuse.engine.quantize.report import report
 from parafuse.engine.quantize.roles import pattern_of
 from parafuse.engine.quantize.saved import write_record
@@ -53,8 +51,8 @@ class Outcome:
 
 
 def quantize_measured(
-    pipeline: Any,
-    denoisers: Sequence[tuple[str, nn.Module]],
+    denoisers: Parts,
+    encoders: Parts,
     method: Quantize,
     paint: Paint,
     *,
@@ -64,15 +62,18 @@ def quantize_measured(
     """Paints with `paint`, so often, with everything as it is; then one forward for each group of layers; then
     quantizes all whose error is within `limit`, in place. On one rank. Raises ConfigError before anything is changed.
 
-    A layer that was not called in any request stays as it is where its scale is calibrated."""
-    asked = asked_of(denoisers, pipeline, method)
+    A layer that was given nothing in any request stays as it is where its scale is calibrated."""
+    asked = asked_of(denoisers, encoders, method)
     before = sum(nbytes(p) for one in asked for p in one.model.parameters())
     seen = watch(asked, chosen(asked, method), paint, requests)
     unfit = [(one.one.name, name) for one in seen for name in _unfit(one)]
     groups = [group for one in seen for group in groups_of(one)]
     over = [group for group in groups if limit is not None and group.error > limit]
-    final = without(without(method, over), [(name, pattern_of(layer)) for name, layer in unfit])
-    asked = [replace(one, method=final if one.method == method else without(one.method, over)) for one in asked]
+    left = list(
+        dict.fromkeys([(g.component, g.pattern) for g in over] + [(n, pattern_of(layer)) for n, layer in unfit])
+    )
+    final = without(method, left)
+    asked = [replace(one, method=without(one.method, left)) for one in asked]
     largest = {one.one.name: one.largest for one in seen}
     done = quantize(asked, final, largest=largest)
     return Outcome(
@@ -89,7 +90,7 @@ def quantize_measured(
 def _unfit(seen: Seen) -> list[str]:
     """Layers that turned out not to be what they looked like."""
     found = seen.samples()
-    return found + (seen.uncalled() if is_calibrated(seen.one.method) else [])
+    return found + (seen.unmeasured() if is_calibrated(seen.one.method) else [])
 
 
 def save(folder: Path, pipeline: Any, done: Sequence[Quantized], defaults: dict[str, Any]) -> None:

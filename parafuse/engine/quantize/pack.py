@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parafuse.quantization import CALIBRATED, TENSOR, Fp8, Fp8Weight, Int8, Int8Weight, Quantize
+from parafuse.quantization import CALIBRATED, ROW, TENSOR, Fp8, Fp8Weight, Int8, Int8Weight, Quantize
 
-SMALLEST = 1e-12
-"""Of the largest value of a row: torchao divides by it, and a row of zeros would become no number."""
+SMALLEST = {torch.float16: 1e-4}
+"""Of the largest value of a row: torchao divides by a 448th of it, in the dtype of the row, and a row of zeros would
+become no number."""
+SMALLEST_OTHERWISE = 1e-12
 
 
 def packed(weight: Tensor, method: Quantize, largest: float | None = None) -> Tensor:
@@ -29,11 +31,12 @@ def packed(weight: Tensor, method: Quantize, largest: float | None = None) -> Te
         given = QuantizeTensorToInt8Kwargs(granularity=PerRow()) if method.computes else None
         return Int8Tensor.from_hp(weight, granularity=PerRow(), act_quant_kwargs=given)
     scale = method.scale if isinstance(method, Fp8) else ""
-    if scale == CALIBRATED and largest is None:
+    if scale == CALIBRATED and not largest:
         raise ValueError("a calibrated scale needs the largest value that the layer is given")
     # Always torch's own products: another library that happens to be there would give another picture.
     kernels, granularity = KernelPreference.TORCH, PerTensor() if scale in (TENSOR, CALIBRATED) else PerRow()
-    least, most = (largest, largest) if scale == CALIBRATED else (SMALLEST, None)
+    smallest = SMALLEST.get(weight.dtype, SMALLEST_OTHERWISE)
+    least, most = (largest, largest) if scale == CALIBRATED else (smallest, None)
     given = None
     if method.computes:
         given = QuantizeTensorToFloat8Kwargs(
@@ -43,7 +46,7 @@ def packed(weight: Tensor, method: Quantize, largest: float | None = None) -> Te
         weight,
         granularity=granularity,
         mm_config=_products() if method.computes else None,
-        hp_value_lb=SMALLEST,
+        hp_value_lb=smallest,
         kernel_preference=kernels,
         act_quant_kwargs=given,
     )
@@ -83,13 +86,25 @@ def is_packed(weight: Tensor) -> bool:
     return type(weight.data) is not Tensor or type(weight) not in (Tensor, nn.Parameter)
 
 
-def method_of(weight: Tensor) -> str:
-    """The method that a torchao tensor is of; empty for what is none of ours."""
+def method_of(weight: Tensor) -> Quantize | None:
+    """What a torchao tensor computes, whoever made it; None for what is none of the methods here."""
     inner: Any = weight.data if isinstance(weight, nn.Parameter) else weight
-    kind = {"Float8Tensor": "fp8", "Int8Tensor": "int8"}.get(type(inner).__name__)
-    if kind is None:
-        return ""
-    return kind if getattr(inner, "act_quant_kwargs", None) is not None else f"{kind}-weight"
+    kinds: dict[str, tuple[type[Quantize], type[Quantize]]] = {
+        "Float8Tensor": (Fp8, Fp8Weight),
+        "Int8Tensor": (Int8, Int8Weight),
+    }
+    if type(inner).__name__ not in kinds:
+        return None
+    computes, keeps = kinds[type(inner).__name__]
+    given: Any = getattr(inner, "act_quant_kwargs", None)
+    if given is None:
+        return keeps()
+    if computes is not Fp8:
+        return computes()
+    if type(given.granularity).__name__ == "PerRow":
+        return Fp8(scale=ROW)
+    is_fixed = given.hp_value_ub is not None and given.hp_value_ub == given.hp_value_lb
+    return Fp8(scale=CALIBRATED if is_fixed else TENSOR)
 
 
 def nbytes(weight: Tensor) -> int:
@@ -104,13 +119,13 @@ def set_weight(layer: nn.Linear, weight: Tensor) -> None:
     layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def kernel_works(device: torch.device, method: Quantize) -> str:
+def kernel_works(device: torch.device, method: Quantize, dtype: torch.dtype = torch.bfloat16) -> str:
     """Why a small product in this method fails on a device; empty where it works."""
-    layer = nn.Linear(32, 32, device=device, dtype=torch.bfloat16)
-    set_weight(layer, packed(layer.weight.data, method, 1.0))
+    layer = nn.Linear(32, 32, device=device, dtype=dtype)
     try:
         with torch.no_grad():
-            layer(torch.ones(32, 32, device=device, dtype=torch.bfloat16))
-    except RuntimeError as error:
+            set_weight(layer, packed(layer.weight.data, method, 1.0))
+            layer(torch.ones(32, 32, device=device, dtype=dtype))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         return str(error).strip().partition("\n")[0]
     return ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.choose import Choice, check_skip, choose
 from parafuse.engine.quantize.mark import mark
 from parafuse.engine.quantize.pack import kernel_works, packed, set_weight
-from parafuse.engine.quantize.settle import settled
+from parafuse.engine.quantize.saved import fits
+from parafuse.engine.quantize.settle import TEXT_ENCODERS, settled
 from parafuse.engine.quantized import compute_dtype
 from parafuse.errors import ConfigError
-from parafuse.quantization import NONE, Fp8, Quantize, quantize_of
+from parafuse.quantization import CALIBRATED, NONE, Fp8, Int8Weight, Quantize, quantize_of
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4", "mllm", "llm")
-"""Pipeline components that read the prompt, where they are present."""
+Parts = Sequence[tuple[str, nn.Module]]
+"""(name, component) of a pipeline."""
 
 
 @dataclass
@@ -42,58 +44,82 @@ class Quantized:
     model: nn.Module = field(default_factory=nn.Module)
 
 
-def asked_of(
-    denoisers: Iterable[tuple[str, nn.Module]], pipeline: Any, method: Quantize, *, required: bool = True
-) -> list[Asked]:
+def asked_of(denoisers: Parts, encoders: Parts, method: Quantize, *, required: bool = True) -> list[Asked]:
     """What is quantized, each module once. Raises ConfigError where text encoders are asked for and there are none."""
     found = [Asked(name, model, method) for name, model in denoisers]
-    encoders = method.for_text_encoders()
-    if encoders is not None:
-        there = [(name, getattr(pipeline, name, None)) for name in TEXT_ENCODERS]
-        there = [(name, model) for name, model in there if isinstance(model, nn.Module)]
-        if not there and required:
+    own = method.for_text_encoders()
+    if own is not None:
+        if not encoders and required:
             raise ConfigError(
                 f"quantize {method.method}: text_encoders={method.text_encoders}: there is none of "
                 f"{', '.join(TEXT_ENCODERS)} here; use text_encoders={NONE}."
             )
-        found += [Asked(name, model, encoders) for name, model in there]
+        found += [Asked(name, model, own) for name, model in encoders]
     return list({id(one.model): one for one in reversed(found)}.values())[::-1]
 
 
-def checked(
-    method: Quantize | str | None, denoisers: Iterable[tuple[str, nn.Module]], pipeline: Any, world_size: int
-) -> Quantize | None:
-    """The method with nothing left to be told, for where the models are. Raises ConfigError for what cannot be had."""
+def existing(parts: Parts) -> dict[str, Quantized]:
+    """Component -> what of it is quantized by torchao already, whoever did it."""
+    found: dict[str, Quantized] = {}
+    for name, model in parts:
+        choice = choose(name, model, Int8Weight(min_features=1))
+        if choice.there:
+            found[name] = Quantized(choice, next(iter(choice.there.values())), None, model)
+    return found
+
+
+def checked(method: Quantize | str | None, denoisers: Parts, encoders: Parts, world_size: int) -> Quantize | None:
+    """The method with nothing left to be told, for where the models are. Raises ConfigError for what cannot be had, and
+    for what is quantized already and cannot be used."""
     method = quantize_of(method)
+    there = existing([*denoisers, *encoders])
+    for name, one in there.items():
+        _check_existing(name, one, method, world_size)
     if method is None:
         return None
-    asked = asked_of(denoisers, pipeline, method)
+    asked = asked_of(denoisers, encoders, method)
     if not asked:
         raise ConfigError(f"quantize {method.method}: there is no denoiser to quantize; leave quantize out.")
-    first: Any = next(iter(asked[0].model.parameters()))
-    is_done = any(choose(one.name, one.model, one.method).there for one in asked)
-    method = settled(
-        method,
-        device=first.device.type,
-        capability=torch.cuda.get_device_capability(first.device) if first.is_cuda else None,
-        dtype=compute_dtype(asked[0].model) or "packed",
-        world_size=world_size,
-        saved=is_done,
-    )
-    chosen(asked, method)
+    done = [_settled(one.method, one.model, world_size, is_saved=one.name in there) for one in asked]
+    method = replace(done[0], text_encoders=method.text_encoders)
+    chosen(asked_of(denoisers, encoders, method), method)
     return method
 
 
+def _check_existing(name: str, one: Quantized, method: Quantize | None, world_size: int) -> None:
+    """Raises ConfigError for fp8 weights that are there and cannot be used here, or would give another picture."""
+    is_allowed = isinstance(method, Fp8) and method.reference
+    for found in {it.brief: it for it in one.choice.there.values()}.values():
+        if isinstance(found, Fp8):
+            try:
+                _settled(replace(found, reference=is_allowed), one.model, world_size, is_saved=True)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: is quantized already: {error}") from error
+
+
+def _settled(method: Quantize, model: nn.Module, world_size: int, *, is_saved: bool) -> Quantize:
+    first: Any = next(iter(model.parameters()))
+    return settled(
+        replace(method, text_encoders=NONE),
+        device=first.device.type,
+        capability=torch.cuda.get_device_capability(first.device) if first.is_cuda else None,
+        dtype=compute_dtype(model) or "packed",
+        world_size=world_size,
+        saved=is_saved,
+    )
+
+
 def chosen(asked: list[Asked], method: Quantize) -> list[Choice]:
-    """Looks through all of them before anything is changed. Raises ConfigError for what cannot be quantized so."""
+    """Looks through all of them before anything is changed. Raises ConfigError for what cannot be quantized so. A
+    component that is quantized already stays as it is."""
     check_skip(method, [one.name for one in asked])
     found = [choose(one.name, one.model, one.method) for one in asked]
     for one, choice in zip(asked, found, strict=True):
-        other = next((f"{name} is {kind}" for name, kind in choice.there.items() if kind != one.method.method), None)
-        if other or (choice.there and choice.layers):
+        other = next((f"{name} is {it.brief}" for name, it in choice.there.items() if not fits(it, one.method)), None)
+        if other:
             raise ConfigError(
-                f"quantize {one.method.method}: {one.name} is quantized already ({other or 'in part'}); leave quantize "
-                "out, or load the model as it was."
+                f"quantize {one.method.method}: {one.name} is quantized already ({other}); leave quantize out, or load "
+                "the model as it was."
             )
         if not choice.there and not choice.layers:
             reasons = sorted(set(choice.left.values())) or ["no linear layers"]
@@ -115,69 +141,87 @@ def quantize(
     at most is there in both forms. Local; the same on every rank.
 
     `largest`: component -> layer -> largest value that it is given, for calibrated scales. Raises ConfigError before
-    anything is changed."""
+    anything is changed; where something fails later, what was kept of the originals is put back."""
     choices = chosen(asked, method)
+    for one, choice in zip(asked, choices, strict=True):
+        is_calibrated = isinstance(one.method, Fp8) and one.method.scale == CALIBRATED
+        if is_calibrated and not all((largest or {}).get(one.name, {}).get(name) for name in choice.layers):
+            raise ConfigError(f"quantize {one.method.method}: scale={CALIBRATED}: {one.name} was not measured.")
     _probe(asked, device)
     done: list[Quantized] = []
-    for one, choice in zip(asked, choices, strict=True):
-        originals = _pack(choice, one.method, device, (largest or {}).get(one.name, {}), method.keep_originals)
-        taken_off = mark(one.model, one.method) if choice.layers else None
-        undo = None
-        if originals is not None:
-            undo = _putting_back(originals, taken_off)
-        done.append(Quantized(choice, one.method, undo, one.model))
+    with ExitStack() as back:
+        for one, choice in zip(asked, choices, strict=True):
+            if choice.there:
+                done.append(Quantized(choice, one.method, None, one.model))
+                continue
+            originals: list[tuple[nn.Linear, nn.Parameter]] = []
+            undo = _putting_back(originals, mark(one.model, one.method))
+            back.callback(undo)
+            keep = originals if method.keep_originals else None
+            _pack(choice, one.method, device, (largest or {}).get(one.name, {}), keep)
+            done.append(Quantized(choice, one.method, undo if method.keep_originals else None, one.model))
+        back.pop_all()
     return done
 
 
 def _probe(asked: list[Asked], device: torch.device | None) -> None:
     """Raises ConfigError where the GPU refuses a small product of a method after all."""
-    for method in {one.method for one in asked if one.method.computes}:
-        why = kernel_works(device, method) if device is not None and device.type == "cuda" else ""
+    for one in asked:
+        first: Any = next(iter(one.model.parameters()))
+        where = device or first.device
+        if where.type != "cuda" or not one.method.computes:
+            continue
+        why = kernel_works(where, one.method, getattr(torch, compute_dtype(one.model) or "bfloat16"))
         if why:
-            more = ", or another scale" if isinstance(method, Fp8) else ""
+            more = ", or another scale" if isinstance(one.method, Fp8) else ""
             raise ConfigError(
-                f"quantize {method.method}: this GPU refuses its products ({why}); use fp8-weight or int8-weight{more}."
+                f"quantize {one.method.method}: this GPU refuses its products for {one.name} ({why}); use fp8-weight "
+                f"or int8-weight{more}."
             )
 
 
 def _pack(
-    choice: Choice, method: Quantize, device: torch.device | None, largest: Mapping[str, float], keeps: bool
-) -> list[tuple[nn.Linear, nn.Parameter]] | None:
-    """The original weights, in the host's memory, where they are to be kept."""
-    originals: list[tuple[nn.Linear, nn.Parameter]] = []
+    choice: Choice,
+    method: Quantize,
+    device: torch.device | None,
+    largest: Mapping[str, float],
+    keep: list[tuple[nn.Linear, nn.Parameter]] | None,
+) -> None:
+    """`keep`: gets the original weights, in the host's memory."""
     with torch.no_grad():
         for name, layer in choice.layers.items():
             weight: Any = layer.weight
             there = weight.data if device is None else weight.data.to(device)
             set_weight(layer, packed(there, method, largest.get(name)))
-            if keeps:
+            if keep is not None:
                 if weight.device.type != "cpu":
                     weight.data = weight.data.cpu()
-                originals.append((layer, weight))
-    return originals if keeps else None
+                keep.append((layer, weight))
 
 
 def _putting_back(
     originals: list[tuple[nn.Linear, nn.Parameter]], taken_off: Callable[[], None] | None
 ) -> Callable[[], None]:
+    """Goes on where it was left, when it is called again."""
+    marks = [taken_off] if taken_off is not None else []
+
     def undo() -> None:
-        for layer, weight in originals:
+        while originals:
+            layer, weight = originals[-1]
             device = layer.weight.device
             if weight.device != device:
                 weight.data = weight.data.to(device)
             layer.weight = weight
-        originals.clear()
-        if taken_off is not None:
-            taken_off()
+            originals.pop()
+        while marks:
+            marks[-1]()
+            marks.pop()
 
     return undo
 
 
-def quantize_loaded(
-    pipeline: Any, plan: Plan, denoisers: Iterable[tuple[str, nn.Module]], device: torch.device
-) -> None:
+def quantize_loaded(plan: Plan, denoisers: Parts, encoders: Parts, device: torch.device) -> list[Quantized]:
     """Quantizes what has just been loaded, on its way to the device: there only what is quantized arrives, and one
     layer at a time. Local; every rank calls it."""
     method = quantize_of(plan.quantize or None)
-    if method is not None:
-        quantize(asked_of(denoisers, pipeline, method), method, device=device)
+    return [] if method is None else quantize(asked_of(denoisers, encoders, method), method, device=device)

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parafuse.engine.quantize.settle import Capability, settled
+from parafuse.engine.quantize.settle import TEXT_ENCODERS, Capability, settled
 from parafuse.engine.source import ModelSource, read_json
 from parafuse.errors import ConfigError
-from parafuse.quantization import ROW, TENSOR, Fp8, Fp8Weight, Int8, Int8Weight, Quantize, quantize_of
+from parafuse.quantization import AUTO, ROW, TENSOR, Fp8, Fp8Weight, Int8, Int8Weight, Quantize, quantize_of
 
 if TYPE_CHECKING:
     from parafuse.engine.plan import Plan
@@ -57,6 +57,12 @@ def saved_by(source: ModelSource, given: Mapping[str, Any] | None = None) -> dic
     return found
 
 
+def fits(there: Quantize, wanted: Quantize) -> bool:
+    """Whether weights that are there are what is asked for."""
+    scales = [getattr(one, "scale", AUTO) for one in (there, wanted)]
+    return there.method == wanted.method and (AUTO in scales or scales[0] == scales[1])
+
+
 def write_record(folder: Path, methods: Mapping[str, Quantize]) -> None:
     """Beside the components of a folder that has been saved. One rank calls it."""
     (folder / RECORD).parent.mkdir(exist_ok=True)
@@ -74,10 +80,10 @@ def check_saved(source: ModelSource, plan: Plan, given: Mapping[str, Any], capab
     """Raises ConfigError for a folder whose quantized parts cannot run here, or are to be quantized otherwise."""
     asked = quantize_of(plan.quantize or None)
     for part, method in saved_by(source, given).items():
-        wanted = asked.for_text_encoders() if asked and part.startswith("text_encoder") else asked
-        if wanted is not None and wanted.method != method.method:
+        wanted = asked.for_text_encoders() if asked and part in TEXT_ENCODERS else asked
+        if wanted is not None and not fits(method, wanted):
             raise ConfigError(
-                f"quantize={wanted.method}: {part} of {source.name!r} is saved in {method.method}, and stays so; leave "
+                f"quantize={wanted.method}: {part} of {source.name!r} is saved in {method.brief}, and stays so; leave "
                 "quantize out, or give the model as it was."
             )
         where = f"model={source.name!r}: {part} is saved in {method.method}"

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from parafuse.errors import ConfigError
-from parafuse.hardware import gpus
-from parafuse.quantization import AUTO, CALIBRATED, FP8_CAPABILITY, INT8_CAPABILITY, ROW, TENSOR, Fp8, Quantize
+from parafuse.hardware import visible_gpus
+from parafuse.quantization import (
+    AUTO,
+    CALIBRATED,
+    FP8_CAPABILITY,
+    INT8_CAPABILITY,
+    ROW,
+    TENSOR,
+    Fp8,
+    Int8,
+    Int8Weight,
+    Quantize,
+    quantize_of,
+)
 
+if TYPE_CHECKING:
+    from parafuse.engine.plan import Plan
+
+TEXT_ENCODERS = (
+    "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4", "prior_text_encoder", "mllm", "llm",
+)  # fmt: skip
+"""Pipeline components that read the prompt, where they are present."""
 Capability = tuple[int, int]
 ROW_CAPABILITIES = (8, 9, 10, 12)
 """Major numbers of the capabilities whose fp8 products take a scale for each row: torch's own, on Ada, Hopper and
@@ -16,7 +37,7 @@ Blackwell."""
 
 def capability_here() -> Capability | None:
     """The least CUDA compute capability of this machine's GPUs, from the driver; None without one."""
-    found = [tuple(map(int, gpu.capability.split("."))) for gpu in gpus()[1]]
+    found = [tuple(map(int, gpu.capability.split("."))) for gpu in visible_gpus()]
     return min(((major, minor) for major, minor in found), default=None)
 
 
@@ -28,12 +49,20 @@ def settled(
     `saved`: the weights are quantized in files, with the scales that belong to them."""
     encoders = method.for_text_encoders()
     if encoders is not None:
-        settled(encoders, device=device, capability=capability, dtype=dtype, world_size=world_size)
+        try:
+            settled(encoders, device=device, capability=capability, dtype=dtype, world_size=world_size)
+        except ConfigError as error:
+            raise ConfigError(f"quantize {method.method}: text_encoders={method.text_encoders}: {error}") from error
     where = f"quantize {method.method}"
     if device == "cpu":
         _check_cpu(method, where)
     elif capability is not None:
         _check_gpu(method, where, capability)
+    if isinstance(method, (Int8, Int8Weight)) and dtype == "float16":
+        raise ConfigError(
+            f"{where}: dtype='float16': products are added up before they are scaled, beyond what float16 holds; use "
+            "dtype=bfloat16, or fp8-weight."
+        )
     if not isinstance(method, Fp8):
         return method
     if device != "cpu" and dtype != "bfloat16":
@@ -82,3 +111,17 @@ def _check_gpu(method: Quantize, where: str, capability: Capability) -> None:
 
 def _shown(capability: Capability) -> str:
     return ".".join(map(str, capability))
+
+
+def check_settled(plan: Plan, saved: Mapping[str, Quantize]) -> None:
+    """Raises ConfigError for a plan, made elsewhere, whose quantization cannot be had here. `saved`: of a folder."""
+    method = quantize_of(plan.quantize or None)
+    if method is not None:
+        settled(
+            method,
+            device=plan.device,
+            capability=capability_here() if plan.device == "cuda" else None,
+            dtype=plan.dtype,
+            world_size=plan.world_size,
+            saved=any(part not in TEXT_ENCODERS for part in saved),
+        )

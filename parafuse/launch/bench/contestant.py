@@ -12,11 +12,12 @@ from torch import nn
 
 from parafuse.cache import cache_of
 from parafuse.config import Axis, Config
-from parafuse.engine.apply import DECODERS, DENOISERS, Handle, apply
+from parafuse.engine.apply import Handle, apply
 from parafuse.engine.caches.report import SKIPPED as LETTER
 from parafuse.engine.engine import Engine
-from parafuse.engine.quantize.put_on import TEXT_ENCODERS
+from parafuse.engine.quantize.settle import TEXT_ENCODERS
 from parafuse.engine.stack import block_stack
+from parafuse.engine.targets import DECODERS, DENOISERS
 from parafuse.launch.bench import share
 from parafuse.launch.bench.case import CACHES, REPLICATED, Variant
 from parafuse.launch.bench.parts import PartClock

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from parafuse.config import Config
-from parafuse.engine.apply import DENOISERS, denoisers
 from parafuse.engine.loader import load_pipeline
 from parafuse.engine.source import ModelSource, locate
+from parafuse.engine.targets import DENOISERS, denoisers
 from parafuse.hardware import num_cuda_devices
 from parafuse.launch.bench.clock import wait
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from parafuse.engine.apply import DECODERS, DENOISERS
+from parafuse.engine.targets import DECODERS, DENOISERS
 from parafuse.launch.bench.clock import Instant, now, seconds_between
 from parafuse.parallel.hooks import override
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from parafuse.engine.apply import DENOISERS
 from parafuse.engine.stack import block_stack
+from parafuse.engine.targets import DENOISERS
 from parafuse.launch.bench.record import CALLS, RAN
 
 Switch = Callable[[Any, int, float | None], Any]

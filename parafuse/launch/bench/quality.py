@@ -16,10 +16,10 @@ from torch import Tensor
 
 from parafuse.cache import cache_of
 from parafuse.config import Config
-from parafuse.engine.apply import DENOISERS, denoisers
 from parafuse.engine.engine import Engine
 from parafuse.engine.receipt import versions
 from parafuse.engine.request import check_call
+from parafuse.engine.targets import DENOISERS, denoisers
 from parafuse.launch.bench.contestant import call_of, calls_of, twin
 from parafuse.launch.bench.fidelity import LPIPS_PIXELS, Lpips, compare, lacks_lpips, lpips_on, pictures, relative_error
 from parafuse.launch.bench.model import CALLBACK, Loaded

@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from parafuse.cache import cache_of
 from parafuse.config import Config
-from parafuse.engine.apply import DENOISERS, denoisers
 from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import check_call
+from parafuse.engine.targets import DENOISERS, denoisers
 from parafuse.hardware import cores, hardware
 from parafuse.launch.bench import share
 from parafuse.launch.bench.case import PACKAGES, Case, Variant

@@ -131,6 +131,8 @@ def cell_of(pipeline: str, option: Option, setting: Setting) -> Cell:
         want = alone(pipeline, lossy, setting.cache, setting.lora)
         exact = alone(pipeline, (), setting.cache, setting.lora)
         found = run_ranks(_tried, setting.ranks, pipeline, option.config, setting, timeout_s=300)
+    except ParafuseError as refusal:
+        return Cell(refused=f"{type(refusal).__name__}: {refusal}")
     except RankFailure as failure:
         return Cell(failed=str(failure).splitlines()[0][:200])
     refusals = {one for one in found if isinstance(one, str)}

@@ -169,7 +169,7 @@ def cell_of(pipeline: str, option: Option, setting: Setting) -> Cell:
         return Cell(refused=refusals.pop()) if same else Cell(failed="one rank refuses, another does not")
     cell = Cell(error=max(_off(one[0], want) for one in found), applied=found[0][1])
     changes_graph = option.config.get("compile") or option.config.get("rewrites")
-    is_reordered = "ring" in setting.parallel or setting.lora or changes_graph
+    is_reordered = setting.parallel or setting.lora or changes_graph
     if option.rounds and is_reordered:
         cell.limit = max(EXACT, _off(want, exact))
     return cell

@@ -39,6 +39,7 @@ OTHER_WAYS = {
     "from_config": f"{ANOTHER}; make it first, then parafuse.Engine.from_pipeline(pipeline)",
 }
 XFORMERS = ("enable_xformers_memory_efficient_attention", "set_use_memory_efficient_attention_xformers")
+MOVES = ("enable_model_cpu_offload", "enable_group_offload")
 FUSES = ("fuse_lora", "unfuse_lora", "fuse_qkv_projections", "unfuse_qkv_projections")
 PARTS = {
     "enable_vae_slicing": ("vae", "enable_slicing"),
@@ -66,6 +67,11 @@ def refusal(name: str, plan: Plan, args: tuple[object, ...] = (), *, part: str =
         return (
             f"accelerate moves weights one by one, and cannot move those in {packed}; use "
             "enable_model_cpu_offload, or enable_group_offload of the parts"
+        )
+    if name in MOVES and packed and plan.compile:
+        return (
+            f"torch moves weights in {packed} by swapping tensors, which it cannot where compiled blocks watch them; "
+            "leave compile or quantize out, or offload nothing: weights in 8 bits take half the memory"
         )
     if name in FUSES and packed:
         return (

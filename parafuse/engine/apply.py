@@ -88,16 +88,16 @@ class Handle:
     def __post_init__(self) -> None:
         self._before = {name: replace(count) for name, count in self._counts().items()}
 
-    def remove(self) -> None:
+    def remove(self, *, quietly: bool = False) -> None:
         """Takes everything off, in reverse order, but for what another handle uses. Local; a second call does
-        nothing."""
+        nothing. `quietly`: without a word on weights that stay quantized."""
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
         while self._on or self._stuck:
             (self._stuck or [one for _, one in self._on])[-1].leave(self)
             (self._stuck or self._on).pop()
-        self._put_weights_back()
+        self._put_weights_back(quietly=quietly)
         self._tell()
         self.clock.drop(self.target)
         if self.mesh is not None and not self._is_off:
@@ -124,14 +124,14 @@ class Handle:
                 self.quantized[name] = one
         self._tell()
 
-    def _put_weights_back(self) -> None:
+    def _put_weights_back(self, *, quietly: bool) -> None:
         both = [*self._replaced, *self.quantized.values()]
         left = [one.choice.component for one in both if one.choice.layers and one.undo is None]
         for one in both:
             if one.undo is not None:
                 one.undo()
         self._replaced.clear()
-        if left:
+        if left and not quietly:
             note(
                 f"{', '.join(left)}: stays quantized: the original weights are not kept (keep_originals=true keeps "
                 "them); load the model again for these."

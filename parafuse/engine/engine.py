@@ -485,9 +485,7 @@ class Engine(Surface):
     def _take_off(self) -> None:
         for module in self.handle.own_modules():
             remove_offload(module)  # it stands on what parafuse has put on
-        if self._source.kind != "pipeline":
-            self.handle.quantized.clear()  # nobody else has this pipeline: its weights may stay as they are
-        self.handle.remove()
+        self.handle.remove(quietly=True)
         self._closed = True
         if self._family[0] is not self:
             self._family[self._family.index(self)] = None  # the places of the others stay

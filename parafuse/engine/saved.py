@@ -22,6 +22,7 @@ from parafuse.engine import artifacts, plan_store
 from parafuse.engine.artifacts import machine
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.saved import write_record
+from parafuse.engine.quantized import compute_dtype
 from parafuse.engine.receipt import versions
 from parafuse.engine.source import locate, read_json, write_defaults
 from parafuse.engine.state import components_of
@@ -70,7 +71,8 @@ def save(
     for key, (block, block_plan) in block_plans.items():
         plan_store.write(own / PLANS, key, block, block_plan)
     if methods:
-        write_record(folder, methods)
+        dtypes = {name: compute_dtype(getattr(pipeline, name)) or "" for name in methods}
+        write_record(folder, methods, dtypes)
     source = locate(str(folder), allow_pickle=True)
     record = {
         "schema": SCHEMA,

@@ -146,7 +146,8 @@ def show(outcome: Outcome, out: str | None) -> None:
     """Prints the table to stdout."""
     table = Table(box=None, pad_edge=False)
     for heading in ("layers, * for a number", "how many", "error alone", "largest input", ""):
-        table.add_column(heading, justify="left" if heading in ("layers, * for a number", "") else "right")
+        justify = "left" if heading in ("layers, * for a number", "") else "right"
+        table.add_column(heading, justify=justify, overflow="fold")
     for group in outcome.groups:
         left = "left as it is" if group in outcome.over else ""
         name = f"{group.component}.{group.pattern}"

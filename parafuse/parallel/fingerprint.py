@@ -35,7 +35,12 @@ def fingerprint(block: nn.Module, but: tuple[str, ...] = ()) -> str:
         for key, value in sorted(vars(module).items())
         if key not in _MODULE_STATE | _WHERE_FROM and key not in but and not isinstance(value, (Tensor, nn.Module))
     ]
-    return f"{type(block).__module__}.{block!r}{facts}"
+    packed = [
+        (name, type(p).__name__, getattr(p, "act_quant_kwargs", None) is not None)
+        for name, p in block.named_parameters()
+        if type(p) is not nn.Parameter
+    ]  # what such weights compute is up to them
+    return f"{type(block).__module__}.{block!r}{facts}{packed or ''}"
 
 
 def hooks_in(parts: list[nn.Module]) -> tuple[Any, ...]:
@@ -67,7 +72,7 @@ _PLACING = {
 """Hooks of diffusers that move or cast weights."""
 _WHERE_FROM = {
     *"_name_or_path name_or_path _commit_hash _use_default_values".split(),
-    *"architectures dtype torch_dtype transformers_version target_name".split(),
+    *"architectures dtype torch_dtype transformers_version target_name hf_quantizer".split(),
 }
 """Differs by machine, by process (a set as a list) or by layer (an adapter's), or is set when a model is saved; what a
 module does, it does not say."""

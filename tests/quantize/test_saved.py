@@ -118,6 +118,14 @@ def test_what_is_saved_is_told_before_it_is_loaded(model: Path, tmp_path: Path) 
         parafuse.Engine.from_pretrained(str(out))
     with pytest.raises(ConfigError, match=r"is saved in fp8:.*, and stays so"):
         parafuse.Engine.from_pretrained(str(out), parafuse.Config(quantize="int8"))
+    weights = tmp_path / "weights"
+    with parafuse.Engine.from_pretrained(str(model), parafuse.Config(quantize=METHODS["fp8-weight"])) as engine:
+        engine.save(weights)
+    with pytest.raises(ConfigError, match="from float32, and is computed in that: give dtype=float32"):
+        parafuse.Engine.from_pretrained(str(weights), parafuse.Config(dtype="bfloat16"))
+    two = parafuse.Config(parallel=parafuse.Parallel(ulysses=2))
+    with parafuse.Engine.from_pretrained(str(weights), two) as engine:  # text encoders in 8 bits are alike on all ranks
+        assert engine(**CALL, seed=7).images.isfinite().all()
     packed = command("quantize", "--model", str(out), "--quantize", "int8")
     assert (packed.returncode, "is saved in fp8 already; give it as it was" in packed.stderr) == (2, True)
 

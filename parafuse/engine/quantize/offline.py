@@ -14,6 +14,7 @@ from parafuse.engine.quantize.put_on import Parts, Quantized, asked_of, chosen, 
 from parafuse.engine.quantize.report import report
 from parafuse.engine.quantize.roles import pattern_of
 from parafuse.engine.quantize.saved import write_record
+from parafuse.engine.quantized import compute_dtype
 from parafuse.engine.source import write_defaults
 from parafuse.errors import ConfigError
 from parafuse.quantization import Quantize
@@ -104,7 +105,8 @@ def save(folder: Path, pipeline: Any, done: Sequence[Quantized], defaults: dict[
     try:
         pipeline.save_pretrained(part)
         write_defaults(part, defaults)
-        write_record(part, {one.choice.component: one.method for one in done})
+        dtypes = {one.choice.component: compute_dtype(one.model) or "" for one in done}
+        write_record(part, {one.choice.component: one.method for one in done}, dtypes)
         if folder.exists():
             folder.rmdir()
         part.rename(folder)

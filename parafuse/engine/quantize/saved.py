@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from parafuse.engine.plan import Plan
 
 RECORD = Path("parafuse") / "quantize.json"
-"""In a folder: component -> the quantization, as its text. Configurations do not tell calibrated scales from others."""
+"""In a folder: component -> the quantization, as its text, and under `dtypes` what each computed in. Configurations do
+not tell calibrated scales from others."""
+DTYPES = "dtypes"
 KINDS: dict[str, type[Quantize]] = {
     "Float8DynamicActivationFloat8WeightConfig": Fp8,
     "Float8WeightOnlyConfig": Fp8Weight,
@@ -39,8 +41,7 @@ def configurations(source: ModelSource, given: Mapping[str, Any] | None = None) 
 
 def saved_by(source: ModelSource, given: Mapping[str, Any] | None = None) -> dict[str, Quantize]:
     """Component -> what it was quantized with by torchao in a folder, of the methods that are known here."""
-    file = Path(source.path) / RECORD if source.kind == "folder" else None
-    record = read_json(file, source.name) if file is not None and file.is_file() else {}
+    record = _record(source)
     found: dict[str, Quantize] = {}
     for part, facts in configurations(source, given):
         default = facts.get("quant_type", {})
@@ -57,17 +58,33 @@ def saved_by(source: ModelSource, given: Mapping[str, Any] | None = None) -> dic
     return found
 
 
+def _record(source: ModelSource) -> dict[str, Any]:
+    file = Path(source.path) / RECORD if source.kind == "folder" else None
+    return read_json(file, source.name) if file is not None and file.is_file() else {}
+
+
+def _check_dtype(where: str, method: Quantize, made_in: Any, dtype: str) -> None:
+    """Raises ConfigError for weights whose products are in the dtype that they were made in, where another is asked
+    for: torchao does not cast them."""
+    if not method.computes and made_in is not None and made_in != dtype:
+        raise ConfigError(
+            f"{where} in {method.method} from {made_in}, and is computed in that: give dtype={made_in}, or quantize "
+            f"the model as it was with dtype={dtype}."
+        )
+
+
 def fits(there: Quantize, wanted: Quantize) -> bool:
     """Whether weights that are there are what is asked for."""
     scales = [getattr(one, "scale", AUTO) for one in (there, wanted)]
     return there.method == wanted.method and (AUTO in scales or scales[0] == scales[1])
 
 
-def write_record(folder: Path, methods: Mapping[str, Quantize]) -> None:
-    """Beside the components of a folder that has been saved. One rank calls it."""
+def write_record(folder: Path, methods: Mapping[str, Quantize], dtypes: Mapping[str, str]) -> None:
+    """Beside the components of a folder that has been saved. `dtypes`: what each component computes in. One rank calls
+    it."""
     (folder / RECORD).parent.mkdir(exist_ok=True)
     texts = {part: str(_for_files(method)) for part, method in methods.items()}
-    (folder / RECORD).write_text(json.dumps(texts, indent=2) + "\n")
+    (folder / RECORD).write_text(json.dumps({**texts, DTYPES: dict(dtypes)}, indent=2) + "\n")
 
 
 def _for_files(method: Quantize) -> Quantize:
@@ -79,7 +96,9 @@ def _for_files(method: Quantize) -> Quantize:
 def check_saved(source: ModelSource, plan: Plan, given: Mapping[str, Any], capability: Capability | None) -> None:
     """Raises ConfigError for a folder whose quantized parts cannot run here, or are to be quantized otherwise."""
     asked = quantize_of(plan.quantize or None)
+    dtypes = _record(source).get(DTYPES, {})
     for part, method in saved_by(source, given).items():
+        _check_dtype(f"model={source.name!r}: {part} was quantized", method, dtypes.get(part), plan.dtype)
         wanted = asked.for_text_encoders() if asked and part in TEXT_ENCODERS else asked
         if wanted is not None and not fits(method, wanted):
             raise ConfigError(

@@ -227,6 +227,7 @@ def test_offload_moves_quantized_weights(text: str) -> None:
 
 def test_offload_of_compiled_and_quantized_blocks_is_refused() -> None:
     config = parafuse.Config(quantize="int8-weight:min_features=8", compile=True)
-    with parafuse.Engine.from_pipeline(flux.build("FluxPipeline"), config) as one:
-        with pytest.raises(ConfigError, match="by swapping tensors, which it cannot where compiled blocks watch"):
-            one.enable_model_cpu_offload(device="cpu")
+    words = "by swapping tensors, which it cannot where compiled blocks watch"
+    one = parafuse.Engine.from_pipeline(flux.build("FluxPipeline"), config)
+    with one, pytest.raises(ConfigError, match=words):
+        one.enable_model_cpu_offload(device="cpu")

@@ -67,7 +67,8 @@ class CompiledKind:
         except RuntimeError as error:
             if not type(error).__module__.startswith("torch._dynamo"):
                 raise
-            why = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())
+            told = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].partition("from user code:")[0]
+            why = " ".join(told.split())
             raise UnsupportedError(f"{self.name}: cannot be compiled under parafuse: {why}{self.way_out}") from error
 
 

@@ -66,6 +66,7 @@ def _attend(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
     sequence_group: str,
     scale: float | None,
     is_causal: bool,
+    after: Tensor | None = None,
 ) -> Tensor:
     """`SequenceAttention` as one operator: what is packed, sent and attended does not enter a traced graph, where
     lengths that are symbols would make it slow to compile."""
@@ -103,29 +104,9 @@ sequence_attention = keeps_order(torch.library.custom_op("parafuse::sequence_att
 sequence_attention.register_fake(_shape_of)
 
 
-@torch.library.custom_op("parafuse::attention_after", mutates_args=())
-def attention_after(  # noqa: PLR0913, PLR0917
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    query_lengths: Sequence[int],
-    key_lengths: Sequence[int],
-    kept_queries: int | None,
-    kept_keys: int | None,
-    ulysses_group: str,
-    ring_group: str,
-    sequence_group: str,
-    scale: float | None,
-    is_causal: bool,
-    after: Tensor | None,
-) -> Tensor:
-    """The same for graphs that are equal on all ranks: what comes `after` what orders it. Torch keeps no graph with an
-    ordered effect for a later process."""
-    lengths, groups = (query_lengths, key_lengths), (ulysses_group, ring_group, sequence_group)
-    return _attend(q, k, v, mask, *lengths, kept_queries, kept_keys, *groups, scale, is_causal)
-
-
+attention_after = torch.library.custom_op("parafuse::attention_after", _attend, mutates_args=())
+"""For graphs that are equal on all ranks: what comes `after` what orders it. Torch keeps no graph with an ordered
+effect for a later process."""
 attention_after.register_fake(_shape_of)
 
 

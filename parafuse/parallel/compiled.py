@@ -3,6 +3,7 @@ ranks. The exchanges are operators, so each block is one graph, and blocks of a 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ class CompiledKind:
             if not type(error).__module__.startswith("torch._dynamo"):
                 raise
             told = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].partition("from user code:")[0]
-            why = " ".join(told.split())
+            why = re.sub(r" at 0x[0-9a-f]+", "", " ".join(told.split()))
             raise UnsupportedError(f"{self.name}: cannot be compiled under parafuse: {why}{self.way_out}") from error
 
 

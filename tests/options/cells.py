@@ -178,7 +178,7 @@ def cell_of(pipeline: str, option: Option, setting: Setting) -> Cell:
 def _tried(pipeline: str, config: dict[str, Any], setting: Setting) -> tuple[Tensor, list[str]] | str:
     try:
         return painted(pipeline, config, setting)
-    except (ParafuseError, NotImplementedError) as refusal:
+    except ParafuseError as refusal:
         return f"{type(refusal).__name__}: {refusal}"
 
 

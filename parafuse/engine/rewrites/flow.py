@@ -113,7 +113,7 @@ def storage_of(x: Tensor) -> int | None:
         return None
     try:
         return int(x.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # a tensor without storage of its own, such as a sparse one
         return None
 
 

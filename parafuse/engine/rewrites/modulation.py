@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from parafuse.engine.rewrites.flow import Flow, Slice
-from parafuse.engine.rewrites.rewrite import Rewrite, Site, bare
+from parafuse.engine.rewrites.rewrite import Boundary, Rewrite, Site, bare
 from parafuse.engine.rewrites.rows import RowLinear, Rows, by_dtype, bytes_of, weight_bytes
 from parafuse.engine.rewrites.times import foreseen, is_one_value
 from parafuse.errors import UnsupportedError, is_out_of_memory
@@ -125,7 +125,7 @@ class StepModulation(Rewrite):
         self._learned.clear()
 
     def at_boundary(self) -> list[OnForward]:
-        return [_Boundary(self)]
+        return [Boundary(self.module, self.call)]
 
     def outermost(self) -> OnForward:
         return _Steps(self)
@@ -367,15 +367,6 @@ class StepModulation(Rewrite):
                 return False
             learned.proven.add(sizes)
         return True
-
-
-class _Boundary(OnForward):
-    def __init__(self, modulation: StepModulation):
-        super().__init__(modulation.module)
-        self._modulation = modulation
-
-    def _forward(self, original: Forward) -> Forward:
-        return lambda *args, **kwargs: self._modulation.call(original, args, kwargs)
 
 
 class _Steps(OnForward):

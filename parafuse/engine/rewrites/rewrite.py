@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 
 from parafuse.engine.caches.clock import Clock
 from parafuse.parallel.call_context import CallContext
-from parafuse.parallel.hooks import OnForward
+from parafuse.parallel.hooks import Forward, OnForward
 from parafuse.parallel.mesh import Mesh
 
 
@@ -74,6 +74,17 @@ class Rewrite(ABC):
 
     def settle(self) -> None:  # noqa: B027 - most have nothing left to check
         """At the end of a request: raises where something did not hold. May wait for the device."""
+
+
+class Boundary(OnForward):
+    """Hands each call of a denoiser to `call(what stood there, args, kwargs)`."""
+
+    def __init__(self, module: nn.Module, call: Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]):
+        super().__init__(module)
+        self._call = call
+
+    def _forward(self, original: Forward) -> Forward:
+        return lambda *args, **kwargs: self._call(original, args, kwargs)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from parafuse.engine.rewrites.gates import Gates, Sites
-from parafuse.engine.rewrites.rewrite import Rewrite, Site, bare
+from parafuse.engine.rewrites.rewrite import Boundary, Rewrite, Site, bare
 from parafuse.engine.rewrites.text_cuts import Change, Masks, Text, Valid, disturbed, shortened, texts_of, ways
 from parafuse.errors import is_out_of_memory
 from parafuse.log import note
@@ -102,7 +102,7 @@ class TrimmedText(Rewrite):
         return self._gates.parts
 
     def at_boundary(self) -> list[OnForward]:
-        return [_Boundary(self)]
+        return [Boundary(self.module, self.call)]
 
     def begin(self) -> None:
         self.seen.clear()
@@ -276,18 +276,6 @@ class TrimmedText(Rewrite):
             return
         with self.site.context.trying():
             yield original
-
-
-class _Boundary(OnForward):
-    def __init__(self, text: TrimmedText):
-        super().__init__(text.module)
-        self._text = text
-
-    def _forward(self, original: Forward) -> Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._text.call(original, args, kwargs)
-
-        return forward
 
 
 def is_same(found: Any, whole: Any, *, tight: bool = False) -> bool:

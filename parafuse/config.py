@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from parafuse.attention import Attention, attention_of
 from parafuse.cache import Cache, cache_of
 from parafuse.errors import ConfigError, reject_unknown
 from parafuse.quantization import Quantize, quantize_of
@@ -121,6 +122,10 @@ class Config:
     """Exact changes of what is computed, by name with commas: qkv (one product for queries, keys and values), text
     (padded text is cut off), modulation (of all steps at once), rope (fewer kernels in blocks of two streams); auto:
     those that pay here."""
+    attention: Attention | str = field(default="auto", metadata={LOSSY: ("fp8-reference",)})
+    """What computes attention in repeated blocks: torch (its own choice), flash, cudnn, efficient, cpu-flash,
+    flash-attn-2, flash-attn-3, flash-attn-4, math, or in 8 bits sage, fp8, fp8-reference; "auto": the fastest exact one
+    that parafuse tune attention has timed here, else torch."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for another one before the request fails on all of them."""
     allow_pickle: bool = False
@@ -135,6 +140,7 @@ class Config:
             raise ConfigError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}.")
         object.__setattr__(self, "cache", cache_of(self.cache))
         object.__setattr__(self, "quantize", quantize_of(self.quantize))
+        object.__setattr__(self, "attention", attention_of(self.attention))
         for name in ("compile", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be true or false.")
@@ -169,7 +175,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         texts = {name: str(one) if one else None for name, one in (("cache", self.cache), ("quantize", self.quantize))}
-        return dataclasses.asdict(self) | texts
+        return dataclasses.asdict(self) | texts | {"attention": str(self.attention)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, where: str = "config") -> Config:

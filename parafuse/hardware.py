@@ -21,6 +21,7 @@ PACKAGES = (
     "triton",
     "flash-attn",
     "flash-attn-3",
+    "flash-attn-4",
     "sageattention",
     "xformers",
     "nvidia-ml-py",

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,8 +30,9 @@ from parafuse.engine.rewrites.choose import STEPWISE, Beside, choices
 from parafuse.engine.source import ModelSource
 from parafuse.engine.stack import block_stack, repeated_blocks
 from parafuse.engine.standing import Standing, standing_on
-from parafuse.engine.targets import DENOISERS, STACKS, Wanted, denoisers, wanted_of, weighty
+from parafuse.engine.targets import DENOISERS, STACKS, Wanted, denoisers, device_of, wanted_of, weighty
 from parafuse.errors import ConfigError
+from parafuse.kernels.attention import Choice
 from parafuse.log import note
 from parafuse.parallel.block_plan import BlockPlan
 from parafuse.parallel.comm import Count, counters, since
@@ -225,6 +225,10 @@ class Handle:
         self.quantize_weights(target, arriving)
         self.put_on(wanted)
 
+    def choices(self) -> dict[str, Choice]:
+        """Component -> what computed its attention, where parafuse sees to that."""
+        return {name: one.choice for name, one in self._on if one.choice is not None}
+
     def go_by_steps(self) -> None:
         """Counts the target's steps, where a cache or a rewrite needs them."""
         if self.cache is not None or any(name in self.extras.rewrites for name in STEPWISE):
@@ -338,8 +342,9 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
             raise ConfigError(f"{field_name}={value!r}: apply takes the model as it is; set it when loading the model.")
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
-    extras = Extras.of(config)
     ranks = world_size if mesh is None else mesh.num_ranks
+    device = device_of(target)
+    extras = Extras.of(config, device)
     method = checked(config.quantize, *weighty(target), ranks)
     if world_size == 1 and not extras:
         return _without_mesh(target, method)
@@ -351,9 +356,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
             target, STACKS if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 else DENOISERS
         )  # says what is missing
     _refuse_joint(extras.cache, target)
-    first = next((x for _, module, _ in wanted for x in chain(module.parameters(), module.buffers())), None)
-    device = "cuda" if first is not None and first.is_cuda else "cpu"
-    extras.check_graphs(device, degrees[Axis.RING] * degrees[Axis.ULYSSES])
+    extras.check(device, degrees.__getitem__)
     each_has = _extras(extras, wanted, target)
     found = [_check(*each, degrees, each_has[each[1:]]) for each in wanted]
     shared = [one for one in found if one is not None]

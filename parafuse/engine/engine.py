@@ -121,7 +121,7 @@ class Engine(Surface):
         }
         refuse_ignored(config, given_plan)
         check_loading(source, plan, pipeline_kwargs, sent=ours and size > 1)
-        Extras.of(plan.config()).check_graphs(plan.device, plan.sequence_degree)
+        Extras.of(plan.config(), plan.device).check(plan.device, plan.degree)
         check_components(source, plan, pipeline_kwargs)
         workers, world = None, None
         if size > 1 and ours:

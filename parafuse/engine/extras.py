@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from parafuse.attention import TIMED, TORCH, Attention, attention_of
 from parafuse.cache import Cache, StackCache, cache_of, with_calibration
-from parafuse.config import Config
+from parafuse.config import Axis, Config
 from parafuse.engine.rewrites.choose import Choice
+from parafuse.engine.timings import resolved
 from parafuse.errors import ConfigError
+from parafuse.kernels.backends import REGISTRY
 from parafuse.parallel import captured
 
 
@@ -22,12 +26,16 @@ class Extras:
     """Whether weights are quantized, which what stands on a denoiser must know of."""
     rewrites: tuple[str, ...] = ()
     """Names, in the order in which they are put on."""
+    attention: Attention = field(default_factory=lambda: Attention(TORCH))
+    """What computes attention in repeated blocks."""
     chosen: Choice | None = None
     """What of them one denoiser gets; None until that is known."""
 
     @classmethod
-    def of(cls, config: Config) -> Extras:
+    def of(cls, config: Config, device: str) -> Extras:
+        """`device`: its type, for what a Config leaves open."""
         return cls(
+            attention=resolved(attention_of(config.attention), device),
             cache=with_calibration(cache_of(config.cache)),
             compile=config.compile,
             cuda_graphs=config.cuda_graphs,
@@ -46,10 +54,14 @@ class Extras:
         """For a denoiser that gets these of them."""
         return replace(self, chosen=chosen)
 
-    def check_graphs(self, device: str, sequence_degree: int) -> None:
-        """Raises ConfigError where what is asked for cannot be captured as CUDA graphs."""
-        if not self.cuda_graphs:
-            return
+    def check(self, device: str, degree: Callable[[Axis], int]) -> None:
+        """Raises ConfigError where something of it cannot be had on a device, or in a layout."""
+        if self.cuda_graphs:
+            self._check_graphs(device, degree(Axis.RING) * degree(Axis.ULYSSES))
+        if self.attention.backend not in (TORCH, TIMED):
+            self._check_attention(device, degree(Axis.RING))
+
+    def _check_graphs(self, device: str, sequence_degree: int) -> None:
         captured.refuse_without_graphs(device)
         if sequence_degree > 1:
             raise ConfigError(
@@ -62,8 +74,23 @@ class Extras:
                 "skips blocks (first-block, teacache, taylorseer, interval, ...), or leave cuda_graphs out."
             )
 
+    def _check_attention(self, device: str, ring_degree: int) -> None:
+        name = self.attention.backend
+        backend = REGISTRY.backends[name]
+        able = [other for other, one in REGISTRY.backends.items() if not one.why_not_here(device) and not one.lossy]
+        why = backend.why_not_here(device)
+        if why:
+            raise ConfigError(f"attention={name!r}: {why}; here there are {', '.join(able)}.")
+        if ring_degree > 1 and (not backend.has_lse or backend.lossy):
+            why = "gives no log-sum-exp, by which a ring merges what its ranks have"
+            if backend.has_lse:
+                why = f"has {backend.lossy}, by scales of the tokens at hand; pictures would depend on the ranks"
+            raise ConfigError(
+                f"attention={name!r}: {why}; use ulysses in the place of ring {ring_degree}, or attention='torch'."
+            )
+
     def lines(self) -> list[str]:
-        """What is asked for, in words."""
+        """What is asked for, in words; what each part says by itself is left out."""
         found = [f"cache {self.cache}"] if self.cache else []
         found += ["compiled blocks"] if self.compile else []
         found += ["CUDA graphs"] if self.cuda_graphs else []

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from parafuse.attention import AUTO as AUTO_ATTENTION
+from parafuse.attention import TORCH, Attention, Timings
 from parafuse.cache import Cache, CalibratedCache, cache_of
 from parafuse.calibration import Calibration
 from parafuse.config import Axis, Config, Parallel
@@ -18,7 +20,19 @@ from parafuse.errors import ConfigError, reject_unknown
 from parafuse.quantization import AUTO, Fp8, quantize_of
 
 SCHEMA = 1
-OPTIONAL = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "calibration", "replay", "why", "schema")
+OPTIONAL = (
+    "cache",
+    "quantize",
+    "compile",
+    "cuda_graphs",
+    "rewrites",
+    "attention",
+    "attention_timings",
+    "calibration",
+    "replay",
+    "why",
+    "schema",
+)
 """Fields that a plan may lack: an earlier version wrote it, or somebody by hand."""
 
 
@@ -50,6 +64,10 @@ class Plan:
     """Whether that is captured as CUDA graphs."""
     rewrites: str = ""
     """Exact changes of what a denoiser computes, by name; "auto" stays: which of them pay is told by the first call."""
+    attention: str = TORCH
+    """What computes attention in repeated blocks."""
+    attention_timings: dict[str, Any] | None = None
+    """For `timed`: what was timed on the device, so that every rank takes the same backend."""
     calibration: dict[str, Any] | None = None
     """What the file that the cache names holds: so every rank has it, and a plan runs where the file is not."""
     replay: dict[str, list[str]] | None = None
@@ -73,6 +91,8 @@ class Plan:
         if self.replay is not None and not self.cache:
             raise ConfigError("plan.replay: holds decisions of a cache, but plan.cache is empty.")
         parallel.degrees(self.world_size)
+        if self.attention == AUTO_ATTENTION:
+            raise ConfigError("plan.attention='auto': a plan is explicit; only a Config may say 'auto'.")
         self.cache_with_calibration()
         method = quantize_of(self.quantize or None)
         if isinstance(method, Fp8) and method.scale == AUTO:
@@ -103,8 +123,14 @@ class Plan:
             compile=self.compile,
             cuda_graphs=self.cuda_graphs,
             rewrites=self.rewrites,
+            attention=self._attention(),
             timeout_s=self.timeout_s,
         )
+
+    def _attention(self) -> Attention:
+        timings = self.attention_timings
+        known = None if timings is None else Timings.from_dict(timings, "plan.attention_timings")
+        return Attention(self.attention, known)
 
     def degree(self, axis: Axis) -> int:
         return self.degrees[axis]
@@ -117,7 +143,8 @@ class Plan:
     @property
     def changes_nothing(self) -> bool:
         """Whether the model runs as it is."""
-        return self.world_size == 1 and not (self.cache or self.quantize or self.compile or self.rewrites)
+        extras = self.cache or self.quantize or self.compile or self.rewrites or self.attention != TORCH
+        return self.world_size == 1 and not extras
 
     def without_replay(self) -> Plan:
         """The same, where the cache decides."""
@@ -131,6 +158,7 @@ class Plan:
         more += f", quantize {self.quantize}" if self.quantize else ""
         more += ", compiled" + (" to CUDA graphs" if self.cuda_graphs else "") if self.compile else ""
         more += f", rewrites {self.rewrites}" if self.rewrites else ""
+        more += f", attention {self.attention}" if self.attention != TORCH else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""
         return f"{ranks}: {axes}, {self.dtype} on {self.device}{more}{again}" + (f" ({self.why})" if self.why else "")
 

@@ -13,25 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import platformdirs
 import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec
 
 import parafuse
+from parafuse.engine.kept import cache_folder
 from parafuse.parallel.block_plan import BlockPlan, Site, TokenDim
 from parafuse.parallel.fingerprint import fingerprint, signature
-
-FOLDER_ENV = "PARAFUSE_CACHE"
-"""Names the folder; empty: nothing is kept."""
-
-
-def cache_folder() -> Path | None:
-    """`PARAFUSE_CACHE`, or the user's cache folder."""
-    named = os.environ.get(FOLDER_ENV)
-    if named is None:
-        return Path(platformdirs.user_cache_dir("parafuse"))
-    return Path(named) if named else None
 
 
 def folder() -> Path | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from parafuse.attention import attention_of
 from parafuse.cache import cache_of, calibration_of, with_calibration
 from parafuse.config import Axis, Config
 from parafuse.engine.memory import check_memory
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.saved import saved_by
 from parafuse.engine.quantize.settle import TEXT_ENCODERS, capability_here, settled
+from parafuse.engine.timings import resolved
 from parafuse.errors import ConfigError
 from parafuse.hardware import num_cuda_devices
 from parafuse.quantization import Quantize, quantize_of
@@ -39,6 +41,7 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
             + (f"Start at most {devices} ranks here, or use device='cpu'." if devices else "Use device='cpu'.")
         )
     dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+    attention = resolved(attention_of(config.attention), device)
     why = ""
     if config.parallel.ulysses == "auto" and degrees[Axis.ULYSSES] > 1:
         why = "ulysses takes all ranks that no other axis uses"
@@ -57,6 +60,8 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
         compile=config.compile,
         cuda_graphs=config.cuda_graphs,
         rewrites=config.rewrites,
+        attention=attention.backend,
+        attention_timings=attention.timings.to_dict() if attention.timings is not None else None,
         calibration=calibration.to_dict() if calibration is not None else None,
         why=why,
     )

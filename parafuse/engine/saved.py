@@ -20,6 +20,7 @@ from torch import nn
 from parafuse.config import Config
 from parafuse.engine import artifacts, plan_store
 from parafuse.engine.artifacts import machine
+from parafuse.engine.kept import FOLDER_ENV
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.saved import write_record
 from parafuse.engine.quantized import compute_dtype
@@ -141,7 +142,7 @@ def _adopt_plans(folder: Path, record: dict[str, Any]) -> str:
             return f"not used: made with {name} {record['versions'].get(name)}, here is {version}"
     where = plan_store.folder()
     if where is None:
-        return f"not used: {plan_store.FOLDER_ENV} is empty, so none are kept"
+        return f"not used: {FOLDER_ENV} is empty, so none are kept"
     try:
         where.mkdir(parents=True, exist_ok=True)
         for file in files:

@@ -87,6 +87,14 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(found))
 
 
+def attending_parts(model: nn.Module) -> list[nn.Module]:
+    """What a chosen attention backend stands on: the block stack, as where it is split; of other models the whole."""
+    try:
+        return [model] if is_unet(model) else block_stack(model)
+    except UnsupportedError:
+        return [model]
+
+
 UNET_LISTS = ("transformer_blocks", "resnets", "downsamplers", "upsamplers")
 """ModuleLists of a UNet whose items are compiled."""
 

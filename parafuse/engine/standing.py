@@ -25,7 +25,9 @@ from parafuse.engine.derive import derive
 from parafuse.engine.extras import Extras
 from parafuse.engine.rewrites.choose import make
 from parafuse.engine.rewrites.rewrite import Rewrite, Site
-from parafuse.engine.stack import block_stack, repeated_blocks
+from parafuse.engine.stack import attending_parts, block_stack, repeated_blocks
+from parafuse.kernels.attention import Choice
+from parafuse.parallel.attention_mode import ChoiceHolds, ChosenAttention
 from parafuse.parallel.call_context import CallContext
 from parafuse.parallel.captured import CapturedCalls, make_capture
 from parafuse.parallel.compiled import CompiledUnits, CompiledWhole, Regional, refuse_compile
@@ -58,6 +60,8 @@ class Standing:
     clock: Clock | None = None
     """By which it counts steps, where it does."""
     rewrites: list[Rewrite] = field(default_factory=list[Rewrite])
+    choice: Choice | None = None
+    """What computes attention in its blocks, where parafuse sees to that."""
     regional: Regional | None = None
     """Its compiled blocks."""
     captured: list[CapturedCalls] = field(default_factory=list[CapturedCalls])
@@ -134,9 +138,12 @@ class Standing:
             self._put_on(one)
 
     def _share_tokens(self, parts: PartReuse | None) -> None:
+        if self.method == "forward" and (self.mesh.sequence_degree > 1 or self.extras.attention.acts):
+            self.choice = Choice.named(self.extras.attention, self.name)
         if self.method == "forward" and self.mesh.sequence_degree > 1:
             prober = parts.without(derive) if parts else derive
-            self.sequence = SequenceParallel(self.module, block_stack(self.module), self.mesh, prober, parts)
+            blocks = block_stack(self.module)
+            self.sequence = SequenceParallel(self.module, blocks, self.mesh, prober, parts, self.choice)
         elif self.method == "forward" and self.extras.cache is None and not self.extras.compile:
             met = [part for one in self.rewrites for part in one.met_parts()]
             self._put_on(CompiledUnits(met) if met else CompiledWhole(self.module))
@@ -145,6 +152,10 @@ class Standing:
         self._put_on(self.sequence)
         if self.extras.compile:
             self._compile(parts)
+        if self.choice is not None and self.sequence is None:
+            self._put_on(ChosenAttention(attending_parts(self.module), self.choice))
+        if self.choice is not None and self.choice.acts:
+            self._put_on(ChoiceHolds(self.module, self.choice))
 
     def _cache(self, parts: PartReuse | None, clock: Clock, context: CallContext) -> None:
         """Makes what skips or reuses work, and puts on what is to stand inside of it."""
@@ -223,6 +234,8 @@ class Standing:
 
     def begin(self) -> None:
         """At the start of a request: counts anew."""
+        if self.choice is not None:
+            self.choice.begin()
         for one in self.rewrites:
             one.begin()
 
@@ -242,6 +255,7 @@ class Standing:
         if self.guidance:
             found.append(f"guidance parallel (cfg {degree(Axis.CFG)}) on {name}")
         found += [f"{line} on {name}" for line in replace(self.extras, compile=False).lines()]
+        found += [] if self.choice is None else [f"attention on {name}: {line}" for line in self.choice.lines()]
         if self.regional:
             kinds = ", ".join(f"{number} {kind}" for kind, number in self.regional.compiled.num_compiled.items())
             found.append(f"compiled blocks on {name}: {kinds}")

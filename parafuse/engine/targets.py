@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,13 @@ def denoisers(target: Any, names: Sequence[str] = STACKS, *, required: bool = Tr
             f"one of {', '.join(names)}."
         )
     return modules
+
+
+def device_of(target: Any) -> str:
+    """cuda or cpu: where the weights of its denoisers are."""
+    parts = (module for _, module in denoisers(target, DENOISERS, required=False))
+    first = next((x for part in parts for x in chain(part.parameters(), part.buffers())), None)
+    return "cuda" if first is not None and first.is_cuda else "cpu"
 
 
 def _named(target: Any, names: Sequence[str]) -> list[Component]:

@@ -1,19 +1,23 @@
-"""Attention that returns its log-sum-exp, for merging blocks of keys.
+"""Attention by the backend that was chosen for a denoiser, and the merge of partial results.
 
-Shapes: q (B, H, S, D), k and v (B, H, N, D), mask broadcastable to (B, H, S, N), out (B, H, S, D), lse (B, H, S) fp32.
+Shapes: q (B, H, S, D), k and v (B, G, N, D), mask broadcastable to (B, H, S, N), out (B, H, S, D), lse (B, H, S) fp32.
 A row whose keys are all masked has lse = -inf and out = 0.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("cpu-flash", "cuda-flash", "cuda-efficient", "math")
-_HALF = (torch.float16, torch.bfloat16)
+from parafuse.attention import TIMED, TORCH, Attention, Timings
+from parafuse.errors import UnsupportedError
+from parafuse.kernels.backends import REGISTRY, attention_math, torch_choice
+from parafuse.kernels.registry import Backend, Facts, Pick, facts_of
+
+__all__ = ["Call", "Choice", "attention", "attention_lse", "attention_math", "choice_of", "merge"]
 
 
 @dataclass(frozen=True)
@@ -26,80 +30,160 @@ class Call:
     is_causal: bool = False
 
 
-def pick(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[str, str]:
-    """(backend, reason) for inputs like these. Only backends that return a log-sum-exp are listed."""
-    same = q.shape[-1] == v.shape[-1] and q.shape[1] == k.shape[1]
-    if not same:
-        return "math", "head sizes of keys and values differ, or heads are grouped"
-    if q.device.type == "cpu":
-        if q.dtype in (torch.float32, *_HALF):
-            return "cpu-flash", "flash attention of the CPU build"
-        return "math", f"no CPU kernel for {q.dtype}"
-    if q.device.type == "cuda" and q.shape[-1] % 8:
-        return "math", "head size is not a multiple of 8"
-    if q.device.type == "cuda" and q.dtype in _HALF and mask is None and q.shape[-1] <= 256 and _has_flash(q.device):
-        return "cuda-flash", "16-bit, no mask"
-    if q.device.type == "cuda":
-        return "cuda-efficient", "mask or 32-bit"
-    return "math", f"no kernel for {q.device.type}"
+@dataclass(eq=False)
+class Choice:
+    """The backend that a denoiser's attention was to run with, and which ones ran."""
+
+    asked: str = TORCH
+    timings: Timings | None = None
+    key: str = ""
+    """By which operators find it: they can carry only a name."""
+    picks: dict[Facts, Pick] = field(default_factory=dict[Facts, Pick])
+    calls: dict[Facts, int] = field(default_factory=dict[Facts, int])
+
+    @classmethod
+    def named(cls, attention: Attention, name: str) -> Choice:
+        """One that operators find by `name`, or by that and a number where another engine has one of that name.
+
+        Names are the same from process to process: they stand in compiled graphs that are kept."""
+        number = next(n for n in range(1, len(_CHOICES) + 2) if _numbered(name, n) not in _CHOICES)
+        one = cls(attention.backend if attention.acts else TORCH, attention.timings, _numbered(name, number))
+        _CHOICES[one.key] = one
+        return one
+
+    @property
+    def acts(self) -> bool:
+        """Whether torch by itself would not do the same."""
+        return self.asked != TORCH
+
+    def pick(self, facts: Facts, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Backend:
+        """Which backend computes a call, the same one every time."""
+        found = self.picks.get(facts)
+        if found is None:
+            found = REGISTRY.pick(facts, self.asked, self.timings)
+            if found.backend.name == TORCH:
+                found = replace(found, reason=f"{found.reason}: {torch_choice(q, k, v, call.mask, call.is_causal)}")
+            self.picks[facts] = found
+        self.calls[facts] = self.calls.get(facts, 0) + 1
+        return found.backend
+
+    def begin(self) -> None:
+        """Counts anew."""
+        self.calls.clear()
+
+    @property
+    def is_lossy(self) -> bool:
+        return self.asked not in (TORCH, TIMED) and bool(REGISTRY.backends[self.asked].lossy)
+
+    def why_idle(self) -> str:
+        """Why the backend that was asked for has computed nothing so far; empty where it has, or none was named."""
+        if self.asked in (TORCH, TIMED) or any(one.backend.name == self.asked for one in self.picks.values()):
+            return ""
+        reasons = sorted({one.others.get(self.asked, one.reason) for one in self.picks.values()})
+        able = sorted({one.backend.name for one in self.picks.values()})
+        if reasons:
+            return f"it {', or it '.join(reasons)}; {', '.join(able)} can"
+        return "no call of scaled_dot_product_attention was met in its blocks; set their attention backend to native"
+
+    def lines(self) -> list[str]:
+        """Each backend that ran since `begin`, in words; before the first call, what was asked for."""
+        names: dict[tuple[str, str], int] = {}
+        for facts, number in self.calls.items():
+            pick = self.picks[facts]
+            names[pick.backend.name, pick.reason] = names.get((pick.backend.name, pick.reason), 0) + number
+        return [f"{name} in {number} calls ({why})" for (name, why), number in names.items()] or [self.asked]
+
+    def report(self) -> list[dict[str, object]]:
+        """For receipts: each backend that ran since `begin`, why, for how many calls of which kind, and why no other
+        one did."""
+        return [
+            {
+                "backend": self.picks[facts].backend.name,
+                "reason": self.picks[facts].reason,
+                "calls": number,
+                "for": _said(facts),
+                "others": dict(self.picks[facts].others),
+            }
+            for facts, number in self.calls.items()
+        ]
 
 
-def _has_flash(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+_CHOICES: weakref.WeakValueDictionary[str, Choice] = weakref.WeakValueDictionary()
+_NO_CHOICE = Choice()
 
 
-def _aligned(bias: Tensor) -> Tensor:
-    """The same bias in memory whose rows start at multiples of 16 elements, as the CUDA kernel wants them."""
-    columns = bias.shape[-1]
-    return torch.nn.functional.pad(bias, (0, -columns % 16))[..., :columns]
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name} {number}"
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (True: attend) as zeros and -inf; other masks are cast."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+def choice_of(key: str) -> Choice:
+    """The choice of that name; torch's own where there is none."""
+    return _CHOICES.get(key, _NO_CHOICE) if key else _NO_CHOICE
 
 
-def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The reference, in fp32. Heads may be grouped: k and v (B, G, N, D), H a multiple of G."""
-    if k.shape[1] != q.shape[1]:
+def _said(facts: Facts) -> str:
+    sizes = f"{facts.head_size}" if facts.head_size == facts.value_size else f"{facts.head_size}/{facts.value_size}"
+    parts = [f"{str(facts.dtype).removeprefix('torch.')} heads of {sizes}"]
+    parts += ["grouped"] if facts.is_grouped else []
+    parts += [f"{facts.mask} mask"] if facts.mask else []
+    parts += ["causal"] if facts.is_causal else []
+    parts += ["with log-sum-exp"] if facts.needs_lse else []
+    return ", ".join(parts)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, choice: Choice, *, needs_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    scale = float(q.shape[-1] ** -0.5) if call.scale is None else call.scale
+    facts = facts_of(q, k, v, call.mask, is_causal=call.is_causal, needs_lse=needs_lse)
+    backend = choice.pick(facts, q, k, v, call)
+    if facts.is_grouped and not backend.takes_groups:
         group_size = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group_size, 1), v.repeat_interleave(group_size, 1)
-    scores = q.float() @ k.float().transpose(-1, -2) * scale
-    if mask is not None:
-        scores = scores + _additive(mask, torch.float32)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))
-    return (weights @ v.float()).to(q.dtype), lse
+    return backend.run(q, k, v, call.mask, scale, call.is_causal)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, choice: Choice = _NO_CHOICE) -> Tensor:
+    """softmax(q k^T * scale + mask) v. Local."""
+    return _run(q, k, v, call, choice, needs_lse=False)[0]
 
 
 def attention_lse(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    choice: Choice = _NO_CHOICE,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of softmax(q k^T * scale + mask) v, by the backend that `pick` names."""
-    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    backend, _ = pick(q, k, v, mask)
-    if backend == "math":
-        return attention_math(q, k, v, mask, scale)
-    aten = torch.ops.aten
-    if backend == "cuda-flash":
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
-        return out, lse
-    bias = None if mask is None else _additive(mask, q.dtype)
-    if bias is not None:
-        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    if backend == "cuda-efficient":
-        bias = None if bias is None else _aligned(bias)
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
-        lse = lse[..., : q.shape[2]]
-    else:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
-    if bias is not None:  # kernels differ in what they give for rows without keys
-        empty = (bias == -math.inf).all(dim=-1)
-        lse = lse.masked_fill(empty, -math.inf)
-        out = out.masked_fill(empty.unsqueeze(-1), 0.0)
+    """(out, lse) of softmax(q k^T * scale + mask) v. Local."""
+    out, lse = _run(q, k, v, Call(mask, scale), choice, needs_lse=True)
+    if lse is None:
+        raise UnsupportedError("an attention backend gave no log-sum-exp")
     return out, lse
+
+
+@torch.library.custom_op("parafuse::attention", mutates_args=())
+def attention_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    choice: str,
+) -> Tensor:
+    """`attention` as one operator, so that a traced graph asks for the backend at every call."""
+    out = attention(q, k, v, Call(mask, scale, is_causal), choice_of(choice)).transpose(1, 2)
+    out = out if out.is_contiguous() else out.contiguous()
+    return out.transpose(1, 2)
+
+
+@attention_of.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    batch, heads, rows, width = *q.shape[:3], v.shape[-1]
+    return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ def refuse_extras(command: str, config: Config, names: Sequence[str], way_out: s
     """Raises ConfigError for what a command would ignore."""
     for name in names:
         value = getattr(config, name)
-        if value:
+        if value != getattr(Config(), name):
             shown = f"={value}" if not isinstance(value, bool) else ""
             raise ConfigError(f"{command}: --{name.replace('_', '-')}{shown}: {way_out}")
 

@@ -26,6 +26,7 @@ from parafuse.launch import generate as generating
 from parafuse.launch import prove as proving
 from parafuse.launch import quantize as quantizing
 from parafuse.launch import quiet
+from parafuse.launch import tune as tuning
 from parafuse.launch import verify as verifying
 from parafuse.launch.asked import Asked, start_ranks
 from parafuse.launch.bench import command as benching
@@ -51,7 +52,8 @@ CALIBRATE_OPTIONS = options_of(calibrating.Calibrate)
 PACKING_OPTIONS = [option for option in options_of(quantizing.Packing) if option.name != "ranks"]
 EXPORT_OPTIONS = [option for option in options_of(exporting.Export) if option.name != "ranks"]
 SCORING_OPTIONS = options_of(scoring.Scoring)
-EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites")
+TUNING_OPTIONS = [option for option in options_of(tuning.Tuning) if option.name != "ranks"]
+EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention")
 LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1 and option.name not in EXTRAS]
 """Those of the configuration without the degrees, where all of them are tried, and without a cache, which a case's
 variants name and an exported plan cannot have."""
@@ -226,6 +228,30 @@ def bench_compare(
 ) -> None:
     """Say what moved between two records of one case, beyond the spread of both."""
     benching.compare(first, second)
+
+
+tune_app = typer.Typer(no_args_is_help=True)
+app.add_typer(tune_app, name="tune", help="Time what there is a choice of on this machine, and keep the result.")
+
+
+@tune_app.callback()
+def tune() -> None:
+    pass
+
+
+@tune_app.command("attention")
+@with_options(*TUNING_OPTIONS, *LOADING_OPTIONS, *(o for o in CONFIG_OPTIONS if o.name in ("ulysses", "ring")))
+def tune_attention(
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="For a model that takes one.")] = None,
+    **options: Any,
+) -> None:
+    """Time attention backends on the calls of a model, or on shapes, for attention=auto. On one rank.
+
+    With --ulysses or --ring: on what one rank of so many computes at a time."""
+    asked = build(tuning.Tuning(), given(TUNING_OPTIONS, options))
+    _hush(asked)
+    degrees = [option for option in CONFIG_OPTIONS if option.name in ("ulysses", "ring")]
+    tuning.run(tuning.prepare(prompt, asked, [*LOADING_OPTIONS, *degrees], options))
 
 
 @app.command()

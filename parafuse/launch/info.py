@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 import parafuse
-from parafuse.launch.survey import Survey, survey
+from parafuse.launch.survey import AttentionBackend, Survey, survey
 
 GIB = 2**30
 
@@ -54,8 +54,22 @@ def table(facts: Survey) -> Table:
         shown = version + (build if package == "torch" else "") if version else "[dim]not installed[/dim]"
         rows.add_row(package, shown)
     rows.add_row("collectives", _usable(facts.collectives))
-    rows.add_row("attention", _usable(facts.attention))
+    for i, one in enumerate(facts.attention):
+        rows.add_row("" if i else "attention", _backend(one))
+    if facts.attention:
+        rows.add_row(
+            "", facts.tuned or "none timed here (parafuse tune attention): attention=auto is torch's own choice"
+        )
     return rows
+
+
+def _backend(one: AttentionBackend) -> str:
+    """One line of a backend of attention."""
+    if one.why_not:
+        return f"[dim]{one.name}: {one.why_not}[/dim]"
+    can = [what for what, there in (("log-sum-exp", one.has_lse), ("masks", one.takes_masks)) if there]
+    lossy = [f"lossy: {one.lossy}"] if one.lossy else []
+    return f"{one.name}: {'; '.join([one.about, ', '.join(can) or 'neither log-sum-exp nor masks', *lossy])}"
 
 
 def _usable(backends: dict[str, bool]) -> str:

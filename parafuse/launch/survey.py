@@ -10,6 +10,21 @@ from parafuse.hardware import Hardware, hardware, torch_cuda_build, versions
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionBackend:
+    """What computes attention: `--attention NAME`."""
+
+    name: str
+    about: str
+    why_not: str
+    """Empty where it can be used."""
+    has_lse: bool
+    """Whether it gives the log-sum-exp that a ring needs."""
+    takes_masks: bool
+    lossy: str
+    """What it loses; empty: nothing but the order of sums."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Survey:
     """Hardware, software, and what is missing for what."""
 
@@ -20,8 +35,10 @@ class Survey:
     """CUDA version that torch was built for; None: a CPU build."""
     collectives: dict[str, bool]
     """Collective backends of torch.distributed -> usable."""
-    attention: dict[str, bool]
-    """Attention implementations -> usable here."""
+    attention: list[AttentionBackend]
+    """All that parafuse knows."""
+    tuned: str | None
+    """What attention=auto goes by, where `parafuse tune attention` has timed something."""
     missing: list[str]
     """One line each: what is not there, what that prevents, what to do."""
 
@@ -29,7 +46,8 @@ class Survey:
 def survey() -> Survey:
     """Everything that `parafuse info` shows. Imports torch if it is installed, and nothing that is larger."""
     facts, packages = hardware(), versions()
-    collectives, attention, cuda_build = {}, {}, torch_cuda_build()
+    collectives, attention, cuda_build = {}, list[AttentionBackend](), torch_cuda_build()
+    device = "cpu"
     if importlib.util.find_spec("torch") is not None:
         import torch
         import torch.distributed as dist
@@ -39,24 +57,45 @@ def survey() -> Survey:
             "gloo": there and dist.is_gloo_available(),
             "nccl": there and dist.is_nccl_available() and torch.cuda.is_available(),
         }
-        gpu = torch.cuda.is_available()
-        cuda = torch.backends.cuda
-        attention = {
-            "torch flash (CPU)": hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
-            "torch flash (CUDA)": gpu and cuda.is_flash_attention_available(),
-            "torch memory-efficient (CUDA)": gpu,
-            "cuDNN": gpu and torch.backends.cudnn.is_available(),
-        }
-        for package in ("flash-attn", "flash-attn-3", "sageattention", "xformers"):
-            attention[package] = gpu and packages[package] is not None
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        attention = attention_backends(device)
     return Survey(
         hardware=facts,
         versions=packages,
         cuda_build=cuda_build,
         collectives=collectives,
         attention=attention,
+        tuned=tuned(device) if attention else None,
         missing=missing(facts, packages, cuda_build, compiler=shutil.which("g++") or shutil.which("c++")),
     )
+
+
+def attention_backends(device: str) -> list[AttentionBackend]:
+    """What each is, and why it cannot be used on such a device. Imports torch."""
+    from parafuse.kernels.backends import BACKENDS
+
+    return [
+        AttentionBackend(
+            name=one.name,
+            about=one.about,
+            why_not=one.why_not_here(device),
+            has_lse=one.has_lse,
+            takes_masks=one.takes_masks,
+            lossy=one.lossy,
+        )
+        for one in BACKENDS
+    ]
+
+
+def tuned(device: str) -> str | None:
+    """What was timed on this machine, in a line."""
+    from parafuse.engine.timings import load
+
+    timings = load(device)
+    if timings is None:
+        return None
+    fastest = {min(row.seconds, key=row.seconds.__getitem__) for row in timings.rows if row.seconds}
+    return f"{len(timings.rows)} shapes timed; fastest: {', '.join(sorted(fastest))}"
 
 
 def missing(

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parafuse import log
+from parafuse.attention import attention_of
 from parafuse.cache import cache_of
 from parafuse.config import DTYPES, Config, Parallel
 from parafuse.errors import ConfigError, MismatchError
@@ -91,15 +92,16 @@ def prepare(prompt: str | None, trial: Trial, options: list[Option], typed: dict
         )
     if not trial.quality:
         way_out = "layouts are held against each other without it; leave it out, or give --quality to compare pictures."
-        refuse_extras("verify", config, ("compile", "cuda_graphs", "rewrites"), way_out)
+        refuse_extras("verify", config, ("compile", "cuda_graphs", "rewrites", "attention"), way_out)
     world_size = number_of_ranks(trial)
-    if world_size == 1 and trial.against is None and not lossy and not (config.compile or config.rewrites):
+    changed = bool(lossy or config.compile or config.rewrites or attention_of(config.attention).acts)
+    if world_size == 1 and trial.against is None and not changed:
         way_out = ", or another dtype with --against, or --cache or --quantize" if trial.quality else ""
         raise ConfigError(f"--ranks 1: one rank has nothing to be compared with; give --ranks 2 or more{way_out}.")
     source = locate(trial.model, allow_pickle=config.allow_pickle)
     if trial.quality:
         plan = resolve(config, source, world_size)
-        if world_size == 1 and plan.dtype == trial.against and not (lossy or config.compile or config.rewrites):
+        if world_size == 1 and plan.dtype == trial.against and not changed:
             raise ConfigError(f"--against {trial.against!r}: is what one rank would run too; give another --dtype.")
         prompts = prompts_of(source, prompt, trial.prompts, trial.first)
         call = call_for_prompts(trial, source, prompts)

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from parafuse.config import Axis
 from parafuse.errors import UnsupportedError
-from parafuse.kernels.attention import Call
+from parafuse.kernels.attention import Call, Choice, attention, attention_lse, choice_of
 from parafuse.parallel.comm import all_to_all, keeps_order, rank_and_degree
 from parafuse.parallel.kept_rows import own_part, with_everyone
 from parafuse.parallel.layout import Layout, head_range, key_head_range
@@ -27,7 +26,9 @@ from parafuse.parallel.ring import expand_keys, ring_attention
 class SequenceAttention:
     """Scaled-dot-product attention for local rows. Collective on the sequence group, all ranks in the same order."""
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, choice: Choice | None = None):
+        """`choice`: the backend that computes it; torch's own where there is none."""
+        self.choice = choice or Choice()
         self.ulysses_group, self.ring_group = mesh.group_name(Axis.ULYSSES), mesh.group_name(Axis.RING)
         self.sequence_group = "" if mesh.sequence is None else mesh.sequence.group_name
 
@@ -49,7 +50,7 @@ class SequenceAttention:
     def _facts(self, queries: Layout, keys: Layout, call: Call) -> tuple[Any, ...]:
         groups = self.ulysses_group, self.ring_group, self.sequence_group
         lengths = list(queries.lengths), list(keys.lengths)
-        return (call.mask, *lengths, queries.kept, keys.kept, *groups, call.scale, call.is_causal)
+        return (call.mask, *lengths, queries.kept, keys.kept, *groups, call.scale, call.is_causal, self.choice.key)
 
 
 def _attend(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
@@ -66,11 +67,12 @@ def _attend(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
     sequence_group: str,
     scale: float | None,
     is_causal: bool,
+    choice: str,
     after: Tensor | None = None,
 ) -> Tensor:
     """`SequenceAttention` as one operator: what is packed, sent and attended does not enter a traced graph, where
     lengths that are symbols would make it slow to compile."""
-    here = RankAttention(ulysses_group, ring_group)
+    here = RankAttention(ulysses_group, ring_group, choice_of(choice))
     degree = here.ulysses * here.ring
     queries, keys = Layout(tuple(query_lengths), degree, kept_queries), Layout(tuple(key_lengths), degree, kept_keys)
     for what, x, layout in (("queries", q, queries), ("keys", k, keys)):
@@ -113,8 +115,8 @@ attention_after.register_fake(_shape_of)
 class RankAttention:
     """What one rank does of an attention: packs, sends, attends."""
 
-    def __init__(self, ulysses_group: str, ring_group: str):
-        self.ulysses_group, self.ring_group = ulysses_group, ring_group
+    def __init__(self, ulysses_group: str, ring_group: str, choice: Choice):
+        self.ulysses_group, self.ring_group, self.choice = ulysses_group, ring_group, choice
         self.ulysses_rank, self.ulysses = rank_and_degree(ulysses_group)
         self.ring_rank, self.ring = rank_and_degree(ring_group)
 
@@ -199,10 +201,13 @@ class RankAttention:
         """Attention of this rank's heads and query rows over all keys."""
         if self.ring == 1:
             k, v = expand_keys(k, key_of_head), expand_keys(v, key_of_head)
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=call.scale
-            )
-        return ring_attention(q, k, v, call, queries, keys, self.ring_group, key_of_head)
+            return attention(q, k, v, call, self.choice)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+            k, v = expand_keys(k, key_of_head), expand_keys(v, key_of_head)
+            return attention_lse(q, k, v, mask, scale=call.scale, choice=self.choice)
+
+        return ring_attention(q, k, v, call, queries, keys, self.ring_group, attend)
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from parafuse.errors import UnsupportedError
-from parafuse.kernels.attention import Call
+from parafuse.kernels.attention import Call, Choice
 from parafuse.parallel.attention import SequenceAttention
 from parafuse.parallel.block_plan import SiteLayouts
-from parafuse.parallel.hooks import Forward
+from parafuse.parallel.hooks import Forward, OnForward, override_forward
 from parafuse.parallel.layout import Layout
 from parafuse.parallel.shard import SequenceGroup
 
+_DIMS = 4
+"""Of queries, keys and values that backends take: (B, H, S, D)."""
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -42,6 +45,73 @@ class AttentionMode(TorchFunctionMode):
         return self.attend(site, given["query"], given["key"], given["value"], call, given)
 
 
+def here(given: dict[str, Any], choice: Choice, *, of_rows: bool = False) -> Tensor:
+    """An attention that needs no other rank, of the arguments `given` to torch's function, by the chosen backend.
+
+    Lossy ones compute attention of as many queries as keys alone, and `of_rows`, a rank's part of the queries, none:
+    their scales are of the tokens at hand, and pictures would depend on the number of ranks."""
+    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+    learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v))
+    if choice.is_lossy and (of_rows or q.shape[-2] != k.shape[-2]):
+        return F.scaled_dot_product_attention(**given)
+    if not choice.acts or learns or not (q.ndim == k.ndim == v.ndim == _DIMS and len(q) == len(k)):
+        return F.scaled_dot_product_attention(**given)
+    scale, is_causal = given.get("scale"), bool(given.get("is_causal"))
+    return torch.ops.parafuse.attention(q, k, v, mask, scale, is_causal, choice.key)
+
+
+def with_choice(forward: Forward, choice: Choice) -> Forward:
+    """`forward`, whose attention calls run with the chosen backend."""
+    if not choice.acts:
+        return forward
+
+    def attend(site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
+        return here(given, choice)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with AttentionMode(attend):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+class ChosenAttention:
+    """The chosen backend for the attention calls of some modules, where no tokens are shared. No communication."""
+
+    def __init__(self, modules: list[nn.Module], choice: Choice):
+        self.modules, self.choice = modules, choice
+        self._undo: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        for module in self.modules:
+            self._undo.append(override_forward(module, lambda original: with_choice(original, self.choice)))
+
+    def remove(self) -> None:
+        """Puts every forward back as it was."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+
+class ChoiceHolds(OnForward):
+    """After the first call of a denoiser, raises UnsupportedError where the backend that was asked for computed none of
+    its attention. The same on every rank."""
+
+    def __init__(self, module: nn.Module, choice: Choice):
+        super().__init__(module)
+        self.choice = choice
+
+    def _forward(self, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            why = self.choice.why_idle()
+            if why:
+                raise UnsupportedError(f"attention={self.choice.asked!r} on {type(self.module).__name__}: {why}")
+            return result
+
+        return forward
+
+
 def run_on_rows(
     forward: Forward,
     args: tuple[Any, ...],
@@ -63,7 +133,8 @@ def run_on_rows(
             raise UnsupportedError("the block made more attention calls than when it was examined")
         queries, keys = (layout and _completed(layout, x) for layout, x in zip(sites[site], (q, k), strict=True))
         if queries is None or keys is None:
-            return F.scaled_dot_product_attention(**own_rows(ranks, queries, call, given))
+            of_rows = queries is not None
+            return here(own_rows(ranks, queries, call, given), attention.choice, of_rows=of_rows)
         check_mask(call.mask, queries, keys)
         last = attention.in_order(q, k, v, queries, keys, call, last)
         return last

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from parafuse.kernels.attention import Call, attention_lse, merge
+from parafuse.kernels.attention import Call, merge
 from parafuse.parallel.comm import Rotation, _resolve
 from parafuse.parallel.layout import Layout
+
+AttendBlock = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
+"""(q (B, h, n, D), k and v (B, g, m, D), mask) -> (out, lse)."""
 
 
 def token_index(layout: Layout, first: int, count: int, device: torch.device) -> Tensor:
@@ -56,13 +59,12 @@ def ring_attention(
     queries: Layout,
     keys: Layout,
     group: str,
-    key_of_head: Sequence[int],
+    attend: AttendBlock,
 ) -> Tensor:
     """q (B, h, n, D) true rows, k and v (B, g, m, D) with filler -> (B, h, n, Dv). Collective on the ring.
 
     Keys and values go round in one packed buffer; the next send is posted before the attention over the block at hand.
-    `key_of_head`: the key head of each query head, or empty where each has its own. Liu et al. 2023,
-    arXiv:2310.01889."""
+    `attend`: (out, lse) of q over one block. Liu et al. 2023, arXiv:2310.01889."""
     rotation = Rotation(_resolve(group))
     degree = rotation.degree
     ulysses = keys.degree // degree
@@ -78,9 +80,7 @@ def ring_attention(
             rotation.attending(step)
             k_block = drop_filler(packed[: k.numel()].view(k.shape), keys, source * ulysses, ulysses)
             v_block = drop_filler(packed[k.numel() :].view(v.shape), keys, source * ulysses, ulysses)
-            k_block, v_block = expand_keys(k_block, key_of_head), expand_keys(v_block, key_of_head)
-            part = attention_lse(q, k_block, v_block, block_mask(call, rows, columns), scale=call.scale)
-            out, lse = merge(out, lse, *part)
+            out, lse = merge(out, lse, *attend(q, k_block, v_block, block_mask(call, rows, columns)))
         for work in pending:
             work.wait()
         packed = received

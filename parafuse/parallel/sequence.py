@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from parafuse.errors import RankError, UnsupportedError
+from parafuse.kernels.attention import Choice
 from parafuse.parallel.attention import SequenceAttention
-from parafuse.parallel.attention_mode import run_on_rows
+from parafuse.parallel.attention_mode import run_on_rows, with_choice
 from parafuse.parallel.block_plan import BlockPlan, Bound, Prober
 from parafuse.parallel.comm import all_gather
 from parafuse.parallel.compiled import CompiledBlocks, refuse_compile
@@ -37,11 +38,18 @@ class SequenceParallel:
     """Split tokens in the blocks of one model. `install` on every rank of the sequence group; calls are collective."""
 
     def __init__(
-        self, root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, prober: Prober, reused: Reused | None = None
+        self,
+        root: nn.Module,
+        blocks: Iterable[nn.Module],
+        mesh: Mesh,
+        prober: Prober,
+        reused: Reused | None = None,
+        choice: Choice | None = None,
     ):
+        """`choice`: what computes attention."""
         self.root, self.blocks, self.prober = root, list(blocks), prober
         self._reused: Reused = reused or NothingReused()
-        self.attention = SequenceAttention(mesh)
+        self.attention = SequenceAttention(mesh, choice)
         self.ranks = SequenceGroup(mesh.sequence_degree, mesh.sequence_rank, mesh.sequence)
         self.plans: dict[Any, BlockPlan] = {}
         self._slices: dict[Any, Any] | None = None
@@ -125,7 +133,7 @@ class SequenceParallel:
                 run = original
                 if compiled is not None:
                     run = partial(compiled.call, self._reused.variant(block), original)
-                return run(*gather_all(args), **gather_all(kwargs))
+                return with_choice(run, self.attention.choice)(*gather_all(args), **gather_all(kwargs))
             bound = Bound(plan, leaves, self.ranks, self._slices, own=compiled is not None)
             local_args, local_kwargs = tree_unflatten(bound.local, spec)
             run: Any = run_on_rows

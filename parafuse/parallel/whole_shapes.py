@@ -6,14 +6,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from parafuse.errors import UnsupportedError
 from parafuse.kernels.attention import Call
 from parafuse.parallel.attention import SequenceAttention
-from parafuse.parallel.attention_mode import AttentionMode, check_mask, own_rows
+from parafuse.parallel.attention_mode import AttentionMode, check_mask, here, own_rows
 from parafuse.parallel.block_plan import BlockPlan
 from parafuse.parallel.hooks import Forward
 from parafuse.parallel.layout import Layout
@@ -63,7 +62,7 @@ class WholeShapes:
     def _attend(self, site: int, q: Tensor, k: Tensor, v: Tensor, call: Call, given: dict[str, Any]) -> Tensor:
         """Attention of tensors of which some are Sharded."""
         if not any(isinstance(x, Sharded) for x in (q, k, v)):
-            return F.scaled_dot_product_attention(**gather_all(given))
+            return here(gather_all(given), self.attention.choice)
         mask = gather_all(call.mask)
         if isinstance(q, Sharded) and q.ndim in (3, 4):
             tokens = q.ndim - 2
@@ -72,7 +71,7 @@ class WholeShapes:
                 whole_call = Call(mask, call.scale, call.is_causal)
                 rows = dict(own_rows(self.ranks, q.tokens, whole_call, given | {"attn_mask": mask}))
                 rows["query"] = q.local
-                return q.like(F.scaled_dot_product_attention(**rows), tokens)
+                return q.like(here(rows, self.attention.choice, of_rows=True), tokens)
             if isinstance(k, Sharded) and isinstance(v, Sharded) and k.token_dim == v.token_dim:
                 v = v.split_as(k.tokens)
                 if q.token_dim == k.token_dim == v.token_dim == tokens:
@@ -93,6 +92,6 @@ class WholeShapes:
                         "value": v.local,
                         "attn_mask": mask,
                     }
-                    return q.like(F.scaled_dot_product_attention(**{**given, **local_given}))
+                    return q.like(here({**given, **local_given}, self.attention.choice))
         self.ranks.causes["attention of tokens that are split in different ways"] += 1
-        return F.scaled_dot_product_attention(**gather_all(given))
+        return here(gather_all(given), self.attention.choice)

@@ -47,7 +47,7 @@ class Reply:
     trace: str = ""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180.0) -> list[Any]:
     """`function(*args)` on `world_size` ranks with torch.distributed initialised; the results by rank.
 
     `function` is module-level; arguments and results are pickled. Random generators are seeded before every call.

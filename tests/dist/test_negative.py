@@ -135,13 +135,13 @@ def the_wait_is_dropped() -> list[Patch]:
 
 def the_merge_is_blind() -> list[Patch]:
     """Fault 8: a backend without a log-sum-exp is merged as if it were zero."""
-    original = ring.attention_lse
+    original = attention.attention_lse
 
     def blind(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         out, lse = original(*args, **kwargs)
         return out, torch.zeros_like(lse)
 
-    return [(ring, "attention_lse", blind)]
+    return [(attention, "attention_lse", blind)]
 
 
 BROKEN: list[tuple[Callable[[], list[Patch]], tuple[int, int], Case]] = [

@@ -46,7 +46,16 @@ def test_info_for_people_and_programs(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(word in shown for word in ("cores", "memory", "torch", "diffusers", "gloo", "nccl"))
     show_info(as_json=True)
     facts: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert set(facts) == {"parafuse", "hardware", "versions", "cuda_build", "collectives", "attention", "missing"}
+    assert set(facts) == {
+        "parafuse",
+        "hardware",
+        "versions",
+        "cuda_build",
+        "collectives",
+        "attention",
+        "tuned",
+        "missing",
+    }
     assert facts["collectives"]["gloo"] is True
 
 
@@ -68,4 +77,4 @@ def test_survey_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", no_torch)
     facts = surveying.survey()
-    assert (facts.cuda_build, facts.collectives, facts.attention) == (None, {}, {})
+    assert (facts.cuda_build, facts.collectives, facts.attention) == (None, {}, [])

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 from parafuse.engine import derive as derive_module
 from parafuse.engine import plan_store
 from parafuse.engine.derive import derive
+from parafuse.engine.kept import FOLDER_ENV
 from parafuse.engine.probe import probe
 from parafuse.parallel.block_plan import BlockPlan, Site, TokenDim
 from tests.unit.test_probe_refusals import D, Good, Mean
@@ -22,7 +23,7 @@ OF_ANOTHER = '{"arguments": {"7": [1, [0]]}, "sites": [[[0], [0]]], "results": {
 
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(plan_store.FOLDER_ENV, str(tmp_path))
+    monkeypatch.setenv(FOLDER_ENV, str(tmp_path))
     return tmp_path / "plans"
 
 
@@ -85,10 +86,10 @@ def test_no_folder_and_a_folder_that_cannot_be_made(
 ) -> None:
     (tmp_path / "file").write_text("")
     for named in ("", str(tmp_path / "file")):
-        monkeypatch.setenv(plan_store.FOLDER_ENV, named)
+        monkeypatch.setenv(FOLDER_ENV, named)
         assert derived(Good()).splits
     assert probes == ["Good", "Good"]
-    monkeypatch.delenv(plan_store.FOLDER_ENV)
+    monkeypatch.delenv(FOLDER_ENV)
     assert plan_store.folder() is not None
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from parafuse.attention import attention_of
 from parafuse.cache import cache_of
 from parafuse.config import DTYPES, Axis, Parallel
 from parafuse.engine.architecture import RANDOM, TINY
@@ -57,6 +59,8 @@ class Variant:
     """Of way='parafuse': a cache as its text, such as first-block:0.1."""
     quantize: str = ""
     """Of way='parafuse': a quantization as its text, such as fp8."""
+    attention: str = ""
+    """Of way='parafuse': what computes attention, such as flash-attn-3."""
     threshold: float | None = None
     """Of another engine's cache, in place of its default one."""
     share_of: int = 1
@@ -76,15 +80,19 @@ class Variant:
         reject_unknown(f"variant {self.name!r}: parallel", self.parallel, [str(axis) for axis in Axis])
         if self.parallel and self.way != "parafuse":
             raise ConfigError(f"variant {self.name!r}: parallel is for way='parafuse', not for {self.way!r}.")
-        if self.quantize:
-            self._check_quantize()
+        for field_name, value, read in (
+            ("quantize", self.quantize, quantize_of),
+            ("attention", self.attention, attention_of),
+        ):
+            if value:
+                self._check_text(field_name, value, read)
         self._check_cache()
 
-    def _check_quantize(self) -> None:
+    def _check_text(self, field_name: str, value: str, read: Callable[[str], Any]) -> None:
         if self.way != "parafuse":
-            raise ConfigError(f"variant {self.name!r}: quantize is for way='parafuse', not for {self.way!r}.")
+            raise ConfigError(f"variant {self.name!r}: {field_name} is for way='parafuse', not for {self.way!r}.")
         try:
-            quantize_of(self.quantize)
+            read(value)
         except ConfigError as error:
             raise ConfigError(f"variant {self.name!r}: {error}") from error
 

@@ -43,13 +43,14 @@ class Contestant:
         self.run: Callable[..., Any] = pipeline
         if variant.share_of > 1:
             degrees = variant.config(variant.share_of).degrees(variant.share_of)
-            config = Config(quantize=variant.quantize or None)
+            config = Config(quantize=variant.quantize or None, attention=variant.attention or "torch")
             self._handle = apply(pipeline, config, mesh=share.mesh_of(degrees, device.type, timeout_s))
         elif variant.way == "parafuse":
             config = Config(
                 parallel=variant.config(ranks),
                 cache=variant.cache or None,
                 quantize=variant.quantize or None,
+                attention=variant.attention or "torch",
                 timeout_s=timeout_s,
             )
             self._engine = Engine.from_pipeline(pipeline, config, alone=ranks == 1)

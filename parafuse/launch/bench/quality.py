@@ -14,6 +14,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from parafuse.attention import attention_of
 from parafuse.cache import cache_of
 from parafuse.config import Config
 from parafuse.engine.engine import Engine
@@ -65,6 +66,8 @@ class Verdict:
     """As its shortest text; empty: none, or a record of before there were caches."""
     quantize: str = ""
     """As its shortest text; empty: none."""
+    attention: str = ""
+    """The backend that was asked for; empty: torch's own choice."""
     skipped: float | None = None
     """Share of the calls that it skipped, over all prompts."""
     judged: list[Judged]
@@ -123,6 +126,7 @@ def judge(
         hardware=short_hardware(loaded.gpu, ranks),
         cache=cache.brief if (cache := cache_of(config.cache)) else "",
         quantize=method.brief if (method := quantize_of(config.quantize)) else "",
+        attention=str(one) if (one := attention_of(config.attention)).acts else "",
         skipped=sum(calls) / len(calls) if calls else None,
         judged=judged,
     )
@@ -187,6 +191,8 @@ def markdown(verdict: Verdict) -> str:
         layout += f" and cache {verdict.cache}"
     if verdict.quantize:
         layout += f" and quantize {verdict.quantize}"
+    if verdict.attention:
+        layout += f" and attention {verdict.attention}"
     figures = {name: [one.quality[name] for one in verdict.judged] for name in verdict.judged[0].quality}
     last = [one.step_errors[-1] for one in verdict.judged if one.step_errors]
     said = f" The cache skipped {verdict.skipped * 100:.0f}% of the calls." if verdict.skipped is not None else ""

@@ -38,6 +38,7 @@ class Row:
     degrees: dict[str, int] = field(default_factory=dict[str, int])
     compile: bool = False
     quantize: str = ""
+    attention: str = ""
     """As its shortest text; empty: none."""
     cache: str = ""
     """As its shortest text."""

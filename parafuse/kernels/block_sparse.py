@@ -1,8 +1,8 @@
 """Attention in which tiles of queries see chosen tiles of keys, with its log-sum-exp.
 
-Legend: B batch, H heads, S rows of queries, N rows of keys, D and Dv head sizes, T tiles. Rows come in any order and may
-be a part of the tokens: `q_tiles` (S,) and `k_tiles` (N,) say which tile each belongs to, `chosen` (B or 1, H or 1, Tq,
-Tk) which see which. Two backends: `flex`, torch's flex-attention, for CUDA, and `gather` for the CPU, which copies the
+Legend: B batch, H heads, S rows of queries, N rows of keys, D and Dv head sizes, T tiles. Rows come in any order and
+may be a part of the tokens: `q_tiles` (S,) and `k_tiles` (N,) say which tile each belongs to, `chosen` (B or 1, H or 1,
+Tq, Tk) which see which. Two backends: `flex`, torch's flex-attention, for CUDA, and `gather` for the CPU, which copies the
 keys that a tile sees together and attends to them.
 """
 
@@ -31,7 +31,7 @@ class BlockSparse:
         self._backend, self._compiled = backend, compiled
         self._flex: Flex | None = None
 
-    def __call__(  # noqa: PLR0913, PLR0917 (tensors of one attention)
+    def __call__(
         self,
         q: Tensor,
         k: Tensor,
@@ -58,7 +58,7 @@ class BlockSparse:
         return self._backend or ("flex" if q.device.type == "cuda" else "gather")
 
 
-def block_sparse_attention(  # noqa: PLR0913, PLR0917 (tensors of one attention)
+def block_sparse_attention(  # noqa: PLR0913 (tensors of one attention)
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -109,7 +109,7 @@ def _key_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return mask
 
 
-def _gathered(  # noqa: PLR0913, PLR0917
+def _gathered(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -119,8 +119,8 @@ def _gathered(  # noqa: PLR0913, PLR0917
     key_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Sorts rows by tile; tiles of queries that see the same keys are taken together, and all that choose alike at once:
-    the whole batch and all heads, or a sample and a head at a time."""
+    """Sorts rows by tile. Tiles of queries that see the same keys are taken together; so are samples and heads, where
+    one choice is for all of them."""
     out = q.new_zeros((*q.shape[:3], v.shape[-1]))
     lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
     q_order, q_edges = _sorted(q_tiles, chosen.shape[2])

@@ -20,12 +20,12 @@ BLOCK = 128
 class Flex:
     """Flex-attention over rows sorted by tile. Holds its compiled form; torch's own is left as it is.
 
-    `compiled`: through Inductor's kernel, which skips blocks; otherwise eagerly, which computes all scores (to check)."""
+    `compiled`: by Inductor's kernel, which skips blocks; otherwise eagerly, which computes all scores (to check)."""
 
     def __init__(self, *, compiled: bool):
         self._attend: Callable[..., Any] = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
-    def __call__(  # noqa: PLR0913, PLR0917 (tensors of one attention)
+    def __call__(
         self,
         q: Tensor,
         k: Tensor,
@@ -52,8 +52,8 @@ class Flex:
 
 
 def block_mask(chosen: Tensor, q_tiles: Tensor, k_tiles: Tensor, live: Tensor | None = None) -> BlockMask:
-    """The blocks of rows, sorted by tile, that `chosen` (B or 1, H or 1, Tq, Tk) lets attend: whole ones, and those that
-    have pairs of tiles that do not, or rows beyond the end. `live` (B or 1, H or 1, N) bool: keys that are seen.
+    """The blocks of rows, sorted by tile, that `chosen` (B or 1, H or 1, Tq, Tk) lets attend: whole ones, and those
+    that have pairs of tiles that do not, or rows beyond the end. `live` (B or 1, H or 1, N) bool: keys that are seen.
 
     A block of queries and one of keys have `counts_q @ chosen @ counts_k` pairs that attend; none of the S x N pairs
     is looked at."""

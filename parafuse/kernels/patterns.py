@@ -1,6 +1,6 @@
 """Which tiles of queries see which tiles of keys: by place in the video, or by what queries and keys are.
 
-Legend: B batch, H heads, D head size, Tq and Tk tiles of queries and of keys. `chosen` is (B or 1, H or 1, Tq, Tk) bool.
+Legend: B batch, H heads, D head size, Tq and Tk tiles of queries and keys. `chosen` is (B or 1, H or 1, Tq, Tk) bool.
 Tiles that are no video's see all and are seen by all; so do videos of different grids.
 """
 
@@ -44,8 +44,8 @@ def window(queries: Tiles, keys: Tiles, reach: tuple[int, int, int], *, sink_fra
 
 
 def radial(queries: Tiles, keys: Tiles, reach: float, *, decay: float = 1.0, sink_frames: int = 1) -> Tensor:
-    """Tiles at most `reach / 2**(decay * octave)` of the frame's rows and columns apart, where the octave is that of the
-    distance in frames: 0 for 0 and 1, 1 for 2 and 3, 2 for 4 to 7... (1, 1, Tq, Tk)."""
+    """Tiles at most `reach / 2**(decay * octave)` of the frame's rows and columns apart, where the octave is that of
+    the distance in frames: 0 for 0 and 1, 1 for 2 and 3, 2 for 4 to 7... (1, 1, Tq, Tk)."""
     distance = _distances(queries, keys)
     octave = torch.log2(distance[..., 0].clamp_min(1).double()).floor()
     sizes = torch.tensor([grid[1:] for grid in keys.grids] or [(1, 1)], device=distance.device)
@@ -87,7 +87,7 @@ def content(
 
 
 def tile_sums(x: Tensor, tiles: Tensor, num_tiles: int, *, largest: int | None = None) -> Tensor:
-    """(B, H, T, D) fp32: what the rows of x (B, H, S, D) in each tile add up to. `tiles` (S,): of each row, in any order.
+    """(B, H, T, D) fp32: what the rows of x (B, H, S, D) in each tile add up to. `tiles` (S,): of each, in any order.
 
     Ranks that have parts of the rows add theirs up; divided by `Tiles.sizes` these are the means. Rows are added in
     their order, so a run gives the same bits again. `largest`: no tile has more rows; None asks the device."""

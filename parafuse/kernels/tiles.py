@@ -65,8 +65,10 @@ class Tiles:
         return torch.argsort(self.tile_of, stable=True)
 
     def to(self, device: torch.device | str) -> Tiles:
-        tensors = (x.to(device) for x in (self.tile_of, self.sizes, self.first, self.last, self.video))
-        return Tiles(*tensors, self.grids)
+        tile_of, sizes, first, last, video = (
+            x.to(device) for x in (self.tile_of, self.sizes, self.first, self.last, self.video)
+        )
+        return Tiles(tile_of, sizes, first, last, video, self.grids)
 
 
 def tiles_of(segments: Sequence[Segment], tile: Shape | None = None) -> Tiles:
@@ -93,7 +95,7 @@ def tiles_of(segments: Sequence[Segment], tile: Shape | None = None) -> Tiles:
         start += len(low)
     if not ids:
         raise UnsupportedError("attention without tokens has no tiles")
-    return Tiles(*map(torch.cat, (ids, sizes, first, last, video)), grids)
+    return Tiles(torch.cat(ids), torch.cat(sizes), torch.cat(first), torch.cat(last), torch.cat(video), grids)
 
 
 def _boxes(grid: Shape, tile: Shape) -> tuple[Tensor, Tensor, Tensor]:

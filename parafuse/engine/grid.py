@@ -112,8 +112,8 @@ class _Prologue:
         self._bases: dict[int, _Arrived | None] = {}
 
     def latents(self) -> _Entry:
-        """Of the arguments that may be latents the first, in the order of the forward's parameters, that a block goes by:
-        that is the custom. Others with as many tokens (text) must not be taken for it, so none is tried after it."""
+        """Of the arguments that may be latents the first, in the order of the forward's parameters, that a block goes
+        by: that is the custom. Others with as many tokens (text) must not be taken for it, so none is tried after it."""
         names = list(inspect.signature(self.forward).parameters)
         places, named = tree_unflatten(list(range(len(self.leaves))), self.spec)
         order = [leaf for tree in places for leaf in tree_flatten(tree)[0]]
@@ -206,7 +206,8 @@ class _Moved:
             )
         if set(parts.get(0, ())) & set(dims) or (self.base.ndim == 3 and len(dims) > 1):
             raise _NoGrid(
-                "frames are folded into the samples of the first block's stream, or samples have their tokens in different places"
+                "frames are folded into the samples of the first block's stream, or each sample's tokens are in "
+                "another place"
             )
         return dims
 

@@ -2,8 +2,8 @@
 
 Legend: B batch, H heads, S rows of queries, N rows of keys, D and Dv head sizes, T tiles. Rows come in any order and
 may be a part of the tokens: `q_tiles` (S,) and `k_tiles` (N,) say which tile each belongs to, `chosen` (B or 1, H or 1,
-Tq, Tk) which see which. Two backends: `flex`, torch's flex-attention, for CUDA, and `gather` for the CPU, which copies the
-keys that a tile sees together and attends to them.
+Tq, Tk) which see which. Two backends: `flex`, torch's flex-attention, for CUDA, and `gather` for the CPU, which copies
+the keys that a tile sees together and attends to them.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ SUITES = (
     "caches",
     "quantize",
     "rewrites",
+    "sparse",
     "options",
     "drop_in",
     "measuring",

@@ -46,7 +46,7 @@ class Examined:
 
     def __init__(self, block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec):
         self.name, self.forward, self.leaves, self.spec = type(block).__name__, forward, leaves, spec
-        self.names = [_leaf_name(i, spec, leaves) for i in range(len(leaves))]
+        self.names = [leaf_name(i, spec, leaves) for i in range(len(leaves))]
         self.base = self.run(leaves, [])
 
     def run(self, leaves: list[Any], injected: list[Tensor]) -> Seen:
@@ -416,7 +416,7 @@ def owned(leaf: Any) -> Any:
         return leaf
 
 
-def _leaf_name(index: int, spec: TreeSpec, leaves: list[Any]) -> str:
+def leaf_name(index: int, spec: TreeSpec, leaves: list[Any]) -> str:
     """The argument's name where it was passed by keyword, else its place."""
     args, kwargs = tree_unflatten(list(range(len(leaves))), spec)
     for name, value in kwargs.items():

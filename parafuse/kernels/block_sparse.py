@@ -1,0 +1,213 @@
+"""Attention in which tiles of queries see chosen tiles of keys, with its log-sum-exp.
+
+Legend: B batch, H heads, S rows of queries, N rows of keys, D and Dv head sizes, T tiles. Rows come in any order and
+may be a part of the tokens: `q_tiles` (S,) and `k_tiles` (N,) say which tile each belongs to, `chosen` (B or 1, H or 1,
+Tq, Tk) which see which. Two backends: `flex`, torch's flex-attention, for CUDA, and `gather` for the CPU, which copies
+the keys that a tile sees together and attends to them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from parafuse.errors import UnsupportedError
+from parafuse.kernels.attention import attention_lse
+from parafuse.kernels.flex import Flex
+
+BACKENDS = ("gather", "flex")
+
+
+class BlockSparse:
+    """Block-sparse attention by one backend; holds what is compiled for it.
+
+    `backend`: None takes flex on CUDA and gather elsewhere. `compiled`: None compiles flex on CUDA alone."""
+
+    def __init__(self, backend: str | None = None, *, compiled: bool | None = None):
+        if backend not in (None, *BACKENDS):
+            raise UnsupportedError(f"block-sparse backend {backend!r}: there are {', '.join(BACKENDS)}.")
+        self._backend, self._compiled = backend, compiled
+        self._flex: Flex | None = None
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        chosen: Tensor,
+        q_tiles: Tensor,
+        k_tiles: Tensor,
+        *,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `block_sparse_attention`."""
+        key_mask = _key_mask(mask, q, k)
+        _check(q, k, v, chosen, q_tiles, k_tiles)
+        scale = float(q.shape[-1] ** -0.5) if scale is None else scale
+        if self.backend_for(q) == "gather":
+            return _gathered(q, k, v, chosen, q_tiles, k_tiles, key_mask, scale)
+        if self._flex is None:
+            self._flex = Flex(compiled=q.device.type == "cuda" if self._compiled is None else self._compiled)
+        return self._flex(q, k, v, chosen, q_tiles, k_tiles, key_mask, scale)
+
+    def backend_for(self, q: Tensor) -> str:
+        """The backend for queries like these."""
+        return self._backend or ("flex" if q.device.type == "cuda" else "gather")
+
+
+def block_sparse_attention(  # noqa: PLR0913 (tensors of one attention)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    q_tiles: Tensor,
+    k_tiles: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q (B, H, S, D), k (B, H, N, D), v (B, H, N, Dv) -> out (B, H, S, Dv), lse (B, H, S) fp32, natural logarithm.
+
+    `mask`: of keys alone, broadcastable to (B, H, 1, N), bool (True: attend) or additive; others are refused by
+    UnsupportedError. Rows that see no key have out = 0 and lse = -inf. `BlockSparse` keeps what is compiled."""
+    return BlockSparse(backend, compiled=False)(q, k, v, chosen, q_tiles, k_tiles, mask=mask, scale=scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, q_tiles: Tensor, k_tiles: Tensor) -> None:
+    batch, heads = q.shape[:2]
+    if k.shape[1] != heads or v.shape[1] != heads:
+        raise UnsupportedError(f"block-sparse attention of {heads} heads to {k.shape[1]}: repeat the keys' heads first")
+    if tuple(q_tiles.shape) != (q.shape[2],) or tuple(k_tiles.shape) != (k.shape[2],):
+        raise UnsupportedError(
+            f"block-sparse attention of {q.shape[2]} queries and {k.shape[2]} keys: tiles of {tuple(q_tiles.shape)} "
+            f"and {tuple(k_tiles.shape)} rows are given"
+        )
+    if chosen.ndim != 4 or chosen.shape[0] not in (1, batch) or chosen.shape[1] not in (1, heads):
+        raise UnsupportedError(f"tiles chosen as {tuple(chosen.shape)} for a batch of {batch} and {heads} heads")
+
+
+def _key_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """(B or 1, H or 1, N), of keys alone."""
+    if mask is None:
+        return None
+    if mask.ndim > 1 and mask.shape[-2] != 1:
+        if mask.stride(-2) != 0:
+            raise UnsupportedError(
+                f"block-sparse attention with a mask of shape {tuple(mask.shape)} for {q.shape[2]} queries: only masks "
+                "of keys, equal for all queries, are taken; leave sparse= out for this model"
+            )
+        mask = mask[..., :1, :]
+    mask = mask[(None,) * (4 - mask.ndim)].squeeze(2)
+    if mask.shape[-1] == 1:
+        mask = mask.expand(*mask.shape[:2], k.shape[2])
+    if mask.shape[-1] != k.shape[2]:
+        raise UnsupportedError(f"a mask of {mask.shape[-1]} keys for {k.shape[2]} keys")
+    return mask
+
+
+def _gathered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    q_tiles: Tensor,
+    k_tiles: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Sorts rows by tile. Tiles of queries that see the same keys are taken together; so are samples and heads, where
+    one choice is for all of them."""
+    out = q.new_zeros((*q.shape[:3], v.shape[-1]))
+    lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+    q_order, q_edges = _sorted(q_tiles, chosen.shape[2])
+    k_order, k_edges = _sorted(k_tiles, chosen.shape[3])
+    q, k, v = q.index_select(2, q_order), k.index_select(2, k_order), v.index_select(2, k_order)
+    mask = None if key_mask is None else _additive(key_mask, q.dtype).index_select(2, k_order)
+    sorted_out, sorted_lse = torch.zeros_like(out), torch.full_like(lse, -math.inf)
+    for samples, heads in _alike(chosen, q.shape[0], q.shape[1]):
+        one = chosen[samples.start if chosen.shape[0] > 1 else 0, heads.start if chosen.shape[1] > 1 else 0]
+        bias = None if mask is None else mask.expand(q.shape[0], q.shape[1], -1)[samples, heads]
+        parts = q[samples, heads], k[samples, heads], v[samples, heads]
+        for queries, keys in _groups(one, q_edges, k_edges):
+            part_out, part_lse = _attend(*parts, bias, queries, keys, scale)
+            _put(sorted_out[samples, heads], queries, part_out)
+            _put(sorted_lse[samples, heads], queries, part_lse)
+    return out.index_copy_(2, q_order, sorted_out), lse.index_copy_(2, q_order, sorted_lse)
+
+
+def _sorted(tiles: Tensor, num_tiles: int) -> tuple[Tensor, list[int]]:
+    """(rows tile by tile, where each tile begins among them and where the last one ends)."""
+    ordered, order = torch.sort(tiles, stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(num_tiles + 1, device=tiles.device)).tolist()
+
+
+def _alike(chosen: Tensor, batch: int, heads: int) -> list[tuple[slice, slice]]:
+    """The (samples, heads) that choose alike by shape, for all of the batch and of the heads."""
+    samples = [slice(0, batch)] if chosen.shape[0] == 1 else [slice(i, i + 1) for i in range(batch)]
+    return [
+        (sample, head)
+        for sample in samples
+        for head in ([slice(0, heads)] if chosen.shape[1] == 1 else [slice(i, i + 1) for i in range(heads)])
+    ]
+
+
+Runs = list[tuple[int, int]]
+"""(start, end) of rows that follow each other."""
+
+
+def _groups(chosen: Tensor, q_edges: list[int], k_edges: list[int]) -> list[tuple[Runs, Runs]]:
+    """(queries, keys) of each set of tiles of queries that see the same keys; without those that see none."""
+    patterns, of_tile = torch.unique(chosen, dim=0, return_inverse=True)
+    tiles: list[list[int]] = [[] for _ in range(len(patterns))]
+    for tile, pattern in enumerate(of_tile.tolist()):
+        tiles[pattern].append(tile)
+    pairs = [
+        (_runs(some, q_edges), _runs(torch.nonzero(pattern).flatten().tolist(), k_edges))
+        for some, pattern in zip(tiles, patterns, strict=True)
+    ]
+    return [(queries, keys) for queries, keys in pairs if queries and keys]
+
+
+def _runs(tiles: list[int], edges: list[int]) -> Runs:
+    """The rows of these tiles; tiles that follow each other make one run."""
+    runs: Runs = []
+    for tile in tiles:
+        start, end = edges[tile], edges[tile + 1]
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], end)
+        elif start < end:
+            runs.append((start, end))
+    return runs
+
+
+def _take(x: Tensor, runs: Runs) -> Tensor:
+    """Rows of x (b, h, rows, D): a view where they follow each other."""
+    parts = [x[:, :, start:end] for start, end in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _put(into: Tensor, runs: Runs, rows: Tensor) -> None:
+    done = 0
+    for start, end in runs:
+        into[:, :, start:end] = rows[:, :, done : done + end - start]
+        done += end - start
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, queries: Runs, keys: Runs, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of these queries over all of these keys. `bias` (b, h, N): additive, of keys."""
+    q, k, v = _take(q, queries), _take(k, keys), _take(v, keys)
+    bias = None if bias is None else torch.cat([bias[..., start:end] for start, end in keys], dim=-1).unsqueeze(2)
+    return attention_lse(q, k, v, bias, scale=scale)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True: attend) as zeros and -inf."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)

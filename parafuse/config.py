@@ -16,6 +16,7 @@ from parafuse.attention import Attention, attention_of
 from parafuse.cache import Cache, cache_of
 from parafuse.errors import ConfigError, reject_unknown
 from parafuse.quantization import Quantize, quantize_of
+from parafuse.sparse import Sparse, sparse_of
 
 
 class Axis(StrEnum):
@@ -126,6 +127,10 @@ class Config:
     """What computes attention in repeated blocks: torch (its own choice), flash, cudnn, efficient, cpu-flash,
     flash-attn-2, flash-attn-3, flash-attn-4, math, or in 8 bits sage, fp8, fp8-reference; "auto": the fastest exact one
     that parafuse tune attention has timed here, else torch."""
+    sparse: Sparse | str | None = field(default=None, metadata={LOSSY: ("window:0,6,6,dense_steps=0,dense_layers=0",)})
+    """Leaves pairs of a video's tokens out of attention: window:2,8,8 (frames, rows and columns around), radial:0.5
+    (less of a frame the further in time), content:0.9 (what matters most, head by head), with fields after a comma
+    (dense_steps=4); docs/attention.md has them all."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for another one before the request fails on all of them."""
     allow_pickle: bool = False
@@ -141,6 +146,7 @@ class Config:
         object.__setattr__(self, "cache", cache_of(self.cache))
         object.__setattr__(self, "quantize", quantize_of(self.quantize))
         object.__setattr__(self, "attention", attention_of(self.attention))
+        object.__setattr__(self, "sparse", sparse_of(self.sparse))
         for name in ("compile", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be true or false.")
@@ -174,7 +180,8 @@ class Config:
         object.__setattr__(self, "rewrites", ",".join(name for name in REWRITES if name in names))
 
     def to_dict(self) -> dict[str, Any]:
-        texts = {name: str(one) if one else None for name, one in (("cache", self.cache), ("quantize", self.quantize))}
+        lossy = {"cache": self.cache, "quantize": self.quantize, "sparse": self.sparse}
+        texts = {name: str(one) if one else None for name, one in lossy.items()}
         return dataclasses.asdict(self) | texts | {"attention": str(self.attention)}
 
     @classmethod

@@ -31,6 +31,7 @@ from parafuse.engine.source import ModelSource
 from parafuse.engine.stack import block_stack, repeated_blocks
 from parafuse.engine.standing import Standing, standing_on
 from parafuse.engine.targets import DENOISERS, STACKS, Wanted, denoisers, device_of, wanted_of, weighty
+from parafuse.engine.video import SparseVideo
 from parafuse.errors import ConfigError
 from parafuse.kernels.attention import Choice
 from parafuse.log import note
@@ -229,9 +230,14 @@ class Handle:
         """Component -> what computed its attention, where parafuse sees to that."""
         return {name: one.choice for name, one in self._on if one.choice is not None}
 
+    def sparse(self) -> dict[str, SparseVideo]:
+        """Component -> what leaves pairs of its video's tokens out."""
+        return {name: one.sparse for name, one in self._on if one.sparse is not None}
+
     def go_by_steps(self) -> None:
         """Counts the target's steps, where a cache or a rewrite needs them."""
-        if self.cache is not None or any(name in self.extras.rewrites for name in STEPWISE):
+        steps = self.cache is not None or self.extras.sparse is not None
+        if steps or any(name in self.extras.rewrites for name in STEPWISE):
             self.clock.add(self.target)
 
     @property
@@ -443,7 +449,7 @@ def _check(name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int
         _refuse_wrapped(name, list(module.modules()))
         if is_overridden(module):
             raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
-        if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1:
+        if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 or extras.sparse is not None:
             block_stack(module)
         if extras.compile:
             repeated_blocks(module)

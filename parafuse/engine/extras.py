@@ -13,6 +13,7 @@ from parafuse.engine.timings import resolved
 from parafuse.errors import ConfigError
 from parafuse.kernels.backends import REGISTRY
 from parafuse.parallel import captured
+from parafuse.sparse import Sparse, sparse_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Extras:
     """Names, in the order in which they are put on."""
     attention: Attention = field(default_factory=lambda: Attention(TORCH))
     """What computes attention in repeated blocks."""
+    sparse: Sparse | None = None
+    """Which pairs of a video's tokens attention leaves out."""
     chosen: Choice | None = None
     """What of them one denoiser gets; None until that is known."""
 
@@ -36,6 +39,7 @@ class Extras:
         """`device`: its type, for what a Config leaves open."""
         return cls(
             attention=resolved(attention_of(config.attention), device),
+            sparse=sparse_of(config.sparse),
             cache=with_calibration(cache_of(config.cache)),
             compile=config.compile,
             cuda_graphs=config.cuda_graphs,
@@ -56,6 +60,10 @@ class Extras:
 
     def check(self, device: str, degree: Callable[[Axis], int]) -> None:
         """Raises ConfigError where something of it cannot be had on a device, or in a layout."""
+        if self.cuda_graphs and self.sparse is not None:
+            raise ConfigError(
+                f"cuda_graphs=True: not with sparse={self.sparse.brief}, whose first steps are whole; leave one out."
+            )
         if self.cuda_graphs:
             self._check_graphs(device, degree(Axis.RING) * degree(Axis.ULYSSES))
         if self.attention.backend not in (TORCH, TIMED):

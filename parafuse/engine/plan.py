@@ -28,6 +28,7 @@ OPTIONAL = (
     "rewrites",
     "attention",
     "attention_timings",
+    "sparse",
     "calibration",
     "replay",
     "why",
@@ -66,6 +67,8 @@ class Plan:
     """Exact changes of what a denoiser computes, by name; "auto" stays: which of them pay is told by the first call."""
     attention: str = TORCH
     """What computes attention in repeated blocks."""
+    sparse: str = ""
+    """Which pairs of a video's tokens attention leaves out, as its text with every field; empty: none."""
     attention_timings: dict[str, Any] | None = None
     """For `timed`: what was timed on the device, so that every rank takes the same backend."""
     calibration: dict[str, Any] | None = None
@@ -124,6 +127,7 @@ class Plan:
             cuda_graphs=self.cuda_graphs,
             rewrites=self.rewrites,
             attention=self._attention(),
+            sparse=self.sparse or None,
             timeout_s=self.timeout_s,
         )
 
@@ -143,7 +147,7 @@ class Plan:
     @property
     def changes_nothing(self) -> bool:
         """Whether the model runs as it is."""
-        extras = self.cache or self.quantize or self.compile or self.rewrites or self.attention != TORCH
+        extras = self.cache or self.quantize or self.compile or self.rewrites or self.sparse or self.attention != TORCH
         return self.world_size == 1 and not extras
 
     def without_replay(self) -> Plan:
@@ -159,6 +163,7 @@ class Plan:
         more += ", compiled" + (" to CUDA graphs" if self.cuda_graphs else "") if self.compile else ""
         more += f", rewrites {self.rewrites}" if self.rewrites else ""
         more += f", attention {self.attention}" if self.attention != TORCH else ""
+        more += f", sparse {self.sparse}" if self.sparse else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""
         return f"{ranks}: {axes}, {self.dtype} on {self.device}{more}{again}" + (f" ({self.why})" if self.why else "")
 

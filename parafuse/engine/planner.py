@@ -61,6 +61,7 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
         cuda_graphs=config.cuda_graphs,
         rewrites=config.rewrites,
         attention=attention.backend,
+        sparse=str(config.sparse or ""),
         attention_timings=attention.timings.to_dict() if attention.timings is not None else None,
         calibration=calibration.to_dict() if calibration is not None else None,
         why=why,

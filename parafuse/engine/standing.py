@@ -26,6 +26,7 @@ from parafuse.engine.extras import Extras
 from parafuse.engine.rewrites.choose import make
 from parafuse.engine.rewrites.rewrite import Rewrite, Site
 from parafuse.engine.stack import attending_parts, block_stack, repeated_blocks
+from parafuse.engine.video import SparseVideo
 from parafuse.kernels.attention import Choice
 from parafuse.parallel.attention_mode import ChoiceHolds, ChosenAttention
 from parafuse.parallel.call_context import CallContext
@@ -38,6 +39,8 @@ from parafuse.parallel.leading_rows import LeadingRows
 from parafuse.parallel.led import Led
 from parafuse.parallel.mesh import Mesh, hold, release
 from parafuse.parallel.sequence import SequenceParallel
+from parafuse.parallel.sparse import SparseAttention
+from parafuse.sparse import Sparse
 
 IsInside = Callable[[], bool]
 
@@ -62,6 +65,8 @@ class Standing:
     rewrites: list[Rewrite] = field(default_factory=list[Rewrite])
     choice: Choice | None = None
     """What computes attention in its blocks, where parafuse sees to that."""
+    sparse: SparseVideo | None = None
+    """What leaves pairs of its video's tokens out."""
     regional: Regional | None = None
     """Its compiled blocks."""
     captured: list[CapturedCalls] = field(default_factory=list[CapturedCalls])
@@ -88,7 +93,7 @@ class Standing:
             context.led = Led(self.mesh.group_name(Axis.CFG))
         self._rewrite(clock, context)
         parts = self._parts(clock, context)
-        self._share_tokens(parts)
+        self._share_tokens(parts, clock, context)
         self._cache(parts, clock, context)
         self.clock = self.skipping.clock if self.skipping else self.clock
         if cache is None and self.extras.cuda_graphs:
@@ -137,10 +142,11 @@ class Standing:
         for one in self.rewrites:
             self._put_on(one)
 
-    def _share_tokens(self, parts: PartReuse | None) -> None:
-        if self.method == "forward" and (self.mesh.sequence_degree > 1 or self.extras.attention.acts):
+    def _share_tokens(self, parts: PartReuse | None, clock: Clock, context: CallContext) -> None:
+        is_met = self.mesh.sequence_degree > 1 or self.extras.sparse is not None
+        if self.method == "forward" and (is_met or self.extras.attention.acts):
             self.choice = Choice.named(self.extras.attention, self.name)
-        if self.method == "forward" and self.mesh.sequence_degree > 1:
+        if self.method == "forward" and is_met:
             prober = parts.without(derive) if parts else derive
             blocks = block_stack(self.module)
             self.sequence = SequenceParallel(self.module, blocks, self.mesh, prober, parts, self.choice)
@@ -152,10 +158,20 @@ class Standing:
         self._put_on(self.sequence)
         if self.extras.compile:
             self._compile(parts)
+        if self.extras.sparse is not None and self.sequence is not None:
+            self._leave_pairs_out(self.extras.sparse, self.sequence, clock, context)
         if self.choice is not None and self.sequence is None:
             self._put_on(ChosenAttention(attending_parts(self.module), self.choice))
         if self.choice is not None and self.choice.acts:
             self._put_on(ChoiceHolds(self.module, self.choice))
+
+    def _leave_pairs_out(self, method: Sparse, sequence: SequenceParallel, clock: Clock, context: CallContext) -> None:
+        """Sparse attention, which `choice` carries to the operators."""
+        group = "" if self.mesh.sequence is None else self.mesh.sequence.group_name
+        attention = SparseAttention(method, group, self.mesh.degree(Axis.ULYSSES))
+        sequence.attention.choice.sparse = attention
+        self.clock, self.sparse = clock, SparseVideo(sequence, attention, clock, context)
+        self._put_on(self.sparse)
 
     def _cache(self, parts: PartReuse | None, clock: Clock, context: CallContext) -> None:
         """Makes what skips or reuses work, and puts on what is to stand inside of it."""
@@ -236,6 +252,8 @@ class Standing:
         """At the start of a request: counts anew."""
         if self.choice is not None:
             self.choice.begin()
+        if self.sparse is not None:
+            self.sparse.begin()
         for one in self.rewrites:
             one.begin()
 
@@ -247,7 +265,7 @@ class Standing:
     def lines(self, name: str) -> list[str]:
         """One line for each thing that stands, for receipts."""
         degree, found = self.mesh.degree, list[str]()
-        if self.sequence:
+        if self.sequence and self.mesh.sequence_degree > 1:
             axes = " x ".join(f"{a} {degree(a)}" for a in (Axis.RING, Axis.ULYSSES) if degree(a) > 1)
             found.append(f"sequence parallel ({axes}) on {name}: {len(self.sequence.blocks)} blocks")
         if self.data:
@@ -256,6 +274,8 @@ class Standing:
             found.append(f"guidance parallel (cfg {degree(Axis.CFG)}) on {name}")
         found += [f"{line} on {name}" for line in replace(self.extras, compile=False).lines()]
         found += [] if self.choice is None else [f"attention on {name}: {line}" for line in self.choice.lines()]
+        if self.sparse:
+            found.append(f"sparse attention on {name}: {self.sparse.attention.line()}")
         if self.regional:
             kinds = ", ".join(f"{number} {kind}" for kind, number in self.regional.compiled.num_compiled.items())
             found.append(f"compiled blocks on {name}: {kinds}")

@@ -26,6 +26,7 @@ def told_by(handle: Handle, seen: Seen, exchanged: Mapping[str, Count]) -> dict[
         "quantized": quantized(handle.quantized.values()),
         "applied": list(handle.applied),
         "attention": {name: one.report() for name, one in handle.choices().items()},
+        "sparse": {name: one.attention.report() for name, one in handle.sparse().items()},
         "guidance": {name: one.report(seen[one]) for name, one in handle.guidance.items()},
         "data": {name: one.report(seen[one]) for name, one in handle.data.items()},
         "exchanged": {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Choice:
     timings: Timings | None = None
     key: str = ""
     """By which operators find it: they can carry only a name."""
+    sparse: Any = None
+    """What leaves pairs of tokens out, where something does: `parallel.sparse.SparseAttention`."""
     picks: dict[Facts, Pick] = field(default_factory=dict[Facts, Pick])
     calls: dict[Facts, int] = field(default_factory=dict[Facts, int])
 

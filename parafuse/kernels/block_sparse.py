@@ -90,17 +90,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, q_tiles: Tensor, k_t
         raise UnsupportedError(f"tiles chosen as {tuple(chosen.shape)} for a batch of {batch} and {heads} heads")
 
 
+def check_mask(mask: Tensor | None, num_queries: int) -> None:
+    """Raises UnsupportedError for a mask that is not of keys alone, equal for all queries."""
+    if mask is not None and mask.ndim > 1 and mask.shape[-2] != 1 and mask.stride(-2) != 0:
+        raise UnsupportedError(
+            f"block-sparse attention with a mask of shape {tuple(mask.shape)} for {num_queries} queries: only masks "
+            "of keys, equal for all queries, are taken; leave sparse= out for this model"
+        )
+
+
 def _key_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """(B or 1, H or 1, N), of keys alone."""
     if mask is None:
         return None
-    if mask.ndim > 1 and mask.shape[-2] != 1:
-        if mask.stride(-2) != 0:
-            raise UnsupportedError(
-                f"block-sparse attention with a mask of shape {tuple(mask.shape)} for {q.shape[2]} queries: only masks "
-                "of keys, equal for all queries, are taken; leave sparse= out for this model"
-            )
-        mask = mask[..., :1, :]
+    check_mask(mask, q.shape[2])
+    mask = mask[..., :1, :] if mask.ndim > 1 else mask
     mask = mask[(None,) * (4 - mask.ndim)].squeeze(2)
     if mask.shape[-1] == 1:
         mask = mask.expand(*mask.shape[:2], k.shape[2])

@@ -18,7 +18,7 @@ from parafuse.launch.asked import Asked, refuse_extras
 from parafuse.launch.keywords import one_step_call
 from parafuse.launch.options import Option, build, given
 
-UNUSED = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention")
+UNUSED = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse")
 
 if TYPE_CHECKING:
     from parafuse.engine.tune import Shape, Timed

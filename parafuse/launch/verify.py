@@ -22,6 +22,7 @@ from parafuse.launch.keywords import call_for_prompts, one_step_call
 from parafuse.launch.options import Option, build, given
 from parafuse.launch.prompts import prompts_of
 from parafuse.quantization import quantize_of
+from parafuse.sparse import sparse_of
 
 if TYPE_CHECKING:
     from parafuse.engine.verify import Verdict
@@ -84,7 +85,8 @@ def prepare(prompt: str | None, trial: Trial, options: list[Option], typed: dict
         raise ConfigError(
             f"{where} parallel degrees, but every layout is tried; leave them out, or give --quality for one layout."
         )
-    lossy = [one for one in (cache_of(config.cache), quantize_of(config.quantize)) if one is not None]
+    asked = cache_of(config.cache), quantize_of(config.quantize), sparse_of(config.sparse)
+    lossy = [one for one in asked if one is not None]
     if lossy and not trial.quality:
         raise ConfigError(
             f"--{lossy[0].what} {lossy[0].brief}: changes what verify holds to be the same; leave it out, or give "

@@ -21,6 +21,8 @@ from parafuse.parallel.layout import Layout, head_range, key_head_range
 from parafuse.parallel.mesh import Mesh
 from parafuse.parallel.pack import join_rows, split_rows
 from parafuse.parallel.ring import expand_keys, ring_attention
+from parafuse.parallel.sparse import LayerPlan, SparseAttention
+from parafuse.parallel.sparse_ring import sparse_ring_attention
 
 
 class SequenceAttention:
@@ -121,6 +123,21 @@ class RankAttention:
         self.ring_rank, self.ring = rank_and_degree(ring_group)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call) -> Tensor:
+        sparse: SparseAttention | None = self.choice.sparse
+        plan = sparse.plan(q, k, queries, keys, call) if sparse is not None else None
+        if plan is None or not plan.moves_heads:
+            return self._attended(q, k, v, queries, keys, call, plan)
+        order = torch.tensor(plan.order, device=q.device)
+        mask = call.mask
+        if mask is not None and mask.ndim > 2 and mask.shape[-3] == len(order):
+            mask = mask.index_select(-3, order)
+        q, k, v = (x.index_select(1, order) for x in (q, k, v))
+        out = self._attended(q, k, v, queries, keys, Call(mask, call.scale, call.is_causal), plan)
+        return out.transpose(1, 2).index_select(2, order.argsort()).transpose(1, 2)
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call, plan: LayerPlan | None
+    ) -> Tensor:
         heads = head_range(q.shape[1], self.ulysses, self.ulysses_rank)
         if self.ulysses > 1:
             qkv = self._scatter_heads(q, k, v, queries, keys)
@@ -134,7 +151,10 @@ class RankAttention:
             out = qkv[0].new_empty((*qkv[0].shape[:3], v.shape[-1]))
         else:
             key_of_head = _key_of_head(heads, q.shape[1] // k.shape[1])
-            out = self._attend(qkv[0], qkv[1], qkv[2], queries, keys, call, key_of_head)
+            if plan is not None:
+                out = self._attend_sparsely(qkv, queries, call, key_of_head, plan, heads)
+            else:
+                out = self._attend(qkv[0], qkv[1], qkv[2], queries, keys, call, key_of_head)
         return self._gather_heads(out, q.shape[1], queries)
 
     def _chunk(self, layout: Layout, ring_rank: int, true_rows: bool) -> tuple[list[int], tuple[int, ...]]:
@@ -208,6 +228,23 @@ class RankAttention:
             return attention_lse(q, k, v, mask, scale=call.scale, choice=self.choice)
 
         return ring_attention(q, k, v, call, queries, keys, self.ring_group, attend)
+
+    def _attend_sparsely(
+        self,
+        qkv: tuple[Tensor, ...],
+        layout: Layout,
+        call: Call,
+        key_of_head: list[int],
+        plan: LayerPlan,
+        heads: tuple[int, int],
+    ) -> Tensor:
+        def expand(x: Tensor) -> Tensor:
+            return expand_keys(x, key_of_head)
+
+        q, k, v = qkv
+        if self.ring == 1:
+            return plan.attend(q, expand(k), expand(v), call, heads)
+        return sparse_ring_attention(q, (k, v), call, layout, self.ring_group, plan, heads, expand)
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -142,6 +142,29 @@ def broadcast(x: Tensor, owner: int, group: str) -> dist.Work:
     return work
 
 
+class Shift:
+    """Point-to-point: each `post` sends a buffer to one rank while one from another is received; sizes are known to
+    both sides beforehand, and nothing goes where one is 0."""
+
+    def __init__(self, group: ProcessGroup):
+        self.group = group
+        self.rank, self.degree = dist.get_rank(group), dist.get_world_size(group)
+        self._counters = counters(group)
+
+    def post(self, send_N: Tensor, to: int, receive_size: int, source: int) -> tuple[Tensor, list[dist.Work]]:
+        """Starts sending `send_N` (contiguous); returns the buffer being received and what to wait for."""
+        received = send_N.new_empty(receive_size)
+        operations: list[dist.P2POp] = []
+        if send_N.numel():
+            operations.append(dist.P2POp(dist.isend, send_N, dist.get_global_rank(self.group, to), group=self.group))
+            self._counters.add("ring", send_N.nbytes)
+        if receive_size:
+            operations.append(
+                dist.P2POp(dist.irecv, received, dist.get_global_rank(self.group, source), group=self.group)
+            )
+        return received, dist.batch_isend_irecv(operations) if operations else []
+
+
 class Rotation:
     """Point-to-point ring: each `post` sends a buffer to the next rank while one from the previous is received."""
 

@@ -67,6 +67,10 @@ class SequenceParallel:
         self._kinds = {block: fingerprint(block) for block in self.blocks}
         self._inner = {block: list(block.modules())[1:] for block in self.blocks}
 
+    def kind_of(self, block: nn.Module) -> str:
+        """What it is made of: the first part of the keys of `plans`."""
+        return self._kinds[block]
+
     def has_changed(self) -> bool:
         """Whether the model is no longer what it was; some milliseconds for a large one."""
         return self._parts.have_changed()

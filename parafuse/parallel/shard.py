@@ -51,6 +51,8 @@ class SequenceGroup:
 
     def gather(self, local: Tensor, dim: int, layout: Layout) -> Tensor:
         """The whole tensor from every rank's rows. Collective on the sequence group."""
+        if self.degree == 1:
+            return local
         if self.group is None:
             raise UnsupportedError("a simulated rank cannot gather")
         everyone = all_gather(local, self.degree, self.group.group_name)
@@ -63,6 +65,8 @@ class SequenceGroup:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`, in fp32 on the way. Collective on the sequence group."""
+        if self.degree == 1:
+            return x
         if self.group is None:
             raise UnsupportedError("a simulated rank cannot sum")
         return all_reduce(x.float(), self.group.group_name).to(x.dtype)

@@ -15,6 +15,7 @@ from parafuse.config import DTYPES, Axis, Parallel
 from parafuse.engine.architecture import RANDOM, TINY
 from parafuse.errors import ConfigError, nearest, reject_unknown
 from parafuse.quantization import quantize_of
+from parafuse.sparse import sparse_of
 
 CASES = Path(__file__).parent / "cases"
 ALL = "all"
@@ -61,6 +62,8 @@ class Variant:
     """Of way='parafuse': a quantization as its text, such as fp8."""
     attention: str = ""
     """Of way='parafuse': what computes attention, such as flash-attn-3."""
+    sparse: str = ""
+    """Of way='parafuse': a sparse attention as its text, such as radial:0.5."""
     threshold: float | None = None
     """Of another engine's cache, in place of its default one."""
     share_of: int = 1
@@ -83,6 +86,7 @@ class Variant:
         for field_name, value, read in (
             ("quantize", self.quantize, quantize_of),
             ("attention", self.attention, attention_of),
+            ("sparse", self.sparse, sparse_of),
         ):
             if value:
                 self._check_text(field_name, value, read)

@@ -43,7 +43,9 @@ class Contestant:
         self.run: Callable[..., Any] = pipeline
         if variant.share_of > 1:
             degrees = variant.config(variant.share_of).degrees(variant.share_of)
-            config = Config(quantize=variant.quantize or None, attention=variant.attention or "torch")
+            config = Config(
+                quantize=variant.quantize or None, attention=variant.attention or "torch", sparse=variant.sparse or None
+            )
             self._handle = apply(pipeline, config, mesh=share.mesh_of(degrees, device.type, timeout_s))
         elif variant.way == "parafuse":
             config = Config(
@@ -51,6 +53,7 @@ class Contestant:
                 cache=variant.cache or None,
                 quantize=variant.quantize or None,
                 attention=variant.attention or "torch",
+                sparse=variant.sparse or None,
                 timeout_s=timeout_s,
             )
             self._engine = Engine.from_pipeline(pipeline, config, alone=ranks == 1)

@@ -26,6 +26,7 @@ from parafuse.launch.bench.fidelity import LPIPS_PIXELS, Lpips, compare, lacks_l
 from parafuse.launch.bench.model import CALLBACK, Loaded
 from parafuse.launch.bench.record import commit, short_hardware, today
 from parafuse.quantization import quantize_of
+from parafuse.sparse import sparse_of
 
 EMOJI = "emoji"
 NUM_WORST = 8
@@ -68,6 +69,8 @@ class Verdict:
     """As its shortest text; empty: none."""
     attention: str = ""
     """The backend that was asked for; empty: torch's own choice."""
+    sparse: str = ""
+    """As its shortest text; empty: none."""
     skipped: float | None = None
     """Share of the calls that it skipped, over all prompts."""
     judged: list[Judged]
@@ -127,6 +130,7 @@ def judge(
         cache=cache.brief if (cache := cache_of(config.cache)) else "",
         quantize=method.brief if (method := quantize_of(config.quantize)) else "",
         attention=str(one) if (one := attention_of(config.attention)).acts else "",
+        sparse=left_out.brief if (left_out := sparse_of(config.sparse)) else "",
         skipped=sum(calls) / len(calls) if calls else None,
         judged=judged,
     )
@@ -191,6 +195,8 @@ def markdown(verdict: Verdict) -> str:
         layout += f" and cache {verdict.cache}"
     if verdict.quantize:
         layout += f" and quantize {verdict.quantize}"
+    if verdict.sparse:
+        layout += f" and sparse {verdict.sparse}"
     if verdict.attention:
         layout += f" and attention {verdict.attention}"
     figures = {name: [one.quality[name] for one in verdict.judged] for name in verdict.judged[0].quality}

@@ -39,6 +39,7 @@ class Row:
     compile: bool = False
     quantize: str = ""
     attention: str = ""
+    sparse: str = ""
     """As its shortest text; empty: none."""
     cache: str = ""
     """As its shortest text."""

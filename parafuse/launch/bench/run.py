@@ -371,6 +371,7 @@ def _row(variant: Variant, there: int) -> Row:
         compile=variant.compile,
         quantize=method.brief if (method := quantize_of(variant.quantize or None)) else "",
         attention=variant.attention,
+        sparse=variant.sparse,
         cache=cache.brief if cache else "",
         threshold=variant.threshold,
         share_of=variant.share_of,

@@ -1,0 +1,107 @@
+"""Sparse attention in a ring: each rank gets, of every other rank's keys and values, the tiles that its queries see.
+
+Legend: B batch, h query heads and g key heads of this rank, n true rows of a rank, D and Dv head sizes, R ranks of the
+ring, T tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parafuse.kernels.attention import Call, merge
+from parafuse.parallel.comm import Shift, _resolve
+from parafuse.parallel.layout import Layout
+from parafuse.parallel.ring import drop_filler, token_index
+from parafuse.parallel.sparse import LayerPlan
+
+CPU = torch.device("cpu")
+
+
+def sparse_ring_attention(
+    q: Tensor,
+    kv: tuple[Tensor, Tensor],
+    call: Call,
+    layout: Layout,
+    group: str,
+    plan: LayerPlan,
+    heads: tuple[int, int],
+    expand: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """q (B, h, n, D) true rows, k and v (B, g, rows, D) with filler -> (B, h, n, Dv). Collective on the ring.
+
+    Rank r sends rank s the rows of its tiles that any query of s sees, straight, and no others: all ranks know these
+    from what is chosen for all tiles. The next part is sent before the one at hand is attended. `heads`: [first, last)
+    of this rank's, as `plan.order` has them. `expand`: key heads repeated to as many as query heads."""
+    shift = Shift(_resolve(group))
+    rank, degree = shift.rank, shift.degree
+    ulysses = layout.degree // degree
+    positions = [token_index(layout, r * ulysses, ulysses, CPU) for r in range(degree)]
+    k, v = (drop_filler(x, layout, rank * ulysses, ulysses) for x in kv)
+    host, tile_of = plan.layout.host.tile_of, plan.tiles.tile_of
+    q_tiles = tile_of[positions[rank].to(q.device)]
+    chosen = plan.choose(q, expand(k), q_tiles, q_tiles, call, group)
+    if len(q_tiles):
+        plan.note(chosen, torch.bincount(q_tiles, minlength=plan.tiles.num_tiles), heads)
+    seen = _seen_by_ranks(plan, chosen, [host[rows] for rows in positions])
+    out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float32)
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+
+    def post(step: int) -> _Coming:
+        to, source = (rank + step) % degree, (rank - step) % degree
+        mine = torch.nonzero(seen[to][host[positions[rank]]]).flatten().to(q.device)
+        rows = positions[source][seen[rank][host[positions[source]]]]
+        send = torch.cat([x.index_select(2, mine).reshape(-1) for x in (k, v)])
+        per_row = q.shape[0] * k.shape[1] * (k.shape[-1] + v.shape[-1])
+        return _Coming(rows, send, *shift.post(send, to, len(rows) * per_row, source))
+
+    rows, k_part, v_part, coming = positions[rank], k, v, None
+    for step in range(degree):
+        if coming is not None:
+            rows, k_part, v_part = coming.arrived(k, v)
+        coming = post(step + 1) if step + 1 < degree else None
+        if len(rows) and len(q_tiles):
+            columns = rows.to(q.device)
+            mask = call.mask if call.mask is None or call.mask.shape[-1] == 1 else call.mask.index_select(-1, columns)
+            part = plan.state.core(
+                q, expand(k_part), expand(v_part), chosen, q_tiles, tile_of[columns], mask=mask, scale=call.scale
+            )
+            out, lse = merge(out, lse, *part)
+    return out.to(q.dtype)
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """Keys and values that are on their way."""
+
+    rows: Tensor
+    """Where they are in the whole sequence."""
+    sent: Tensor
+    """What goes the other way, kept until it has gone."""
+    received: Tensor
+    works: list[Any]
+
+    def arrived(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Waits; (rows, keys, values) in the shapes of this rank's own."""
+        for work in self.works:
+            work.wait()
+        shape = (k.shape[0], k.shape[1], len(self.rows))
+        size = math.prod(shape) * k.shape[-1]
+        return self.rows, self.received[:size].view(*shape, k.shape[-1]), self.received[size:].view(*shape, v.shape[-1])
+
+
+def _seen_by_ranks(plan: LayerPlan, chosen: Tensor, tiles: list[Tensor]) -> Tensor:
+    """(R, T) bool on the host: which tiles of keys any query of each rank sees. `tiles`: of each rank's rows.
+
+    Waits for the device where tiles go by content."""
+    there = torch.zeros(len(tiles), plan.tiles.num_tiles, dtype=torch.bool)
+    for r, own in enumerate(tiles):
+        there[r, own] = True
+    known = plan.layout.host_chosen
+    anywhere = (chosen.flatten(0, 1).any(dim=0).cpu() if known is None else known[0, 0]).float()
+    return there.float() @ anywhere > 0

@@ -113,7 +113,7 @@ class _Prologue:
 
     def latents(self) -> _Entry:
         """Of the arguments that may be latents the first, in the order of the forward's parameters, that a block goes
-        by: that is the custom. Others with as many tokens (text) must not be taken for it, so none is tried after it."""
+        by: that is the custom. Others with as many tokens (text) must not be taken for it: none is tried after it."""
         names = list(inspect.signature(self.forward).parameters)
         places, named = tree_unflatten(list(range(len(self.leaves))), self.spec)
         order = [leaf for tree in places for leaf in tree_flatten(tree)[0]]

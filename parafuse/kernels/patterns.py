@@ -33,7 +33,7 @@ def choose(
         return radial(queries, keys, sparse.reach, decay=sparse.decay, sink_frames=sparse.sink_frames)
     if not isinstance(sparse, Content) or q_means is None or k_means is None:
         raise UnsupportedError(f"sparse attention {sparse}: needs the means of queries and keys")
-    return content(queries, keys, q_means, k_means, mass=sparse.mass, keep=sparse.keep, scale=scale)
+    return content(queries, keys, q_means, k_means, mass=sparse.mass, least=sparse.least, keep=sparse.keep, scale=scale)
 
 
 def window(queries: Tiles, keys: Tiles, reach: tuple[int, int, int], *, sink_frames: int = 0) -> Tensor:
@@ -62,11 +62,12 @@ def content(
     k_means: Tensor,
     *,
     mass: float = 0.9,
+    least: float = 0.0,
     keep: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """For each head and tile of queries the fewest tiles of the video's keys that have `mass` of the attention, or
-    `keep` of their number. (B, H, Tq, Tk).
+    """For each head and tile of queries the fewest tiles of the video's keys that have `mass` of the attention, and are
+    at least the part `least` of their number; or the part `keep` of it. (B, H, Tq, Tk).
 
     A tile of n keys weighs n * exp(scale * mean query * mean key), as if all its tokens were the mean. Of equal weights
     the first tile comes first. A tile's own tokens are always seen. After SpargeAttention, Zhang et al. 2025,
@@ -76,11 +77,10 @@ def content(
     logits = q_means.float() @ k_means.float().transpose(-1, -2) * scale + keys.sizes.float().log()
     weights = torch.softmax(logits.masked_fill(~is_video, -math.inf), dim=-1).nan_to_num(0.0)
     ordered, place = torch.sort(weights, dim=-1, descending=True, stable=True)
+    count = ((least if keep is None else keep) * is_video.sum()).ceil()
+    taken = torch.arange(len(is_video), device=count.device).expand_as(ordered) < count
     if keep is None:
-        taken = ordered.cumsum(dim=-1) - ordered < mass
-    else:
-        count = (keep * is_video.sum()).ceil()
-        taken = torch.arange(len(is_video), device=count.device).expand_as(ordered) < count
+        taken |= ordered.cumsum(dim=-1) - ordered < mass
     chosen = torch.zeros_like(taken).scatter_(-1, place, taken)
     own = (_distances(queries, keys) == 0).all(dim=-1)
     return _completed(chosen | own, queries, keys)
@@ -118,8 +118,9 @@ def _distances(queries: Tiles, keys: Tiles) -> Tensor:
 
 
 def _sinks(keys: Tiles, frames: int) -> Tensor:
-    """(Tk,): tiles with a token of the first frames."""
-    return keys.first[:, 0] < frames
+    """(Tk,): tiles with a token of the first frames, of videos that have more of them."""
+    longer = torch.tensor([grid[0] > frames for grid in keys.grids] or [False], device=keys.first.device)
+    return (keys.first[:, 0] < frames) & longer[keys.video.clamp_min(0)]
 
 
 def _completed(near: Tensor, queries: Tiles, keys: Tiles) -> Tensor:

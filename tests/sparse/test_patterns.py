@@ -51,6 +51,7 @@ def test_sinks_are_seen_by_all() -> None:
     early = TILES.first[:, 0] == 0
     assert chosen[:, early].all()
     assert not window(TILES, TILES, (0, 0, 0))[0, 0][:, early].all()
+    assert torch.equal(window(TILES, TILES, (0, 0, 0), sink_frames=5), window(TILES, TILES, (0, 0, 0)))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0, 2.0])
@@ -100,6 +101,15 @@ def test_content_takes_the_fewest_tiles_with_the_mass(mass: float) -> None:
         best = row.sort(descending=True).indices[:fewest].tolist()
         assert set(torch.nonzero(taken).flatten().tolist()) == {*best, tile - 1} or mass == 1.0
         assert float(row[taken].sum()) >= mass - 1e-6
+
+
+def test_content_takes_a_part_in_any_case() -> None:
+    chosen, weights = _content(mass=0.01, least=0.3)
+    assert torch.equal(chosen, _content(keep=0.3)[0])
+    more, _ = _content(mass=0.9, least=0.3)
+    assert torch.equal(more, chosen | _content(mass=0.9)[0])
+    assert bool((chosen & ~_content(mass=0.9)[0]).any()), "the part is to be more than the mass somewhere"
+    assert weights.shape[-1] == TILES.num_tiles - 1
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.3, 1.0])
@@ -158,7 +168,7 @@ def test_choose_goes_by_the_method() -> None:
     assert torch.equal(choose(Window(1, 2, 2), TILES, TILES), window(TILES, TILES, (1, 2, 2)))
     assert torch.equal(choose(Radial(0.3, decay=0.5), TILES, TILES), radial(TILES, TILES, 0.3, decay=0.5))
     means = torch.randn(1, 2, TILES.num_tiles, 8)
-    want = content(TILES, TILES, means, means, mass=0.4, scale=0.1)
+    want = content(TILES, TILES, means, means, mass=0.4, least=0.1, scale=0.1)
     assert torch.equal(choose(Content(0.4), TILES, TILES, means, means, 0.1), want)
     with pytest.raises(UnsupportedError, match="means of queries and keys"):
         choose(Content(), TILES, TILES)

@@ -1,8 +1,8 @@
 """The figures of docs/notes/sparse.md: what block-sparse attention costs on a CPU, and what it changes of attention.
 
 `python tools/sparse_figures.py speed`: the CPU's backend against dense attention over densities, on one thread, in
-turns, medians of CPU time. `error`: on queries, keys and values of tiny video models with random weights, and of emoji, which
-is trained. `tiles`: densities and errors that shapes of tiles give.
+turns, medians of CPU time. `error`: on queries, keys and values of tiny video models with random weights, and of emoji,
+which is trained. `tiles`: densities and errors that shapes of tiles give.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,12 @@ SPEED_GRIDS: dict[Shape, int] = {(9, 16, 16): 9, (13, 24, 32): 3}
 TEXT, HEADS, SIZE = 77, 4, 64
 SPEED = (
     "window:2,16,16", "window:1,8,8", "window:0,8,4", "window:0,0,0", "content:keep=0.5", "content:keep=0.25",
-    "content:keep=0.1",
+    "content:keep=0.1", "window:0,8,4,tile=4x16x8", "content:keep=0.25,tile=4x16x8",
 )  # fmt: skip
 ERROR = (
     "window:4,8,8", "window:2,4,4", "window:1,2,2", "radial:0.5", "radial:0.25", "radial:0.25,decay=0.5", "radial:0.1",
-   
-    "content:0.95", "content:0.9", "content:0.7", "content:0.9,least=0.25", "content:0.7,least=0.25", "content:keep=0.5",
-    "content:keep=0.25", "content:keep=0.1",
+    "content:0.95", "content:0.9", "content:0.7", "content:0.9,least=0.25", "content:0.7,least=0.25",
+    "content:keep=0.5", "content:keep=0.25", "content:keep=0.1",
 )  # fmt: skip
 Attended = tuple[Tensor, Tensor, Tensor, Call]
 
@@ -59,26 +59,27 @@ def chosen_for(sparse: Sparse, tiles: Tiles, q: Tensor, k: Tensor, scale: float 
 def speed() -> None:
     generator = torch.Generator().manual_seed(0)
     for grid, rounds in SPEED_GRIDS.items():
-        tiles = tiles_of([Segment(TEXT), Segment(math.prod(grid), grid)])
+        segments = [Segment(TEXT), Segment(math.prod(grid), grid)]
         for dtype in (torch.float32, torch.bfloat16):
-            q, k, v = torch.randn(3, 1, HEADS, tiles.num_tokens, SIZE, generator=generator).to(dtype)
+            q, k, v = torch.randn(3, 1, HEADS, TEXT + math.prod(grid), SIZE, generator=generator).to(dtype)
             ways: dict[str, tuple[float, Callable[[], Any]]] = {
                 "dense": (1.0, lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v))
             }
             for text in SPEED:
-                sparse = named(text)
-                chosen = chosen_for(sparse, tiles, q, k)
+                tiles = tiles_of(segments, named(text).tile_shape)
+                chosen = chosen_for(named(text), tiles, q, k)
                 share = float(density(chosen, tiles.sizes, tiles.sizes).mean())
-                ways[text] = (share, lambda q=q, k=k, v=v, sparse=sparse, tiles=tiles: _attend(sparse, tiles, q, k, v))
+                ways[text] = (share, partial(_attend, named(text), chosen, tiles, q, k, v))
             times = in_turns({name: run for name, (_, run) in ways.items()}, rounds)
             print(f"\n{grid} + {TEXT} tokens, {HEADS} heads of {SIZE}, {dtype}, dense {times['dense'] * 1e3:.0f} ms")
             for name, (share, _) in ways.items():
                 print(f"| `{name}` | {share:.3f} | {times[name] / times['dense']:.3f} |")
 
 
-def _attend(sparse: Sparse, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """All of it: what is chosen is chosen anew."""
-    return block_sparse_attention(q, k, v, chosen_for(sparse, tiles, q, k), tiles.tile_of, tiles.tile_of)
+def _attend(sparse: Sparse, chosen: Tensor, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What goes by the content is chosen anew, as in every call; the rest is kept."""
+    chosen = chosen_for(sparse, tiles, q, k) if sparse.needs_content else chosen
+    return block_sparse_attention(q, k, v, chosen, tiles.tile_of, tiles.tile_of)
 
 
 def in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parafuse.errors import UnsupportedError
@@ -86,28 +87,34 @@ def content(
     return _completed(chosen | own, queries, keys)
 
 
-def tile_sums(x: Tensor, tiles: Tensor, num_tiles: int, *, largest: int | None = None) -> Tensor:
+def tile_sums(x: Tensor, tiles: Tensor, num_tiles: int) -> Tensor:
     """(B, H, T, D) fp32: what the rows of x (B, H, S, D) in each tile add up to. `tiles` (S,): of each, in any order.
 
     Ranks that have parts of the rows add theirs up; divided by `Tiles.sizes` these are the means. Rows are added in
-    their order, so a run gives the same bits again. `largest`: no tile has more rows; None asks the device."""
+    their order, so a run gives the same bits again. Asks the device nothing."""
+    batch, heads, rows, width = x.shape
     ordered, order = torch.sort(tiles, stable=True)
-    edges = torch.searchsorted(ordered, torch.arange(num_tiles + 1, device=x.device))
-    starts, counts = edges[:-1], edges.diff()
-    most = (int(counts.max()) if len(tiles) else 0) if largest is None else largest
-    if not len(tiles) or not most:
-        return x.new_zeros((*x.shape[:2], num_tiles, x.shape[3]), dtype=torch.float32)
-    steps = torch.arange(most, device=x.device)
-    inside = steps < counts.unsqueeze(-1)  # (T, most)
-    rows = order[(starts.unsqueeze(-1) + steps).where(inside, 0).flatten()]
-    picked = x.index_select(2, rows).unflatten(2, (num_tiles, most))
-    return picked.masked_fill(~inside.unsqueeze(-1), 0).sum(dim=3, dtype=torch.float32)
+    starts = torch.searchsorted(ordered, torch.arange(num_tiles, device=x.device))
+    sample = torch.arange(batch, device=x.device).unsqueeze(-1) * rows
+    places, starts = (sample + order).flatten(), (sample + starts).flatten()
+    out = x.new_zeros((heads, batch * num_tiles, width), dtype=torch.float32)
+    for head in range(heads if rows else 0):  # one at a time: a copy of all in fp32 would take much memory
+        table = x[:, head].reshape(-1, width).float()
+        out[head] = F.embedding_bag(places, table, starts, mode="sum")
+    return out.unflatten(1, (batch, num_tiles)).transpose(0, 1)
 
 
 def density(chosen: Tensor, q_sizes: Tensor, k_sizes: Tensor) -> Tensor:
     """(B or 1, H or 1) fp64: pairs of a query and a key that are attended, over all pairs."""
     seen = (chosen.double() @ k_sizes.double()) @ q_sizes.double()
     return seen / (q_sizes.sum() * k_sizes.sum())
+
+
+def seen_by(chosen: Tensor, q_tiles: Tensor) -> Tensor:
+    """(Tk,) bool: tiles of keys that some of these queries see, in any sample and head. `q_tiles` (S,): of each."""
+    asking = torch.zeros(chosen.shape[2], dtype=torch.bool, device=chosen.device)
+    asking[q_tiles] = True
+    return (chosen & asking.unsqueeze(-1)).any(dim=2).flatten(0, 1).any(dim=0)
 
 
 def _distances(queries: Tiles, keys: Tiles) -> Tensor:

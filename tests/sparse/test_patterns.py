@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parafuse.errors import UnsupportedError
-from parafuse.kernels.patterns import choose, content, density, radial, tile_sums, window
+from parafuse.kernels.patterns import choose, content, density, radial, seen_by, tile_sums, window
 from parafuse.kernels.tiles import Segment, Tiles, tiles_of
 from parafuse.sparse import Content, Radial, Window
 
@@ -142,8 +142,10 @@ def test_sums_of_parts_add_up_to_the_whole() -> None:
     mixed = torch.randperm(TILES.num_tokens, generator=torch.Generator().manual_seed(1))
     parts = [tile_sums(x[:, :, rows], TILES.tile_of[rows], TILES.num_tiles) for rows in mixed.chunk(3)]
     torch.testing.assert_close(sum(parts[1:], parts[0]), whole)
-    bounded = tile_sums(x, TILES.tile_of, TILES.num_tiles, largest=int(TILES.sizes.max()))
-    assert torch.equal(bounded, whole)
+    assert torch.equal(
+        tile_sums(x.bfloat16(), TILES.tile_of, TILES.num_tiles),
+        tile_sums(x.bfloat16().float(), TILES.tile_of, TILES.num_tiles),
+    )
     assert torch.equal(tile_sums(x[:, :, :0], TILES.tile_of[:0], TILES.num_tiles), torch.zeros_like(whole))
 
 
@@ -172,3 +174,15 @@ def test_choose_goes_by_the_method() -> None:
     assert torch.equal(choose(Content(0.4), TILES, TILES, means, means, 0.1), want)
     with pytest.raises(UnsupportedError, match="means of queries and keys"):
         choose(Content(), TILES, TILES)
+
+
+def test_what_nobody_of_some_rows_sees() -> None:
+    grid = (8, 4, 4)
+    tiles = tiles_of([Segment(128, grid)], (1, 4, 4))  # tiles are frames
+    chosen = window(tiles, tiles, (1, 0, 0))
+    assert seen_by(chosen, tiles.tile_of[:20]).tolist() == [True] * 3 + [False] * 5
+    assert seen_by(chosen, tiles.tile_of[100:]).tolist() == [False] * 5 + [True] * 3
+    heads = torch.cat([chosen, torch.zeros_like(chosen)], dim=1)
+    heads[0, 1, 0, 7] = True
+    assert seen_by(heads, tiles.tile_of[:3]).tolist() == [True, True, *[False] * 5, True]
+    assert not seen_by(heads, tiles.tile_of[:0]).any()

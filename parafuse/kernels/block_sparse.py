@@ -198,8 +198,7 @@ def _columns(bias: Tensor | None, runs: Runs) -> Tensor | None:
 
 
 class _Room:
-    """Memory for the keys and values of one group of queries, used again for the next: new memory costs more than what
-    is copied into it."""
+    """Memory for the keys and values of one group of queries, used again for the next."""
 
     def __init__(self, k: Tensor, v: Tensor):
         self._both = k, v

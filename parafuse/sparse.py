@@ -95,7 +95,7 @@ class Window(Sparse):
     columns: int = 8
     """Columns of tokens to both sides."""
     sink_frames: int = dataclasses.field(default=0, kw_only=True)
-    """First frames of the video that every token sees."""
+    """First frames that every token sees, of a video that has more of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +116,7 @@ class Radial(Sparse):
     decay: float = dataclasses.field(default=1.0, kw_only=True)
     """The reach is divided by 2**decay each time the distance in frames doubles: 2, 4, 8..."""
     sink_frames: int = dataclasses.field(default=1, kw_only=True)
-    """First frames of the video that every token sees."""
+    """First frames that every token sees, of a video that has more of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,12 +134,15 @@ class Content(Sparse):
 
     mass: float = 0.9
     """The fewest tiles of keys are taken whose weights, as the means give them, add up to so much."""
+    least: float = dataclasses.field(default=0.1, kw_only=True)
+    """Part of the tiles of keys that is taken in any case: means are surer of themselves than attention is."""
     keep: float | None = dataclasses.field(default=None, kw_only=True)
-    """Instead of a mass: this part of the tiles of keys, the same number for every tile of queries."""
+    """Instead of a mass: this part of the tiles of keys, equally many for every tile of queries; none goes by mass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_share("mass")
+        self._check_share("least")
         if self.keep is not None:
             self._check_share("keep")
 

@@ -125,22 +125,22 @@ def _gathered(
 ) -> tuple[Tensor, Tensor]:
     """Sorts rows by tile. Tiles of queries that see the same keys are taken together; so are samples and heads, where
     one choice is for all of them."""
-    out = q.new_zeros((*q.shape[:3], v.shape[-1]))
-    lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
     q_order, q_edges = _sorted(q_tiles, chosen.shape[2])
     k_order, k_edges = _sorted(k_tiles, chosen.shape[3])
-    q, k, v = q.index_select(2, q_order), k.index_select(2, k_order), v.index_select(2, k_order)
+    k, v = k.index_select(2, k_order), v.index_select(2, k_order)
     mask = None if key_mask is None else _additive(key_mask, q.dtype).index_select(2, k_order)
-    sorted_out, sorted_lse = torch.zeros_like(out), torch.full_like(lse, -math.inf)
+    out, lse = q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
     for samples, heads in _alike(chosen, q.shape[0], q.shape[1]):
         one = chosen[samples.start if chosen.shape[0] > 1 else 0, heads.start if chosen.shape[1] > 1 else 0]
         bias = None if mask is None else mask.expand(q.shape[0], q.shape[1], -1)[samples, heads]
-        parts = q[samples, heads], k[samples, heads], v[samples, heads]
+        some_q, some_out, some_lse = q[samples, heads], out[samples, heads], lse[samples, heads]
+        room = _Room(k[samples, heads], v[samples, heads])
         for queries, keys in _groups(one, q_edges, k_edges):
-            part_out, part_lse = _attend(*parts, bias, queries, keys, scale)
-            _put(sorted_out[samples, heads], queries, part_out)
-            _put(sorted_lse[samples, heads], queries, part_lse)
-    return out.index_copy_(2, q_order, sorted_out), lse.index_copy_(2, q_order, sorted_lse)
+            rows = torch.cat([q_order[start:end] for start, end in queries])
+            part = _attend(some_q.index_select(2, rows), *room.take(keys), _columns(bias, keys), scale)
+            some_out.index_copy_(2, rows, part[0])
+            some_lse.index_copy_(2, rows, part[1])
+    return out, lse
 
 
 def _sorted(tiles: Tensor, num_tiles: int) -> tuple[Tensor, list[int]]:
@@ -164,7 +164,7 @@ Runs = list[tuple[int, int]]
 
 
 def _groups(chosen: Tensor, q_edges: list[int], k_edges: list[int]) -> list[tuple[Runs, Runs]]:
-    """(queries, keys) of each set of tiles of queries that see the same keys; without those that see none."""
+    """(queries, keys) of each set of tiles of queries that see the same keys, or none."""
     patterns, of_tile = torch.unique(chosen, dim=0, return_inverse=True)
     tiles: list[list[int]] = [[] for _ in range(len(patterns))]
     for tile, pattern in enumerate(of_tile.tolist()):
@@ -173,7 +173,7 @@ def _groups(chosen: Tensor, q_edges: list[int], k_edges: list[int]) -> list[tupl
         (_runs(some, q_edges), _runs(torch.nonzero(pattern).flatten().tolist(), k_edges))
         for some, pattern in zip(tiles, patterns, strict=True)
     ]
-    return [(queries, keys) for queries, keys in pairs if queries and keys]
+    return [(queries, keys) for queries, keys in pairs if queries]
 
 
 def _runs(tiles: list[int], edges: list[int]) -> Runs:
@@ -191,22 +191,43 @@ def _runs(tiles: list[int], edges: list[int]) -> Runs:
 def _take(x: Tensor, runs: Runs) -> Tensor:
     """Rows of x (b, h, rows, D): a view where they follow each other."""
     parts = [x[:, :, start:end] for start, end in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) if parts else x[:, :, :0]
 
 
-def _put(into: Tensor, runs: Runs, rows: Tensor) -> None:
-    done = 0
-    for start, end in runs:
-        into[:, :, start:end] = rows[:, :, done : done + end - start]
-        done += end - start
+def _columns(bias: Tensor | None, runs: Runs) -> Tensor | None:
+    """(b, h, 1, keys) of the keys' (b, h, N)."""
+    if bias is None or not runs:
+        return None
+    return torch.cat([bias[..., start:end] for start, end in runs], dim=-1).unsqueeze(2)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, queries: Runs, keys: Runs, scale: float
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of these queries over all of these keys. `bias` (b, h, N): additive, of keys."""
-    q, k, v = _take(q, queries), _take(k, keys), _take(v, keys)
-    bias = None if bias is None else torch.cat([bias[..., start:end] for start, end in keys], dim=-1).unsqueeze(2)
+class _Room:
+    """Memory for the keys and values of one group of queries, used again for the next."""
+
+    def __init__(self, k: Tensor, v: Tensor):
+        self._both = k, v
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def take(self, runs: Runs) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, h, rows, D); valid until the next call."""
+        k, v = self._both
+        if len(runs) < 2:
+            return _take(k, runs), _take(v, runs)
+        rows = sum(end - start for start, end in runs)
+        if self._room is None or self._room[0].numel() < k[:, :, :rows].numel():
+            self._room = k.new_empty(k[:, :, :rows].numel()), v.new_empty(v[:, :, :rows].numel())
+        taken: list[Tensor] = []
+        for x, room in zip(self._both, self._room, strict=True):
+            shape = (*x.shape[:2], rows, x.shape[3])
+            into = room[: math.prod(shape)].view(shape)
+            taken.append(torch.cat([x[:, :, start:end] for start, end in runs], dim=2, out=into))
+        return taken[0], taken[1]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse) of these queries over all of these keys. `bias` (b, h, 1, keys): additive."""
+    if not k.shape[2]:
+        return q.new_zeros((*q.shape[:3], v.shape[-1])), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
     return attention_lse(q, k, v, bias, scale=scale)
 
 

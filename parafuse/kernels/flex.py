@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class Flex:
     `compiled`: by Inductor's kernel, which skips blocks; otherwise eagerly, which computes all scores (to check)."""
 
     def __init__(self, *, compiled: bool):
-        self._attend: Callable[..., Any] = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+        self._compiled = compiled
+        self._made: dict[Any, Callable[..., Any]] = {}
 
     def __call__(
         self,
@@ -44,11 +46,27 @@ class Flex:
         live = key_mask if key_mask is not None and key_mask.dtype == torch.bool else None
         bias = key_mask if live is None else None
         blocks = block_mask(chosen, q_tiles, k_tiles, live)
-        out, aux = self._attend(q, k, v, _added(bias), blocks, scale, return_aux=AuxRequest(lse=True))
+        attend = self._attend_for(q, k, v, chosen, key_mask, scale)
+        out, aux = attend(q, k, v, _added(bias), blocks, scale)
         empty = rows_without_keys(chosen, q_tiles, k_tiles, key_mask)
         out, lse = out.masked_fill(empty.unsqueeze(-1), 0.0), aux.lse.float().masked_fill(empty, -math.inf)
         back = torch.argsort(q_order)
         return out.index_select(2, back), lse.index_select(2, back)
+
+    def _attend_for(self, *what: Any) -> Callable[..., Any]:
+        """Compiled for such shapes by itself: torch counts graphs by code object, and past some it would compute all
+        scores; other users of flex-attention are not counted with it."""
+        if not self._compiled:
+            return _attend
+        key = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in what)
+        if key not in self._made:
+            own = FunctionType(_attend.__code__.replace(co_name=f"flex_{len(self._made)}"), globals())
+            self._made[key] = torch.compile(own, dynamic=False, fullgraph=True)
+        return self._made[key]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, score_mod: Any, blocks: BlockMask, scale: float) -> Any:
+    return flex_attention(q, k, v, score_mod, blocks, scale, return_aux=AuxRequest(lse=True))
 
 
 def block_mask(chosen: Tensor, q_tiles: Tensor, k_tiles: Tensor, live: Tensor | None = None) -> BlockMask:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parafuse.errors import UnsupportedError
@@ -33,7 +34,7 @@ def choose(
         return radial(queries, keys, sparse.reach, decay=sparse.decay, sink_frames=sparse.sink_frames)
     if not isinstance(sparse, Content) or q_means is None or k_means is None:
         raise UnsupportedError(f"sparse attention {sparse}: needs the means of queries and keys")
-    return content(queries, keys, q_means, k_means, mass=sparse.mass, keep=sparse.keep, scale=scale)
+    return content(queries, keys, q_means, k_means, mass=sparse.mass, least=sparse.least, keep=sparse.keep, scale=scale)
 
 
 def window(queries: Tiles, keys: Tiles, reach: tuple[int, int, int], *, sink_frames: int = 0) -> Tensor:
@@ -62,11 +63,12 @@ def content(
     k_means: Tensor,
     *,
     mass: float = 0.9,
+    least: float = 0.0,
     keep: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """For each head and tile of queries the fewest tiles of the video's keys that have `mass` of the attention, or
-    `keep` of their number. (B, H, Tq, Tk).
+    """For each head and tile of queries the fewest tiles of the video's keys that have `mass` of the attention, and are
+    at least the part `least` of their number; or the part `keep` of it. (B, H, Tq, Tk).
 
     A tile of n keys weighs n * exp(scale * mean query * mean key), as if all its tokens were the mean. Of equal weights
     the first tile comes first. A tile's own tokens are always seen. After SpargeAttention, Zhang et al. 2025,
@@ -76,38 +78,43 @@ def content(
     logits = q_means.float() @ k_means.float().transpose(-1, -2) * scale + keys.sizes.float().log()
     weights = torch.softmax(logits.masked_fill(~is_video, -math.inf), dim=-1).nan_to_num(0.0)
     ordered, place = torch.sort(weights, dim=-1, descending=True, stable=True)
+    count = ((least if keep is None else keep) * is_video.sum()).ceil()
+    taken = torch.arange(len(is_video), device=count.device).expand_as(ordered) < count
     if keep is None:
-        taken = ordered.cumsum(dim=-1) - ordered < mass
-    else:
-        count = (keep * is_video.sum()).ceil()
-        taken = torch.arange(len(is_video), device=count.device).expand_as(ordered) < count
+        taken |= ordered.cumsum(dim=-1) - ordered < mass
     chosen = torch.zeros_like(taken).scatter_(-1, place, taken)
     own = (_distances(queries, keys) == 0).all(dim=-1)
     return _completed(chosen | own, queries, keys)
 
 
-def tile_sums(x: Tensor, tiles: Tensor, num_tiles: int, *, largest: int | None = None) -> Tensor:
-    """(B, H, T, D) fp32: what the rows of x (B, H, S, D) in each tile add up to. `tiles` (S,): of each, in any order.
+def tile_sums(x: Tensor, tiles: Tensor, num_tiles: int) -> Tensor:
+    """(B, H, T, D) fp64: what the rows of x (B, H, S, D) in each tile add up to. `tiles` (S,): of each, in any order.
 
-    Ranks that have parts of the rows add theirs up; divided by `Tiles.sizes` these are the means. Rows are added in
-    their order, so a run gives the same bits again. `largest`: no tile has more rows; None asks the device."""
+    Ranks that have parts of the rows add theirs up; divided by `Tiles.sizes` and rounded to fp32 these are the means of
+    one rank, whatever the number of ranks. Rows are added in their order. Asks the device nothing."""
+    batch, heads, rows, width = x.shape
     ordered, order = torch.sort(tiles, stable=True)
-    edges = torch.searchsorted(ordered, torch.arange(num_tiles + 1, device=x.device))
-    starts, counts = edges[:-1], edges.diff()
-    most = (int(counts.max()) if len(tiles) else 0) if largest is None else largest
-    if not len(tiles) or not most:
-        return x.new_zeros((*x.shape[:2], num_tiles, x.shape[3]), dtype=torch.float32)
-    steps = torch.arange(most, device=x.device)
-    inside = steps < counts.unsqueeze(-1)  # (T, most)
-    rows = order[(starts.unsqueeze(-1) + steps).where(inside, 0).flatten()]
-    picked = x.index_select(2, rows).unflatten(2, (num_tiles, most))
-    return picked.masked_fill(~inside.unsqueeze(-1), 0).sum(dim=3, dtype=torch.float32)
+    starts = torch.searchsorted(ordered, torch.arange(num_tiles, device=x.device))
+    sample = torch.arange(batch, device=x.device).unsqueeze(-1) * rows
+    places, starts = (sample + order).flatten(), (sample + starts).flatten()
+    out = x.new_zeros((heads, batch * num_tiles, width), dtype=torch.float64)
+    for head in range(heads if rows else 0):  # one at a time: a copy of all in fp64 would take much memory
+        table = x[:, head].reshape(-1, width).double()
+        out[head] = F.embedding_bag(places, table, starts, mode="sum")
+    return out.unflatten(1, (batch, num_tiles)).transpose(0, 1)
 
 
 def density(chosen: Tensor, q_sizes: Tensor, k_sizes: Tensor) -> Tensor:
     """(B or 1, H or 1) fp64: pairs of a query and a key that are attended, over all pairs."""
     seen = (chosen.double() @ k_sizes.double()) @ q_sizes.double()
     return seen / (q_sizes.sum() * k_sizes.sum())
+
+
+def seen_by(chosen: Tensor, q_tiles: Tensor) -> Tensor:
+    """(Tk,) bool: tiles of keys that some of these queries see, in any sample and head. `q_tiles` (S,): of each."""
+    asking = torch.zeros(chosen.shape[2], dtype=torch.bool, device=chosen.device)
+    asking[q_tiles] = True
+    return (chosen & asking.unsqueeze(-1)).any(dim=2).flatten(0, 1).any(dim=0)
 
 
 def _distances(queries: Tiles, keys: Tiles) -> Tensor:
@@ -118,8 +125,9 @@ def _distances(queries: Tiles, keys: Tiles) -> Tensor:
 
 
 def _sinks(keys: Tiles, frames: int) -> Tensor:
-    """(Tk,): tiles with a token of the first frames."""
-    return keys.first[:, 0] < frames
+    """(Tk,): tiles with a token of the first frames, of videos that have more of them."""
+    longer = torch.tensor([grid[0] > frames for grid in keys.grids] or [False], device=keys.first.device)
+    return (keys.first[:, 0] < frames) & longer[keys.video.clamp_min(0)]
 
 
 def _completed(near: Tensor, queries: Tiles, keys: Tiles) -> Tensor:

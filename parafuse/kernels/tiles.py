@@ -34,7 +34,7 @@ class Segment:
             raise UnsupportedError(f"{self.length} tokens are no video of {self.grid} frames, rows and columns")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tiles:
     """Tiles in the order of segments, in a video in the order of their first tokens. All tensors on one device."""
 

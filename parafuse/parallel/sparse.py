@@ -57,8 +57,6 @@ class TileLayout:
     tiles: Tiles
     """On the device."""
     host: Tiles
-    largest: int
-    """Tokens of the largest tile."""
     chosen: Tensor | None
     """(1, 1, T, T) on the device, of a method that goes by places in the video alone."""
     host_chosen: Tensor | None
@@ -68,7 +66,7 @@ class TileLayout:
         host = tiles_of(segments, sparse.tile_shape)
         chosen = None if sparse.needs_content else choose(sparse, host, host)
         on_device = None if chosen is None else chosen.to(device)
-        return cls(host.to(device), host, int(host.sizes.max()), on_device, chosen)
+        return cls(host.to(device), host, on_device, chosen)
 
 
 @dataclass(eq=False)
@@ -249,8 +247,7 @@ class LayerPlan:
         collective on the ring where the method goes by their content."""
         if self.layout.chosen is not None:
             return self.layout.chosen
-        number, largest = self.tiles.num_tiles, self.layout.largest
-        sums = [tile_sums(x, t, number, largest=largest) for x, t in ((q, q_tiles), (k, k_tiles))]
+        sums = [tile_sums(x, t, self.tiles.num_tiles) for x, t in ((q, q_tiles), (k, k_tiles))]
         if ring_group:
             both = all_reduce(torch.stack(sums), ring_group)
             sums = [both[0], both[1]]

@@ -248,3 +248,22 @@ class _OnCuda:
     """A tensor's device alone."""
 
     device = torch.device("cuda")
+
+
+def test_flex_is_compiled_once_for_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other choices, tiles and masks of the same sizes make no new graph, and none ends in torch's limit of graphs."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, real = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=counter, **options))
+    attend = BlockSparse("flex", compiled=True)
+    q, k, v = _qkv()
+    for length in (N, N, *range(N - 9, N)):
+        rows = TILES.tile_of[:length]
+        for reach in ((0, 0, 0), (0, 1, 1)):
+            chosen = window(TILES, TILES, reach)
+            some = q[:, :, :length], k[:, :, :length], v[:, :, :length]
+            got = attend(*some, chosen, rows, rows)
+            _hold(got, _dense(*some, chosen[:, :, rows][..., rows]))
+    assert counter.frame_count == 10
+    assert torch._dynamo.config.recompile_limit < 10, "more graphs than torch makes of one code"

@@ -101,8 +101,9 @@ def test_what_is_refused_and_why(name: str) -> None:
     assert "grid=FRAMESxROWSxCOLUMNS" in str(caught.value)
 
 
-NAMED = ["WanTransformer3DModel", "HunyuanVideoTransformer3DModel", "LTXVideoTransformer3DModel", "MochiTransformer3DModel",
-         "AnyFlowTransformer3DModel", "LTX2VideoTransformer3DModel", "Kandinsky5Transformer3DModel",
+NAMED = ["WanTransformer3DModel", "HunyuanVideoTransformer3DModel", "LTXVideoTransformer3DModel",
+         "MochiTransformer3DModel", "AnyFlowTransformer3DModel", "LTX2VideoTransformer3DModel",
+         "Kandinsky5Transformer3DModel",
          "MiniMaxH3Transformer3DModel", "EasyAnimateTransformer3DModel", "CogVideoXTransformer3DModel"]  # fmt: skip
 
 
@@ -173,7 +174,7 @@ def test_positions_go_before_numbers_that_they_contradict() -> None:
 
 @pytest.mark.parametrize("how", ["shuffled", "columns first", "overlapping", "mixed", "two frames alike"])
 def test_tokens_in_another_order_are_refused(how: str) -> None:
-    with pytest.raises(UnsupportedError, match="shuffles its tokens|no frames, rows and columns|leaves the rest"):
+    with pytest.raises(UnsupportedError, match=r"shuffles its tokens|no frames, rows and columns|leaves the rest"):
         video_stream(Patches(how), (torch.randn(2, 3, 4, 6, 4),), {})
 
 

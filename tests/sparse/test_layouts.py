@@ -20,6 +20,7 @@ from parafuse.parallel import sparse_ring
 from parafuse.parallel.sparse import SparseAttention, Video
 from parafuse.sparse import sparse_of
 from tests.dist.ranks import run_ranks
+from tests.models import FAMILIES as MODELS
 from tests.models import Sizes, build, call, inputs
 from tests.sparse.layouts import FAMILIES, FIELDS, GRID, LAYOUTS, LONG, METHODS, SIZES, painted, plain, relative
 
@@ -66,23 +67,24 @@ def test_ranks_give_what_one_gives(family: str, layout: dict[str, int]) -> None:
         )
 
 
-def shifted(degrees: dict[str, int]) -> dict[str, Any]:
-    """With the rows that come taken for those of the next rank."""
-    original = sparse_ring.token_index
+def turned(degrees: dict[str, int]) -> dict[str, Any]:
+    """With the rows that come taken in the opposite order."""
+    original = sparse_ring._Coming.arrived
 
-    def wrong(layout: Any, first: int, count: int, device: Any) -> Tensor:
-        return original(layout, (first + count) % layout.degree, count, device)
+    def wrong(self: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows, *parts = original(self, k, v)
+        return rows.flip(0), parts[0], parts[1]
 
-    sparse_ring.token_index = wrong
+    sparse_ring._Coming.arrived = wrong
     try:
         return painted("wan", METHODS["window"], degrees)
     finally:
-        sparse_ring.token_index = original
+        sparse_ring._Coming.arrived = original
 
 
 def test_rows_in_another_place_are_seen() -> None:
     want = painted("wan", METHODS["window"], {})
-    assert any(relative(one["result"], want["result"]) > 1e-3 for one in run_ranks(shifted, 2, {"ring": 2}))
+    assert any(relative(one["result"], want["result"]) > 1e-3 for one in run_ranks(turned, 2, {"ring": 2}))
 
 
 def test_a_ring_sends_only_what_is_seen() -> None:
@@ -93,7 +95,7 @@ def test_a_ring_sends_only_what_is_seen() -> None:
     everything = run_ranks(painted, 4, "wan", f"window:12,4,4,{fields}", degrees, LONG)
     want = painted("wan", f"window:1,4,4,{fields}", {}, LONG)
     assert all(relative(one["result"], want["result"]) < EXACT for one in near)
-    frame = 2 * 16 * 2 * 3 * 16 * 4  # batch, tokens, keys and values, heads, head size, fp32
+    frame = 2 * 16 * 2 * 3 * MODELS["wan"].head_size * 4  # batch, tokens, keys and values, heads, head size, fp32
     calls = 2 * 2  # layers, calls that are counted
     sent = [one["sent"]["ring.ring"][1] / frame / calls for one in near]
     assert sent == [1, 2, 2, 1]  # the last frame to the next rank, the first to the one before
@@ -189,7 +191,7 @@ def test_of_patterns_that_see_everything_nothing_is_lost() -> None:
 def emoji(ranks: dict[str, int]) -> tuple[Any, dict[str, Any], list[str]]:
     from parafuse.config import Parallel
 
-    config = Config(sparse="window:0,4,4,tile=1x4x4,dense_steps=1", parallel=Parallel(**ranks))  # pyright: ignore[reportArgumentType]
+    config = Config(sparse="window:0,4,4,tile=1x4x4,dense_steps=1", parallel=Parallel(**ranks))
     with Engine.from_pretrained("emoji", config) as engine:
         picture = engine("a red heart", seed=1, output_type="np", num_inference_steps=4).images[0]
         return picture, engine.receipt, list(engine.receipt["applied"])

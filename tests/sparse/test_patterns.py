@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parafuse.errors import UnsupportedError
-from parafuse.kernels.patterns import choose, content, density, radial, tile_sums, window
+from parafuse.kernels.patterns import choose, content, density, radial, seen_by, tile_sums, window
 from parafuse.kernels.tiles import Segment, Tiles, tiles_of
 from parafuse.sparse import Content, Radial, Window
 
@@ -51,6 +51,7 @@ def test_sinks_are_seen_by_all() -> None:
     early = TILES.first[:, 0] == 0
     assert chosen[:, early].all()
     assert not window(TILES, TILES, (0, 0, 0))[0, 0][:, early].all()
+    assert torch.equal(window(TILES, TILES, (0, 0, 0), sink_frames=5), window(TILES, TILES, (0, 0, 0)))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0, 2.0])
@@ -102,6 +103,15 @@ def test_content_takes_the_fewest_tiles_with_the_mass(mass: float) -> None:
         assert float(row[taken].sum()) >= mass - 1e-6
 
 
+def test_content_takes_a_part_in_any_case() -> None:
+    chosen, weights = _content(mass=0.01, least=0.3)
+    assert torch.equal(chosen, _content(keep=0.3)[0])
+    more, _ = _content(mass=0.9, least=0.3)
+    assert torch.equal(more, chosen | _content(mass=0.9)[0])
+    assert bool((chosen & ~_content(mass=0.9)[0]).any()), "the part is to be more than the mass somewhere"
+    assert weights.shape[-1] == TILES.num_tiles - 1
+
+
 @pytest.mark.parametrize("keep", [0.01, 0.3, 1.0])
 def test_content_keeps_a_part(keep: float) -> None:
     chosen, weights = _content(keep=keep)
@@ -127,13 +137,15 @@ def test_heads_choose_for_themselves() -> None:
 def test_sums_of_parts_add_up_to_the_whole() -> None:
     x = torch.randn(2, 3, TILES.num_tokens, 8)
     whole = tile_sums(x, TILES.tile_of, TILES.num_tiles)
-    want = torch.zeros_like(whole).index_add_(2, TILES.tile_of, x)
+    want = torch.zeros_like(whole).index_add_(2, TILES.tile_of, x.double())
     torch.testing.assert_close(whole, want)
     mixed = torch.randperm(TILES.num_tokens, generator=torch.Generator().manual_seed(1))
     parts = [tile_sums(x[:, :, rows], TILES.tile_of[rows], TILES.num_tiles) for rows in mixed.chunk(3)]
     torch.testing.assert_close(sum(parts[1:], parts[0]), whole)
-    bounded = tile_sums(x, TILES.tile_of, TILES.num_tiles, largest=int(TILES.sizes.max()))
-    assert torch.equal(bounded, whole)
+    assert torch.equal(
+        tile_sums(x.bfloat16(), TILES.tile_of, TILES.num_tiles),
+        tile_sums(x.bfloat16().float(), TILES.tile_of, TILES.num_tiles),
+    )
     assert torch.equal(tile_sums(x[:, :, :0], TILES.tile_of[:0], TILES.num_tiles), torch.zeros_like(whole))
 
 
@@ -158,7 +170,19 @@ def test_choose_goes_by_the_method() -> None:
     assert torch.equal(choose(Window(1, 2, 2), TILES, TILES), window(TILES, TILES, (1, 2, 2)))
     assert torch.equal(choose(Radial(0.3, decay=0.5), TILES, TILES), radial(TILES, TILES, 0.3, decay=0.5))
     means = torch.randn(1, 2, TILES.num_tiles, 8)
-    want = content(TILES, TILES, means, means, mass=0.4, scale=0.1)
+    want = content(TILES, TILES, means, means, mass=0.4, least=0.1, scale=0.1)
     assert torch.equal(choose(Content(0.4), TILES, TILES, means, means, 0.1), want)
     with pytest.raises(UnsupportedError, match="means of queries and keys"):
         choose(Content(), TILES, TILES)
+
+
+def test_what_nobody_of_some_rows_sees() -> None:
+    grid = (8, 4, 4)
+    tiles = tiles_of([Segment(128, grid)], (1, 4, 4))  # tiles are frames
+    chosen = window(tiles, tiles, (1, 0, 0))
+    assert seen_by(chosen, tiles.tile_of[:20]).tolist() == [True] * 3 + [False] * 5
+    assert seen_by(chosen, tiles.tile_of[100:]).tolist() == [False] * 5 + [True] * 3
+    heads = torch.cat([chosen, torch.zeros_like(chosen)], dim=1)
+    heads[0, 1, 0, 7] = True
+    assert seen_by(heads, tiles.tile_of[:3]).tolist() == [True, True, *[False] * 5, True]
+    assert not seen_by(heads, tiles.tile_of[:0]).any()

@@ -56,6 +56,7 @@ def test_shapes_may_be_given_as_numbers() -> None:
         ("content:1.5", ["mass=1.5: must be a number above 0 and up to 1."]),
         ("content:nan", ["mass=nan"]),
         ("content:keep=0", ["keep=0.0"]),
+        ("content:least=2", ["least=2.0: must be a number above 0 and up to 1."]),
         ("content:dense_steps=-1", ["dense_steps=-1"]),
         ("content:dense_layers=x", ["dense_layers='x'"]),
         ("content:0.9,mass=0.9", ["mass is given twice"]),

@@ -100,12 +100,3 @@ def attention_lse(
         lse = lse.masked_fill(empty, -math.inf)
         out = out.masked_fill(empty.unsqueeze(-1), 0.0)
     return out, lse
-
-
-def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two partial attentions over different keys, as one. `out` is fp32 (B, H, S, D); lse fp32 (B, H, S).
-
-    Rows without keys in a block (lse = -inf) keep what the other block gives."""
-    # The weights come from the difference alone, so they sum to 1 however large the scores and however many the blocks.
-    weight = torch.sigmoid(block_lse - lse).nan_to_num(0.0).unsqueeze(-1)
-    return torch.lerp(out, block_out.float(), weight), torch.logaddexp(lse, block_lse)

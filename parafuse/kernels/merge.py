@@ -30,7 +30,7 @@ def check(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> Non
     """Refuses what would lose digits or be spread over other rows in silence."""
     if {out.dtype, lse.dtype, block_lse.dtype} != {torch.float32}:
         raise UnsupportedError(
-            f"merge: out, lse and the block's lse are {out.dtype}, {lse.dtype} and {block_lse.dtype}; all must be float32"
+            f"merge: out is {out.dtype}, lse {lse.dtype}, the block's lse {block_lse.dtype}; all must be float32"
         )
     if out.shape != block_out.shape or not out.shape[:3] == lse.shape == block_lse.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (out, lse, block_out, block_lse))

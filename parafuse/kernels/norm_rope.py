@@ -64,8 +64,8 @@ def cast_qkv_fp8(qkv: tuple[Tensor, Tensor, Tensor], how: NormRope) -> tuple[Ten
     for which, x in enumerate(_ready(qkv, how)):
         if s:
             scales[which] = _scale(x.abs().amax((1, 3)))
-        x /= scales[which, :, None, :, None]
-        values[:, :, which].copy_(x.clamp_(-FP8_MAX, FP8_MAX).to(FP8))
+        scaled = x / scales[which, :, None, :, None]
+        values[:, :, which].copy_(scaled.clamp_(-FP8_MAX, FP8_MAX).to(FP8))
     return values, scales
 
 
@@ -115,9 +115,8 @@ def check(
     if out_PBS3hD is not None:
         p = out_PBS3hD.shape[0]
         if h % p or out_PBS3hD.shape != (p, b, s, 3, h // p, d) or out_PBS3hD.dtype != (dtype or qkv[0].dtype):
-            raise UnsupportedError(
-                f"send buffer {tuple(out_PBS3hD.shape)} of {out_PBS3hD.dtype} for q of {tuple(qkv[0].shape)}, {qkv[0].dtype}"
-            )
+            shapes = f"{tuple(out_PBS3hD.shape)} of {out_PBS3hD.dtype} for q of {tuple(qkv[0].shape)}, {qkv[0].dtype}"
+            raise UnsupportedError(f"send buffer {shapes}; wanted (P, B, S, 3, H / P, D)")
 
 
 def ready(x_BSHD: Tensor, weight: Tensor | None, how: NormRope) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -27,15 +28,19 @@ class Streams:
     heads: tuple[tuple[Range, ...], ...]
     """Of each tensor, for each rank; ranges of neighbours may overlap."""
 
-    def widths(self, rank: int) -> list[int]:
-        """Elements of a row that a rank gets, of each tensor."""
-        ranges = [of_ranks[rank] for of_ranks in self.heads]
-        return [(last - first) * x.shape[3] for x, (first, last) in zip(self.tensors, ranges, strict=True)]
+    @cached_property
+    def widths(self) -> list[list[int]]:
+        """Elements of a row that each rank gets, of each tensor."""
+        sizes = [x.shape[3] for x in self.tensors]
+        return [
+            [(last - first) * size for size, (first, last) in zip(sizes, of_rank, strict=True)]
+            for of_rank in zip(*self.heads, strict=True)
+        ]
 
     def block_shape(self, rank: int) -> tuple[int, int, int]:
         """(B, S, C) of what a rank gets."""
         batch, _, rows, _ = self.tensors[0].shape
-        return batch, rows, sum(self.widths(rank))
+        return batch, rows, sum(self.widths[rank])
 
 
 def pack_heads(streams: Sequence[Streams]) -> tuple[Tensor, list[int]]:
@@ -106,8 +111,8 @@ def unpack_result(received_N: Tensor, heads: Sequence[Range], shape: tuple[int, 
 def join_rows(x_PBSHD: Tensor, lengths: Sequence[int], parts: Sequence[int]) -> Tensor:
     """(P, B, S, H, D) -> (B, N, H, D): segments in order, ranks in order, filler dropped. The inverse of split_rows.
 
-    A view where there is one segment of one sample (or one rank without filler), else one copy for each segment, stored (B, H, N, D): attention on a
-    CPU is 5 to 10% faster on rows that lie together."""
+    A view where there is one segment of one sample (or one rank without filler), else one copy for each segment, stored
+    (B, H, N, D): attention on a CPU is 5 to 10% faster on rows that lie together."""
     degree, batch, _, heads, size = x_PBSHD.shape
     x_BPSHD = x_PBSHD.transpose(0, 1)
     total = sum(lengths)
@@ -129,8 +134,8 @@ def join_rows(x_PBSHD: Tensor, lengths: Sequence[int], parts: Sequence[int]) -> 
 def split_rows(x_BN: Tensor, lengths: Sequence[int], parts: Sequence[int], degree: int) -> Tensor:
     """(B, N, ...) -> (P, B, S, ...) contiguous: each rank's rows of every segment; filler rows are zero.
 
-    No copy for one segment of one sample (or one rank) without filler; else one for each segment, or two where its last rows do not
-    fill a part."""
+    No copy for one segment of one sample (or one rank) without filler; else one for each segment, or two where its last
+    rows do not fill a part."""
     filled = all(part * degree == length for length, part in zip(lengths, parts, strict=True))
     if filled and (degree == 1 or sum(1 for part in parts if part) <= 1):
         return x_BN.unflatten(1, (degree, sum(parts))).transpose(0, 1).contiguous()
@@ -160,7 +165,7 @@ def _columns(x_C: Tensor, streams: Streams, rank: int) -> list[Tensor]:
     """(..., C) -> (..., h, D) of each tensor."""
     out: list[Tensor] = []
     offset = 0
-    for x, width in zip(streams.tensors, streams.widths(rank), strict=True):
+    for x, width in zip(streams.tensors, streams.widths[rank], strict=True):
         out.append(x_C.narrow(-1, offset, width).unflatten(-1, (width // x.shape[3], x.shape[3])))
         offset += width
     return out

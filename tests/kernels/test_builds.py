@@ -12,7 +12,9 @@ import torch
 from tests.kernels.interpreter import HAS_TRITON
 
 SHARED_BYTES = 227 * 1024
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed, so nothing is built: pip install triton")
+needs_triton = pytest.mark.skipif(
+    not HAS_TRITON, reason="triton is not installed, so nothing is built: pip install triton"
+)
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float8_e4m3fn: "*fp8e4nv"}
 
 

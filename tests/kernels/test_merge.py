@@ -1,4 +1,4 @@
-"""The merge of partial attentions: twin and kernel against fp64, and against the merge of whole tensors of one dtype."""
+"""The merge of partial attentions: twin and kernel against fp64."""
 
 from __future__ import annotations
 

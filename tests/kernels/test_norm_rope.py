@@ -75,7 +75,7 @@ def given(case: Case, dtype: torch.dtype | None = None) -> tuple[tuple[Tensor, T
 
 
 def by_hand(x: Tensor, weight: Tensor | None, how: NormRope, dtype: torch.dtype) -> Tensor:
-    """Queries or keys (B, S, H, D) as diffusers computes them, in `dtype`: norm, then rotary embedding in fp32 or more."""
+    """Queries or keys (B, S, H, D) as diffusers computes them, in `dtype`; the rotary embedding in fp32 or more."""
     x, weight = x.to(dtype), None if weight is None else weight.to(dtype)
     if how.norm == "head":
         x = F.rms_norm(x, x.shape[-1:], weight, how.eps)
@@ -201,8 +201,8 @@ def test_a_send_buffer_is_what_pack_heads_sends() -> None:
 
 
 def test_zeros_have_scale_1() -> None:
-    zeros = (torch.zeros(2, 3, 4, 8),) * 3
-    values, scales = twins.cast_qkv_fp8(zeros, NormRope())
+    zeros = torch.zeros(2, 3, 4, 8)
+    values, scales = twins.cast_qkv_fp8((zeros, zeros, zeros), NormRope())
     assert torch.equal(scales, torch.ones(3, 2, 4))
     assert not bool(values.float().any())
 

@@ -2,11 +2,16 @@
 
 Twin: `parafuse.kernels.merge.merge_`."""
 
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
+# (triton need not be there, and what kernels call has no types)
+
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from parafuse.errors import UnsupportedError
@@ -17,7 +22,7 @@ TILE = 4096
 
 
 @triton.jit
-def merge_kernel(
+def merge_kernel(  # noqa: PLR0913, PLR0917 (a kernel's arguments are flat)
     out, lse, block, block_lse, size_1, size_2, rows, width: tl.constexpr,
     out_0, out_1, out_2, lse_0, lse_1, lse_2, block_0, block_1, block_2, block_lse_0, block_lse_1, block_lse_2,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -58,10 +63,11 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tu
     order = sorted(range(3), key=out.stride, reverse=True)
     sizes = [out.shape[dim] for dim in order]
     strides = [x.stride(dim) for x in (out, lse, block_out, block_lse) for dim in order]
-    width = triton.next_power_of_2(out.shape[3])
+    width = 1 << (out.shape[3] - 1).bit_length()
     tile = max(1, TILE // width)
+    kernel: Any = merge_kernel
     with torch.cuda.device_of(out):
-        merge_kernel[(triton.cdiv(rows, tile),)](
+        kernel[(-(-rows // tile),)](
             out, lse, block_out, block_lse, sizes[1], sizes[2], rows, out.shape[3], *strides, ROWS=tile, WIDTH=width
         )
     return out, lse

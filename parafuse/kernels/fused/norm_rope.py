@@ -1,19 +1,23 @@
 """Norm, rotary embedding and the write into a send buffer (or into 8 bits) of q, k and v, as one kernel for a stream.
 
-Inductor cannot do this: attention is an operator to it, so that what it fuses ends in tensors that are packed afterwards.
+To Inductor attention is an operator, so that what it fuses ends in tensors that are packed afterwards
+(docs/notes/kernels.md).
 Twins: the functions of the same names in `parafuse.kernels.norm_rope`.
 
 One program has all heads of some rows of q, k or v. Two elements that turn together are in two tiles, so nothing is
 exchanged between threads: neighbours come from one load that is split, halves from two loads.
 """
 
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
+# (triton need not be there, and what kernels call has no types)
+
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from parafuse.errors import UnsupportedError
@@ -60,7 +64,26 @@ def store_pair(pointer, rows, is_row, first, second, size, HALF: tl.constexpr, P
 
 
 @triton.jit
-def norm_rope_kernel(
+def norm_pair(first, second, eps, HEADS: tl.constexpr, SIZE: tl.constexpr, NORM: tl.constexpr):
+    """Over each head (1), or over all of them (2)."""
+    squares = tl.sum(first * first + second * second, axis=1)
+    if NORM == 2:
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / (HEADS * SIZE) + eps)
+        return first * scale, second * scale
+    of_head = tl.rsqrt(squares / SIZE + eps)[:, None]
+    return first * of_head, second * of_head
+
+
+@triton.jit
+def turn_pair(first, second, cos, sin, is_row, SIZE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr):
+    zero = tl.arange(0, 1)
+    cos_first, cos_second = load_pair(cos, zero, is_row, SIZE, HALF, PAIRS)
+    sin_first, sin_second = load_pair(sin, zero, is_row, SIZE, HALF, PAIRS)
+    return first * cos_first - second * sin_first, second * cos_second + first * sin_second
+
+
+@triton.jit
+def norm_rope_kernel(  # noqa: C901, PLR0912, PLR0913, PLR0917 (a kernel's arguments are flat, its branches constant)
     q, k, v, q_weight, k_weight, cos, sin, out, scales, num_rows, batch, eps, heads_of_rank, largest_of_fp8,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, cos_b, cos_s, sin_b, sin_s,
     out_p, out_b, out_s, out_w, out_h, scale_p, scale_b, scale_s, scale_w, scale_h,
@@ -90,13 +113,7 @@ def norm_rope_kernel(
         first, second = load_pair(x + b * stride_b + s * stride_s, head * stride_h, is_inside, SIZE, HALF, PAIRS)
         if which < 2:
             if NORM:
-                squares = tl.sum(first * first + second * second, axis=1)
-                if NORM == 2:
-                    scale = tl.rsqrt(tl.sum(squares, axis=0) / (HEADS * SIZE) + eps)
-                    first, second = first * scale, second * scale
-                else:
-                    scale = tl.rsqrt(squares / SIZE + eps)[:, None]
-                    first, second = first * scale, second * scale
+                first, second = norm_pair(first, second, eps, HEADS, SIZE, NORM)
             if IS_WEIGHTED:
                 if NORM == 2:
                     w_first, w_second = load_pair(weight, head * SIZE, is_head, SIZE, HALF, PAIRS)
@@ -105,11 +122,8 @@ def norm_rope_kernel(
                 first, second = first * w_first, second * w_second
             if ROTARY:
                 is_row = (zero == 0) & (s < num_rows)
-                cos_first, cos_second = load_pair(cos + b * cos_b + s * cos_s, zero, is_row, SIZE, HALF, PAIRS)
-                sin_first, sin_second = load_pair(sin + b * sin_b + s * sin_s, zero, is_row, SIZE, HALF, PAIRS)
-                turned = first * cos_first - second * sin_first
-                second = second * cos_second + first * sin_second
-                first = turned
+                cos_row, sin_row = cos + b * cos_b + s * cos_s, sin + b * sin_b + s * sin_s
+                first, second = turn_pair(first, second, cos_row, sin_row, is_row, SIZE, HALF, PAIRS)
         if MODE == 1 or MODE == 2:  # noqa: PLR1714 (Triton has no `in`)
             of_row = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
             largest = tl.maximum(largest, of_row)
@@ -159,7 +173,7 @@ def cast_qkv_fp8(qkv: tuple[Tensor, Tensor, Tensor], how: NormRope) -> tuple[Ten
 
 def tiles(heads: int, size: int, mode: int) -> tuple[int, int, int, int]:
     """(heads, half a head) of a program's tiles, as powers of 2, the rows that it does, and its warps."""
-    block_heads, half = triton.next_power_of_2(heads), triton.next_power_of_2(size // 2)
+    block_heads, half = (1 << (number - 1).bit_length() for number in (heads, size // 2))
     return block_heads, half, ROWS_OF_LARGEST if mode == LARGEST else 1, 8 if block_heads * half > 2048 else 4
 
 
@@ -181,8 +195,9 @@ def _launch(mode: int, qkv: tuple[Tensor, Tensor, Tensor], how: NormRope, out: T
         IS_WEIGHTED=how.weights[0] is not None, ROTARY=how.tables is not None, PAIRS=pairs, MODE=mode,
         num_warps=num_warps,
     )  # fmt: skip
+    kernel: Any = norm_rope_kernel
     with torch.cuda.device_of(out):
-        norm_rope_kernel[(triton.cdiv(s, rows), 3 * b)](
+        kernel[(-(-s // rows), 3 * b)](
             *qkv, *weights, *tables, out, scales, s, b, how.eps, h // out.shape[0], FP8_MAX,
             *(stride for x in qkv for stride in x.stride()[:3]),
             *(stride for table in tables for stride in table.stride()[:2]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from typing import Any
@@ -20,15 +21,14 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float8_e4m3fn
 
 def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int = 4) -> Any:
     """The compiled kernel; arguments that are not named are 32-bit integers that 16 divides, as strides are."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    triton: Any = importlib.import_module("triton")
+    compiler: Any = importlib.import_module("triton.compiler")
+    target: Any = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if signature[name] != "constexpr"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=num_warps))
+    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=target, options=dict(num_warps=num_warps))
 
 
 @needs_triton

@@ -8,7 +8,7 @@ One program has all heads of some rows of q, k or v. Two elements that turn toge
 exchanged between threads: neighbours come from one load that is split, halves from two loads.
 """
 
-# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # (triton need not be there, and what kernels call has no types)
 
 from __future__ import annotations

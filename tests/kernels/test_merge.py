@@ -51,11 +51,14 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got[finite].double() - want[finite]).abs().max()) if bool(finite.any()) else 0.0
 
 
-def errors_of_kernel(shape: tuple[int, ...], dtype: torch.dtype, heads_first: bool) -> tuple[float, ...]:
+def errors_of_kernel(
+    shape: tuple[int, ...], dtype: torch.dtype, heads_first: bool, device: str = "cpu"
+) -> tuple[float, ...]:
     """(out, lse) of the kernel against fp64, then of the twin."""
     from parafuse.kernels.fused.merge import merge_ as kernel
 
-    given = blocks(shape, dtype, heads_first=heads_first)
+    out, lse, block, block_lse = blocks(shape, dtype, heads_first=heads_first)
+    given = out.to(device), lse.to(device), block.to(device), block_lse.to(device)
     want = exact(*given)
     found = [distance(got, of) for got, of in zip(merge(*given), want, strict=True)]
     mine = given[0].clone(), given[1].clone(), given[2], given[3]

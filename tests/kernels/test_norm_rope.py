@@ -34,6 +34,7 @@ class Case:
     weighted: bool = True
     offset: int = 3
     """Rows of another stream before this one in the send buffer."""
+    device: str = "cpu"
 
 
 CASES = {
@@ -60,7 +61,7 @@ def given(case: Case, dtype: torch.dtype | None = None) -> tuple[tuple[Tensor, T
     b, s, h, d = case.batch, case.rows, case.heads, case.size
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(case.device)
 
     joint = random(b, s, 3, h, d)
     joint[:, :, 1, ::3] *= 20.0
@@ -104,7 +105,7 @@ def all_by_hand(qkv: tuple[Tensor, Tensor, Tensor], how: NormRope, dtype: torch.
 def buffer(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(a whole send buffer of ones, the part of it that belongs to the stream)."""
     p, rows = case.degree, case.offset + case.rows + 2
-    whole = torch.ones(p, case.batch, rows, 3, case.heads // p, case.size).to(dtype)
+    whole = torch.ones(p, case.batch, rows, 3, case.heads // p, case.size).to(case.device, dtype)
     return whole, whole.narrow(2, case.offset, case.rows)
 
 
@@ -130,7 +131,7 @@ def packed_fp8(kernels: Any, case: Case) -> Tensor:
     """What comes out of 8 bits and their scales."""
     qkv, how = given(case)
     shape = (case.degree, case.batch, case.rows, 3, case.heads // case.degree, case.size)
-    flat, values, scales = twins.fp8_buffer(shape, torch.device("cpu"))
+    flat, values, scales = twins.fp8_buffer(shape, torch.device(case.device))
     assert flat.numel() * 2 * case.size == (case.size + 4) * 2 * values.numel()
     kernels.pack_qkv_fp8(qkv, how, values, scales)
     values, scales = twins.fp8_views(flat.clone(), shape)
@@ -188,6 +189,19 @@ def test_the_kernel(interpreted: Interpreter, name: str) -> None:
     found, differing = interpreted(both, CASES[name])
     check(found, CASES[name])
     assert max(differing.values()) < 0.01, differing  # sums in another order: rounded to the other side
+
+
+@pytest.mark.parametrize(
+    "change", [dict(rotary="halves"), dict(norm="width", weights=(None, None)), dict(eps=1.0)], ids=str
+)
+def test_a_fault_shows(change: dict[str, Any]) -> None:
+    """The other way of turning, the other norm, another epsilon: none of them passes for the right one."""
+    case = Case(weighted=False)
+    qkv, how = given(case)
+    want = all_by_hand(qkv, how, torch.float64)
+    _, mine = buffer(case, case.dtype)
+    twins.pack_qkv(qkv, replace(how, **change), mine)
+    assert rms(of_heads(mine) - want) / rms(want) > 0.05
 
 
 def test_a_send_buffer_is_what_pack_heads_sends() -> None:

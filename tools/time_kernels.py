@@ -109,6 +109,7 @@ def packs(device: torch.device, sizes: dict[str, dict[str, Any]]) -> Iterator[Co
         }  # fmt: skip
         yield Comparison(f"norm, rope, pack, {name}", num_bytes, ways, lambda out: [out])
         plain = {"copies": copies, "copies of 8-byte words": words, "one cat": by_cat}
+        plain["kernel"] = way(kernels.pack_qkv, how=NormRope())
         yield Comparison(f"pack alone, {name}", num_bytes, plain, lambda out: [out])
 
 
@@ -126,7 +127,9 @@ def casts(device: torch.device, sizes: dict[str, dict[str, Any]]) -> Iterator[Co
             return lambda: function(qkv, how)
 
         def send(function: Any, qkv: Any = qkv, how: Any = how, shape: Any = shape) -> Callable[[], Any]:
-            _, values, scales = norm_rope.fp8_buffer(shape, device)
+            # Not in one buffer, as they travel: torch.compile cannot write to views of one tensor in two dtypes.
+            values = torch.empty(shape, dtype=FP8, device=device)
+            scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
             return lambda: (function(qkv, how, values, scales), (values, scales))[1]
 
         number = qkv[0].numel()

@@ -51,7 +51,7 @@ def pack_qkv_fp8(
     for which, x in enumerate(_ready(qkv, how)):
         scale = _scale(x.abs().amax(-1))
         values = (x / scale.unsqueeze(-1)).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
-        values_PBS3hD[:, :, :, which].copy_(_by_rank(values, values_PBS3hD.shape[0]))
+        _bytes(values_PBS3hD)[:, :, :, which].copy_(_bytes(_by_rank(values, values_PBS3hD.shape[0])))
         scales_PBS3h[:, :, :, which].copy_(_by_rank(scale, values_PBS3hD.shape[0]))
 
 
@@ -65,7 +65,7 @@ def cast_qkv_fp8(qkv: tuple[Tensor, Tensor, Tensor], how: NormRope) -> tuple[Ten
         if s:
             scales[which] = _scale(x.abs().amax((1, 3)))
         scaled = x / scales[which, :, None, :, None]
-        values[:, :, which].copy_(scaled.clamp_(-FP8_MAX, FP8_MAX).to(FP8))
+        _bytes(values)[:, :, which].copy_(_bytes(scaled.clamp_(-FP8_MAX, FP8_MAX).to(FP8)))
     return values, scales
 
 
@@ -148,6 +148,11 @@ def _ready(qkv: tuple[Tensor, Tensor, Tensor], how: NormRope) -> tuple[Tensor, T
 def _scale(largest: Tensor) -> Tensor:
     """By which values are divided so that the largest is the largest of the format; 1 where all are zero."""
     return torch.where(largest > 0, largest / FP8_MAX, 1.0)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """fp8 as bytes: Inductor cannot write a part of an fp8 tensor."""
+    return x.view(torch.uint8)
 
 
 def _by_rank(x_BSH: Tensor, degree: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention by the backend that was chosen for a denoiser, and the merge of partial results.
+"""Attention by the backend that was chosen for a denoiser.
 
 Shapes: q (B, H, S, D), k and v (B, G, N, D), mask broadcastable to (B, H, S, N), out (B, H, S, D), lse (B, H, S) fp32.
 A row whose keys are all masked has lse = -inf and out = 0.
@@ -18,7 +18,7 @@ from parafuse.errors import UnsupportedError
 from parafuse.kernels.backends import REGISTRY, attention_math, torch_choice
 from parafuse.kernels.registry import Backend, Facts, Pick, facts_of
 
-__all__ = ["Call", "Choice", "attention", "attention_lse", "attention_math", "choice_of", "merge"]
+__all__ = ["Call", "Choice", "attention", "attention_lse", "attention_math", "choice_of"]
 
 
 @dataclass(frozen=True)
@@ -187,12 +187,3 @@ def attention_of(
 def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     batch, heads, rows, width = *q.shape[:3], v.shape[-1]
     return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
-
-
-def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two partial attentions over different keys, as one. `out` is fp32 (B, H, S, D); lse fp32 (B, H, S).
-
-    Rows without keys in a block (lse = -inf) keep what the other block gives."""
-    # The weights come from the difference alone, so they sum to 1 however large the scores and however many the blocks.
-    weight = torch.sigmoid(block_lse - lse).nan_to_num(0.0).unsqueeze(-1)
-    return torch.lerp(out, block_out.float(), weight), torch.logaddexp(lse, block_lse)

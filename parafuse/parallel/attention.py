@@ -19,7 +19,7 @@ from parafuse.parallel.comm import all_to_all, keeps_order, rank_and_degree
 from parafuse.parallel.kept_rows import own_part, with_everyone
 from parafuse.parallel.layout import Layout, head_range, key_head_range
 from parafuse.parallel.mesh import Mesh
-from parafuse.parallel.pack import join_rows, split_rows
+from parafuse.parallel.pack import Streams, join_rows, pack_heads, split_rows, unpack_heads, unpack_result
 from parafuse.parallel.ring import expand_keys, ring_attention
 from parafuse.parallel.sparse import LayerPlan, SparseAttention
 from parafuse.parallel.sparse_ring import sparse_ring_attention
@@ -86,7 +86,7 @@ def _attend(  # noqa: PLR0913, PLR0917 (an operator's arguments are flat)
     return with_everyone(out, queries, sequence_group)
 
 
-def _shape_of(  # noqa: PLR0913, PLR0917
+def _shape_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -94,12 +94,10 @@ def _shape_of(  # noqa: PLR0913, PLR0917
     query_lengths: Sequence[int],
     key_lengths: Sequence[int],
     kept_queries: int | None,
-    kept_keys: int | None,
-    ulysses_group: str,
     *_: object,
 ) -> Tensor:
     batch, heads, rows, width = *q.shape[:3], v.shape[-1]
-    if ulysses_group and kept_queries is None:
+    if kept_queries is None:  # stored (B, S, H, D): what follows flattens heads, which then costs nothing
         return q.new_empty((batch, rows, heads, width)).transpose(1, 2)
     return q.new_empty((batch, heads, rows, width))
 
@@ -142,9 +140,10 @@ class RankAttention:
         if self.ulysses > 1:
             qkv = self._scatter_heads(q, k, v, queries, keys)
         else:
+            rows, key_rows = self._chunk(queries, self.ring_rank, True), self._chunk(keys, self.ring_rank, False)
             qkv = tuple(
-                join_rows(x.unsqueeze(0), *self._chunk(layout, self.ring_rank, true_rows))
-                for x, layout, true_rows in ((q, queries, True), (k, keys, False), (v, keys, False))
+                join_rows(x.transpose(1, 2).unsqueeze(0), *chunk).transpose(1, 2)
+                for x, chunk in ((q, rows), (k, key_rows), (v, key_rows))
             )
         call = Call(_slice_heads(call.mask, heads, q.shape[1]), call.scale, call.is_causal)
         if heads[0] == heads[1]:
@@ -164,53 +163,31 @@ class RankAttention:
             return [count for _, count in spans], layout.parts
         return [part * self.ulysses for part in layout.parts], layout.parts
 
-    def _scatter_heads(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _scatter_heads(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout) -> tuple[Tensor, ...]:
         """All-to-all: all heads of the local rows -> this rank's heads of the ring chunk's rows. One exchange."""
-        group_size = q.shape[1] // k.shape[1]
-        ranges = [head_range(q.shape[1], self.ulysses, r) for r in range(self.ulysses)]
-        key_ranges = [key_head_range(r, group_size) for r in ranges]
-        blocks = [
-            x[:, first:last]
-            for query_heads, key_heads in zip(ranges, key_ranges, strict=True)
-            for x, (first, last) in ((q, query_heads), (k, key_heads), (v, key_heads))
-        ]
-        mine, my_keys = ranges[self.ulysses_rank], key_ranges[self.ulysses_rank]
-        shapes = [
-            (x.shape[0], last - first, x.shape[2], x.shape[3])
-            for x, (first, last) in ((q, mine), (k, my_keys), (v, my_keys))
-        ]
-        sizes = [block.numel() for block in blocks]
-        send_sizes = [sum(sizes[i : i + 3]) for i in range(0, len(sizes), 3)]
-        receive_sizes = [sum(_numel(shape) for shape in shapes)] * self.ulysses
-        received = self._exchange(_fill(blocks), send_sizes, receive_sizes).view(self.ulysses, -1)
-        out: list[Tensor] = []
-        offset = 0
-        for shape, layout, true_rows in zip(shapes, (queries, keys, keys), (True, False, False), strict=True):
-            part = received[:, offset : offset + _numel(shape)].view(self.ulysses, *shape)
-            out.append(join_rows(part, *self._chunk(layout, self.ring_rank, true_rows)))
-            offset += _numel(shape)
-        return out[0], out[1], out[2]
+        ranges = tuple(head_range(q.shape[1], self.ulysses, r) for r in range(self.ulysses))
+        key_ranges = tuple(key_head_range(r, q.shape[1] // k.shape[1]) for r in ranges)
+        chunks = [self._chunk(queries, self.ring_rank, True), self._chunk(keys, self.ring_rank, False)]
+        if chunks[0] == chunks[1]:
+            streams, chunks = [Streams((q, k, v), (ranges, key_ranges, key_ranges))], chunks[:1]
+        else:
+            streams = [Streams((q,), (ranges,)), Streams((k, v), (key_ranges, key_ranges))]
+        send, send_sizes = pack_heads(streams)
+        received = self._exchange(send, send_sizes, [send_sizes[self.ulysses_rank]] * self.ulysses)
+        return tuple(unpack_heads(received, streams, self.ulysses_rank, chunks))
 
     def _gather_heads(self, out: Tensor, num_heads: int, queries: Layout) -> Tensor:
         """The way back: (B, h, N, Dv) of this rank's heads -> (B, H, S, Dv) of the local rows. One exchange."""
         lengths, parts = self._chunk(queries, self.ring_rank, True)
-        send = split_rows(out, lengths, parts, self.ulysses)
+        send_PBShD = split_rows(out.transpose(1, 2), lengths, parts, self.ulysses)
         if self.ulysses == 1:
-            return send.squeeze(0)
-        b, _, rows, d = send.shape[1:]
+            return send_PBShD.squeeze(0).transpose(1, 2)
+        b, rows, _, d = send_PBShD.shape[1:]
         ranges = [head_range(num_heads, self.ulysses, r) for r in range(self.ulysses)]
-        send_sizes = [send[0].numel()] * self.ulysses
+        send_sizes = [send_PBShD[0].numel()] * self.ulysses
         receive_sizes = [b * (last - first) * rows * d for first, last in ranges]
-        received = self._exchange(send.view(-1), send_sizes, receive_sizes)
-        # Stored as (B, S, H, D), read as (B, H, S, D): what follows flattens heads, which then costs nothing.
-        result = out.new_empty((b, rows, num_heads, d)).transpose(1, 2)
-        offset = 0
-        for (first, last), size in zip(ranges, receive_sizes, strict=True):
-            result[:, first:last].copy_(received[offset : offset + size].view(b, last - first, rows, d))
-            offset += size
-        return result
+        received = self._exchange(send_PBShD.view(-1), send_sizes, receive_sizes)
+        return unpack_result(received, ranges, (b, rows, num_heads, d))
 
     def _exchange(self, send_N: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Tensor:
         return all_to_all(send_N, send_sizes, receive_sizes, self.ulysses_group)
@@ -245,23 +222,6 @@ class RankAttention:
         if self.ring == 1:
             return plan.attend(q, expand(k), expand(v), call, heads)
         return sparse_ring_attention(q, (k, v), call, layout, self.ring_group, plan, heads, expand)
-
-
-def _numel(shape: Sequence[int]) -> int:
-    out = 1
-    for size in shape:
-        out *= size
-    return out
-
-
-def _fill(blocks: list[Tensor]) -> Tensor:
-    """Blocks one after another in one flat buffer, each copied once."""
-    flat = blocks[0].new_empty(sum(block.numel() for block in blocks))
-    offset = 0
-    for block in blocks:
-        flat[offset : offset + block.numel()].view(block.shape).copy_(block)
-        offset += block.numel()
-    return flat
 
 
 def _key_of_head(heads: tuple[int, int], group_size: int) -> list[int]:

@@ -8,7 +8,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from parafuse.kernels.attention import Call, merge
+from parafuse.kernels.attention import Call
+from parafuse.kernels.merge import merge_
 from parafuse.parallel.comm import Rotation, _resolve
 from parafuse.parallel.layout import Layout
 
@@ -68,20 +69,23 @@ def ring_attention(
     rotation = Rotation(_resolve(group))
     degree = rotation.degree
     ulysses = keys.degree // degree
-    rows = token_index(queries, rotation.rank * ulysses, ulysses, q.device)
-    packed = torch.cat([k.reshape(-1), v.reshape(-1)])
-    out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float32)
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    is_masked = call.mask is not None or call.is_causal
+    rows = token_index(queries, rotation.rank * ulysses, ulysses, q.device) if is_masked else None
+    packed = k.new_empty(k.numel() + v.numel())
+    packed[: k.numel()].view(k.shape).copy_(k)
+    packed[k.numel() :].view(v.shape).copy_(v)
+    merged: tuple[Tensor, Tensor] | None = None
     for step in range(degree):
         received, pending = rotation.post(packed, step) if step < degree - 1 else (packed, [])
-        source = (rotation.rank - step) % degree
-        columns = token_index(keys, source * ulysses, ulysses, q.device)
-        if len(columns) and len(rows):
+        source = (rotation.rank - step) % degree * ulysses
+        if q.shape[2] and any(number for _, number in keys.spans(source, ulysses)):
             rotation.attending(step)
-            k_block = drop_filler(packed[: k.numel()].view(k.shape), keys, source * ulysses, ulysses)
-            v_block = drop_filler(packed[k.numel() :].view(v.shape), keys, source * ulysses, ulysses)
-            out, lse = merge(out, lse, *attend(q, k_block, v_block, block_mask(call, rows, columns)))
+            k_block = drop_filler(packed[: k.numel()].view(k.shape), keys, source, ulysses)
+            v_block = drop_filler(packed[k.numel() :].view(v.shape), keys, source, ulysses)
+            mask = None if rows is None else block_mask(call, rows, token_index(keys, source, ulysses, q.device))
+            part, part_lse = attend(q, k_block, v_block, mask)
+            merged = (part.float(), part_lse) if merged is None else merge_(*merged, part, part_lse)
         for work in pending:
             work.wait()
         packed = received
-    return out.to(q.dtype)
+    return q.new_zeros((*q.shape[:3], v.shape[-1])) if merged is None else merged[0].to(q.dtype)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parafuse.kernels.attention import Call, merge
+from parafuse.kernels.attention import Call
+from parafuse.kernels.merge import merge_
 from parafuse.parallel.comm import Shift, _resolve
 from parafuse.parallel.layout import Layout
 from parafuse.parallel.ring import drop_filler, token_index
@@ -49,8 +50,7 @@ def sparse_ring_attention(
     if len(q_tiles):
         plan.note(chosen, torch.bincount(q_tiles, minlength=plan.tiles.num_tiles), heads)
     seen = _seen_by_ranks(plan, chosen, [host[rows] for rows in positions])
-    out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=torch.float32)
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    merged: tuple[Tensor, Tensor] | None = None
 
     def post(step: int) -> _Coming:
         to, source = (rank + step) % degree, (rank - step) % degree
@@ -68,11 +68,13 @@ def sparse_ring_attention(
         if len(rows) and len(q_tiles):
             columns = rows.to(q.device)
             mask = call.mask if call.mask is None or call.mask.shape[-1] == 1 else call.mask.index_select(-1, columns)
-            part = plan.state.core(
+            part, part_lse = plan.state.core(
                 q, expand(k_part), expand(v_part), chosen, q_tiles, tile_of[columns], mask=mask, scale=call.scale
             )
-            out, lse = merge(out, lse, *part)
-    return out.to(q.dtype)
+            merged = (part.float(), part_lse) if merged is None else merge_(*merged, part, part_lse)
+    if merged is None:
+        return q.new_zeros((*q.shape[:3], v.shape[-1]))
+    return merged[0].to(q.dtype)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 import parafuse
 from parafuse.engine import standing as standing_module
 from parafuse.engine.probe import probe
-from parafuse.parallel import attention, attention_mode, ring
+from parafuse.parallel import attention, attention_mode, pack, ring
 from parafuse.parallel.attention import RankAttention
 from parafuse.parallel.block_plan import BlockPlan, Site
 from parafuse.parallel.comm import Rotation
@@ -58,13 +58,13 @@ def _keys_only(replacement: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def filler_is_unpacked() -> list[Patch]:
     """Fault 7, in Ulysses: only the tail of the whole is trimmed, not the tail of each stream."""
-    original = attention.join_rows
+    original = pack.join_rows
 
-    def join(x_PBHSD: Tensor, lengths: list[int], parts: tuple[int, ...]) -> Tensor:
-        joined = original(x_PBHSD, [len(x_PBHSD) * part for part in parts], parts)
-        return joined[:, :, : sum(lengths)]
+    def join(x_PBS: Tensor, lengths: list[int], parts: tuple[int, ...]) -> Tensor:
+        joined = original(x_PBS, [len(x_PBS) * part for part in parts], parts)
+        return joined[:, : sum(lengths)]
 
-    return [(attention, "join_rows", join)]
+    return [(pack, "join_rows", join)]
 
 
 def mask_is_of_the_local_rows() -> list[Patch]:
@@ -90,12 +90,12 @@ def mask_is_in_another_order() -> list[Patch]:
 
 def rows_are_in_another_order() -> list[Patch]:
     """Ulysses that leaves rows as the ranks sent them, rank by rank, while the mask is in the model's order."""
-    original = attention.join_rows
+    original = pack.join_rows
 
-    def join(x_PBHSD: Tensor, lengths: list[int], parts: tuple[int, ...]) -> Tensor:
-        return original(x_PBHSD, [sum(lengths)], [x_PBHSD.shape[3]])
+    def join(x_PBS: Tensor, lengths: list[int], parts: tuple[int, ...]) -> Tensor:
+        return original(x_PBS, [sum(lengths)], [x_PBS.shape[2]])
 
-    return [(attention, "join_rows", join)]
+    return [(pack, "join_rows", join)]
 
 
 def heads_come_back_in_another_order() -> list[Patch]:

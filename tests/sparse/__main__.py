@@ -1,4 +1,4 @@
-"""Writes docs/sparse-support.md: sparse attention on every transformer class. `python -m tests.sparse` (ten minutes)."""
+"""`python -m tests.sparse` puts sparse attention on every transformer class: docs/sparse-support.md (ten minutes)."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def painted(
 ) -> dict[str, Any]:
     """What the last of three calls gives on this rank, and what was counted in all."""
     degrees = {"ulysses": 1, **degrees}
-    config = Config(sparse=method, parallel=Parallel(**degrees), compile=compile)  # pyright: ignore[reportArgumentType]
+    config = Config(sparse=method, parallel=Parallel(**degrees), compile=compile)
     model, values = build(family, heads=heads), inputs(family, sizes)
     with parafuse.apply(model, config) as handle, handle.request():
         result = call(model, values)

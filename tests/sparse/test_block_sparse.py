@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from parafuse.errors import UnsupportedError
-from parafuse.kernels.attention import merge
 from parafuse.kernels.block_sparse import BACKENDS, BlockSparse, block_sparse_attention
 from parafuse.kernels.flex import BLOCK, block_mask
+from parafuse.kernels.merge import merge
 from parafuse.kernels.patterns import density, window
 from parafuse.kernels.tiles import Segment, tiles_of
 

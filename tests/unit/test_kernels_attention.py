@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parafuse.kernels.attention import attention_lse, attention_math, merge
+from parafuse.kernels.attention import attention_lse, attention_math
+from parafuse.kernels.merge import merge
 
 B, H, S, N, D = 2, 6, 13, 35, 8
 

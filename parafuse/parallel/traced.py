@@ -110,7 +110,13 @@ class TracedBlocks:
         self, traced: TracedBlock, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec
     ) -> Graph | None:
         try:
-            key = (str(spec), *_settings(), *_facts(leaves), *map(_fact, traced.tensors()))
+            key = (
+                str(spec),
+                *settings(),
+                *traced.held.of_the_call(),
+                *_facts(leaves),
+                *map(_fact, traced.tensors()),
+            )
         except NotOneGraphError as why:
             return self._give_up(str(why))
         if key in traced.graphs:
@@ -173,10 +179,14 @@ class TracedBlocks:
         return Graph(self._compiled[record], out_spec[0], results)
 
 
-def _settings() -> tuple[Any, ...]:
+def casts() -> tuple[Any, ...]:
+    """To what dtypes functions cast by themselves."""
+    return tuple((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda"))
+
+
+def settings() -> tuple[Any, ...]:
     """What else decides which functions run."""
-    casts = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
-    return (*casts, torch.get_default_dtype(), torch.is_inference_mode_enabled())
+    return (*casts(), torch.get_default_dtype(), torch.is_inference_mode_enabled())
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor]:

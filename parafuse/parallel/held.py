@@ -77,9 +77,11 @@ class Held:
 
     def restore(self) -> None:
         """Puts back what was changed since, but for values of tensors."""
-        for holder in self._empty:
+        for holder in filter(None, self._empty):
             holder.clear()
         for holder, keys, values in (*self._dicts, *self._turning):
+            if len(holder) - (OF_THE_CALL in holder) == len(keys) and all(map(is_, map(holder.get, keys), values)):
+                continue  # some cannot be written to: diffusers' configurations
             for key in [key for key in holder if key not in keys and key != OF_THE_CALL]:
                 del holder[key]
             holder.update(zip(keys, values, strict=True))

@@ -22,6 +22,7 @@ from parafuse.engine.rewrites.rows import Rows
 from parafuse.errors import ConfigError, UnsupportedError
 from parafuse.parallel import captured, tiers
 from parafuse.parallel.captured import MAX_SHAPES, MOST_ANEW, CapturedCalls
+from parafuse.parallel.held import Held
 from tests.caches.steps import later, letters
 from tests.models import ODD, build, error, inputs
 
@@ -288,6 +289,11 @@ def test_what_a_rewrite_sets_for_a_call_has_a_graph_of_its_own() -> None:
         gate.close(())
     assert calls.num_captured == 4
     assert capture.replays == 4 * (2 * MOST_ANEW - 2)
+    with mock.patch.object(Held, "of_the_call", lambda _: ()):  # negative control: one graph for all
+        for _ in range(3):
+            module(x)
+        layers.show({module[0]: rows[0]})
+        assert not torch.equal(module(x), rows[0])
 
 
 def on_steps(asked: parafuse.Config) -> tuple[list[Tensor], Any, list[int], list[int]]:

@@ -77,9 +77,9 @@ def folder() -> Path | None:
 def load(plan: Plan) -> str:
     """Gives torch what was kept for this plan; says what that is. Local; every rank calls it, before it compiles."""
     where = folder()
+    if where is None or not where.is_dir():
+        return "none"
     try:
-        if where is None or not where.is_dir():
-            return "none"
         why_not = _why_not_ours(where)
     except OSError as error:
         why_not = str(error)

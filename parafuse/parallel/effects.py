@@ -109,11 +109,11 @@ def _copy(x: Any) -> Any:
 
 def _alike(a: Any, b: Any) -> bool:
     """Equal but for what multiplying by a scale, and dividing by it, leaves."""
-    if a == b:
-        return True
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return type(a) is type(b) is float and math.isclose(a, b, rel_tol=ROUNDING)
-    return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=ROUNDING)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(map(_alike, a.values(), map(b.get, a)))
+    return bool(a == b)
 
 
 def is_opaque(x: Any) -> bool:

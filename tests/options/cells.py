@@ -211,17 +211,14 @@ def cell_of(pipeline: str, option: Option, setting: Setting) -> Cell:
     if option.rounds and is_reordered:
         cell.limit = max(EXACT, _off(want, exact))
     for name in filter(None, option.config.get("rewrites", "").split(",")):
-        idle = [line for _, lines in found for line in _lines_of(name, lines) if not re.search(ACTS[name], line)]
-        if idle and pipeline in NOTHING_TO_DO.get(name, ()):
-            cell.idle = idle[0]
-        elif idle or not all(_lines_of(name, lines) for _, lines in found):
-            cell.failed = f"rewrite {name} did nothing ({', '.join(idle) or 'and says nothing'})"
+        said = [line for _, lines in found for line in lines if line.startswith(f"rewrite {name} ")]
+        if any(re.search(ACTS[name], line) for line in said):  # a rank may find what another has compiled
+            continue
+        if pipeline in NOTHING_TO_DO.get(name, ()):
+            cell.idle = next(iter(said), f"rewrite {name}: nothing")
+        else:
+            cell.failed = f"rewrite {name} did nothing: {'; '.join(said)}"
     return cell
-
-
-def _lines_of(rewrite: str, applied: list[str]) -> list[str]:
-    """What it says that it did."""
-    return [line for line in applied if line.startswith(f"rewrite {rewrite} ")]
 
 
 def _tried(pipeline: str, config: dict[str, Any], setting: Setting) -> tuple[Tensor, list[str]] | str:

@@ -272,18 +272,19 @@ def test_no_graph_reads_what_another_call_has_let_go(capsys: pytest.CaptureFixtu
 
 @torch.no_grad()
 def test_what_a_rewrite_sets_for_a_call_has_a_graph_of_its_own() -> None:
-    module, x, rows = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), [nn.Parameter(torch.randn(2, 4)) for _ in "ab"]
+    inner, x, rows = nn.Linear(4, 4), torch.randn(2, 4), [nn.Parameter(torch.randn(2, 4)) for _ in "ab"]
+    module = nn.Sequential(inner)
     layers, gate = Rows(), Gate()
     layers.prepare(module)
-    layers.add([module[0]])
-    module[0].register_forward_pre_hook(gate, with_kwargs=True)
+    layers.add([inner])
+    inner.register_forward_pre_hook(gate, with_kwargs=True)
     calls, capture = standing(module)
     for _ in range(2 * MOST_ANEW):
         for row in rows:
-            layers.show({module[0]: row})
+            layers.show({inner: row})
             assert torch.equal(module(x), row)
-            layers.hide({module[0]: row})
-        assert error(module(x), nn.functional.linear(x, module[0].weight, module[0].bias)) <= 1e-6
+            layers.hide({inner: row})
+        assert error(module(x), nn.functional.linear(x, inner.weight, inner.bias)) <= 1e-6
         gate.close((7,))
         module(x)
         gate.close(())
@@ -292,7 +293,7 @@ def test_what_a_rewrite_sets_for_a_call_has_a_graph_of_its_own() -> None:
     with mock.patch.object(Held, "of_the_call", return_value=()):  # negative control: one graph for all
         for _ in range(3):
             module(x)
-        layers.show({module[0]: rows[0]})
+        layers.show({inner: rows[0]})
         assert not torch.equal(module(x), rows[0])
 
 

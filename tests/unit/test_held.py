@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
@@ -62,7 +64,7 @@ class Packed(nn.Module):
 
 def test_what_has_not_changed_is_not_written_to() -> None:
     """Configurations of diffusers let nobody."""
-    module = nn.Linear(2, 2)
+    module: Any = nn.Linear(2, 2)
     module.config, module.none = FrozenDict(width=2), FrozenDict()
     held = Held(module)
     module.more = 3

@@ -118,7 +118,7 @@ def given_times(table: Table, leaves: list[Any]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Found:
     """What a call finds in its tables. On the device: nothing is waited for."""
 
     values: list[Tensor]
@@ -128,7 +128,7 @@ class Rows:
     """Whether one of the tables is of this branch."""
 
 
-def rows_of(matches: list[Match], leaves: list[Any]) -> Rows:
+def rows_of(matches: list[Match], leaves: list[Any]) -> Found:
     """The row of this step, of that table which is the call's."""
     given = given_times(matches[0][0], leaves)
     yes = torch.ones((), dtype=torch.bool, device=given.device)
@@ -144,4 +144,4 @@ def rows_of(matches: list[Match], leaves: list[Any]) -> Rows:
             for rows, value in zip(table.rows, values, strict=True)
         ]
         is_found, is_same = is_found | here, is_same | own
-    return Rows(values, is_found, is_same)
+    return Found(values, is_found, is_same)

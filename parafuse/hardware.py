@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -92,6 +93,14 @@ def _cpu() -> tuple[str, list[str]]:
     flags = (facts.get("flags") or facts.get("Features") or "").split()
     name = facts.get("model name") or platform.processor() or platform.machine()
     return name, [flag for flag in CPU_FLAGS if flag in flags]
+
+
+def processor() -> str:
+    """Equal for processors that run the same instructions: compilers make code for the one at hand."""
+    first = _read("/proc/cpuinfo").split("\n\n")[0]
+    lines = [line for line in first.splitlines() if line.startswith(("model name", "flags", "Features", "CPU "))]
+    said = "\n".join(lines) or f"{platform.processor()} {platform.machine()}"
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def torch_cuda_build() -> str | None:

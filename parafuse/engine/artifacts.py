@@ -17,11 +17,14 @@ import re
 import stat
 import sys
 import zipfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from parafuse import hardware
 from parafuse.engine import plan_store
 from parafuse.engine.plan import Plan
 from parafuse.engine.receipt import versions
@@ -35,6 +38,10 @@ NOT_IN_KEY = ("model", "timeout_s", "replay", "why")
 """Fields of a plan that change no graph."""
 _MADE_BY_TORCH, _NAMES, _ABLE, _LIBRARIES = "artifacts", "names.json", "instructions.json", "libraries/"
 _LIBRARY = re.compile(r"[0-9a-z]{2}/[0-9a-z]{20,80}(\.main)?\.(so|cpp)")
+_UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, NotImplementedError, RuntimeError, OSError,
+)  # fmt: skip
+"""What reading an archive that is broken, or has gone meanwhile, may raise."""
 _SMALL_BYTES = 2**10
 """Sources of libraries by which torch tries what the processor can do are smaller."""
 
@@ -42,13 +49,14 @@ _SMALL_BYTES = 2**10
 def machine(device: str) -> dict[str, str]:
     """What compiled code depends on."""
     on_gpu = device == "cuda" and torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if on_gpu else platform.processor()
+    name = torch.cuda.get_device_name() if on_gpu else device
     able = str(torch.cuda.get_device_capability()) if on_gpu else torch.backends.cpu.get_cpu_capability()
     return {
         "torch": torch.__version__,
         "device": device,
         "name": name,
         "capability": able,
+        "processor": hardware.processor(),
         "python": platform.python_version(),
     }
 
@@ -71,7 +79,10 @@ def load(plan: Plan) -> str:
     where = folder()
     if where is None or not where.is_dir():
         return "none"
-    why_not = _why_not_ours(where)
+    try:
+        why_not = _why_not_ours(where)
+    except OSError as error:
+        why_not = str(error)
     if why_not:
         note(f"{where}: {why_not}; what was compiled earlier is not used")
         return f"not used: {why_not}"
@@ -87,7 +98,11 @@ def load(plan: Plan) -> str:
 def save(plan: Plan) -> None:
     """Keeps what was compiled in this process; a folder that cannot be written is let be. Local."""
     where = folder()
-    packed = pack() if where is not None else None
+    try:
+        packed = pack() if where is not None else None
+    except (OSError, RuntimeError) as error:
+        note(f"what was compiled cannot be packed ({error}); it is not kept")
+        return
     if where is None or packed is None:
         return
     data, names = packed
@@ -139,7 +154,7 @@ def unpack(data: bytes) -> bool:
                 if name.startswith(_LIBRARIES) and _LIBRARY.fullmatch(inner):
                     _put(_cache_dir() / inner, archive.read(name))
             _take_instructions(json.loads(archive.read(_ABLE)))
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError):
+    except _UNREADABLE:
         return False
     return torch.compiler.load_cache_artifacts(made) is not None
 
@@ -159,8 +174,8 @@ def _libraries() -> list[Path]:
         return []
     tried = [
         file
-        for source in root.glob("??/*.cpp")
-        if source.stat().st_size < _SMALL_BYTES and (library := source.with_suffix(".so")).is_file()
+        for source in _newest_first(root.glob("??/*.cpp"))
+        if _size(source) < _SMALL_BYTES and (library := source.with_suffix(".so")).is_file()
         for file in (source, library)
     ]
     return [file for file in (*mine, *tried) if _LIBRARY.fullmatch(f"{file.parent.name}/{file.name}")]
@@ -204,21 +219,37 @@ def _put(file: Path, data: bytes) -> None:
 
 
 def _files(where: Path, key: str) -> list[Path]:
-    """The newest first."""
-    return sorted(where.glob(f"{key}-*.zip"), key=lambda file: -file.stat().st_mtime)
+    return _newest_first(where.glob(f"{key}-*.zip"))
+
+
+def _newest_first(files: Iterable[Path]) -> list[Path]:
+    """Without those that another process has taken away meanwhile."""
+    times: dict[Path, float] = {}
+    for file in files:
+        with contextlib.suppress(OSError):
+            times[file] = file.stat().st_mtime
+    return sorted(times, key=lambda file: -times[file])
+
+
+def _size(file: Path) -> int:
+    """Nothing where it has gone."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def _tidy(where: Path, key: str, new: Path, names: set[str]) -> None:
     """Takes away what the new file has as well, and the oldest ones where all take too much."""
     for file in _files(where, key):
-        with contextlib.suppress(zipfile.BadZipFile, KeyError, ValueError), zipfile.ZipFile(file) as archive:
+        with contextlib.suppress(*_UNREADABLE), zipfile.ZipFile(file) as archive:
             if file != new and set(json.loads(archive.read(_NAMES))) < names:
                 file.unlink()
     room = MAX_FOLDER_BYTES
-    for file in sorted(where.glob("*.zip"), key=lambda file: -file.stat().st_mtime):
-        room -= file.stat().st_size
+    for file in _newest_first(where.glob("*.zip")):
+        room -= _size(file)
         if room < 0 and file != new:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 def _why_not_ours(path: Path) -> str:

@@ -5,13 +5,15 @@ another that are still in use. Here every call copies its arguments into tensors
 results out of those that it writes, so nothing that a caller holds is ever written again.
 
 What is captured is what the device did. So a graph holds for what the module was made of and held then: that is looked
-at before each replay, and where it is another (an adapter, a scale, a weight in another place), it is captured anew.
-Weights that are changed in place are read where they are.
+at before each replay, and where it is another (an adapter, a scale, a weight in another place), it is captured anew;
+also where a call itself replaced something, since other graphs may read what it let go. Weights that are changed in
+place are read where they are. What rewrites set for a call (rows, masks left out) has graphs of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +25,7 @@ from parafuse.errors import ConfigError, UnsupportedError
 from parafuse.log import note
 from parafuse.parallel.held import Held
 from parafuse.parallel.hooks import Forward, OnForward
-from parafuse.parallel.traced import LITERALS
+from parafuse.parallel.traced import LITERALS, settings
 
 MAX_SHAPES = 8
 """Kinds of calls of a module whose graphs are kept; the one that was used longest ago goes first."""
@@ -115,13 +117,15 @@ class CapturedCalls(OnForward):
             if why_not:
                 self._say(why_not)
                 return original(*args, **kwargs)
-            self._look()
-            key = (str(spec), _facts(leaves), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+            held = self._look()
+            key = (str(spec), _facts(leaves), torch.is_grad_enabled(), settings(), held.of_the_call())
             known = key in self._graphs
             graph = self._graphs.pop(key, None)
             if not known:
+                result = original(*args, **kwargs)
+                self._look_again()
                 self._keep(key, None)
-                return self._first(original, args, kwargs)
+                return result
             if graph is None:
                 graph = self._captured(original, leaves, spec)
             else:
@@ -133,12 +137,6 @@ class CapturedCalls(OnForward):
             return _copied(graph)
 
         return forward
-
-    def _first(self, original: Forward, args: Any, kwargs: Any) -> Any:
-        """What a first call changes in the module (tables that it keeps) is no change."""
-        result = original(*args, **kwargs)
-        self._remember()
-        return result
 
     def _keep(self, key: Any, graph: _Captured | None) -> None:
         self._graphs[key] = graph  # the newest last
@@ -156,26 +154,39 @@ class CapturedCalls(OnForward):
             self._said.add(why_not)
             note(f"{type(self.module).__name__}: a call runs without a CUDA graph ({why_not})")
 
-    def _look(self) -> None:
-        """Drops all graphs where the module is another than they were captured of."""
-        if self._held is None or (self._held.is_same(exactly=True) and self._places == _places(self.module)):
-            return
-        self._graphs.clear()
-        self._held = None
-        self._anew += 1
+    def _look(self) -> Held:
+        """Drops all graphs where the module is another than they were captured of. Gives what it is now."""
+        if self._held is not None and not self._is_same(self._held):
+            self._anew += 1
+            self._held = None
         if self._anew > MOST_ANEW:
             raise UnsupportedError(
                 f"{type(self.module).__name__}: is another in every call (are its weights offloaded?), so it cannot be "
                 "captured; leave cuda_graphs=True out, or the offload."
             )
+        return self._held or self._hold()
 
-    def _remember(self) -> None:
+    def _look_again(self) -> None:
+        """After a call that ran: what it changed in the module (tables that it keeps) is no change, but other graphs
+        may read what was replaced."""
+        if self._held is None or self._is_same(self._held):
+            return
+        if any(self._graphs.values()):
+            self._say("a call before it replaced what the module keeps, a table for another size, say")
+        self._hold()
+
+    def _is_same(self, held: Held) -> bool:
+        return held.is_same(exactly=True) and self._places == _places(self.module)
+
+    def _hold(self) -> Held:
+        self._graphs.clear()
         self._held, self._places = Held(self.module), _places(self.module)
         if self._held.unknown:
             raise UnsupportedError(
                 f"{type(self.module).__name__}: {self._held.unknown} may change unseen, so its calls cannot be "
                 "captured; leave cuda_graphs=True out."
             )
+        return self._held
 
     def _captured(self, original: Forward, leaves: list[Any], spec: TreeSpec) -> _Captured:
         given = [x.clone(memory_format=torch.preserve_format) for x in _tensors(leaves)]
@@ -189,15 +200,27 @@ class CapturedCalls(OnForward):
             found[:] = [flat, out_spec]
             return [x for x in flat if isinstance(x, Tensor)]
 
-        made, replay = self.capture(run)
+        with _no_kept_casts():
+            made, replay = self.capture(run)
         if [_version(x) for x in given] != before:
             raise UnsupportedError(
                 f"{type(self.module).__name__}: writes into what it is given, so its calls cannot be captured; leave "
                 "cuda_graphs=True out."
             )
         self.num_captured += 1
-        self._remember()
+        self._look_again()
         return _Captured(given, made, replay, *found)
+
+
+@contextmanager
+def _no_kept_casts() -> Iterator[None]:
+    """Inside, autocast keeps no copies of weights: it lets these go at its end, and a graph would read them."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 def _copied(graph: _Captured) -> Any:

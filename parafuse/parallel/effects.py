@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from operator import is_
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from parafuse.parallel.held import ATOMS, Held
+from parafuse.parallel.fingerprint import SCALES
+from parafuse.parallel.held import ATOMS, ROUNDING, Held
 from parafuse.parallel.nest import leaves_of
 
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, np.generic, enum.Enum)
@@ -39,6 +41,15 @@ class Watched:
             or not all(map(torch.equal, _noise_states(), self._noise))
             or not self._module.is_same()
         )
+
+    def undo(self) -> None:
+        """Puts back what can be: all of the module but values of tensors, and where generators of noise stood."""
+        self._module.restore()
+        for x, before in zip(self._leaves, self._versions, strict=True):
+            if isinstance(x, torch.Generator):
+                x.set_state(before)
+        for generator, before in zip(_generators(), self._noise, strict=True):
+            generator.set_state(before)
 
 
 class Handed:
@@ -77,6 +88,34 @@ class Parts:
         return not self._held.is_same()
 
 
+class Adapters:
+    """What the adapters of a module are set to: their scales, which are active, switched off or merged. A quick look at
+    numbers alone: that modules were replaced is seen by `Parts`. Local."""
+
+    def __init__(self, module: nn.Module):
+        states = [vars(part) for part in module.modules() if "_disable_adapters" in vars(part)]  # peft's layers
+        self._was = [(state, {name: _copy(state.get(name)) for name in _SET_ON_ADAPTERS}) for state in states]
+
+    def have_changed(self) -> bool:
+        return any(not _alike(state.get(name), was[name]) for state, was in self._was for name in was)
+
+
+_SET_ON_ADAPTERS = (*SCALES, "_active_adapter", "_disable_adapters", "merged_adapters")
+
+
+def _copy(x: Any) -> Any:
+    return x.copy() if isinstance(x, (dict, list)) else x
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Equal but for what multiplying by a scale, and dividing by it, leaves."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=ROUNDING)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(map(_alike, a.values(), map(b.get, a)))
+    return bool(a == b)
+
+
 def is_opaque(x: Any) -> bool:
     """Whether it may hold what a call changes, unseen: a cache, say."""
     return not isinstance(x, (Tensor, torch.Generator, *PLAIN))
@@ -94,12 +133,16 @@ def _state(x: Any) -> Any:
 
 
 def _noise_states() -> list[Tensor]:
-    """Of torch's own generators."""
+    return [generator.get_state() for generator in _generators()]
+
+
+def _generators() -> list[torch.Generator]:
+    """torch's own."""
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     generators = [torch.default_generator]
     if on_gpu:
         generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
-    return [generator.get_state() for generator in generators]
+    return generators
 
 
 def _equal(a: Any, b: Any) -> bool:

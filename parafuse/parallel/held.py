@@ -25,6 +25,9 @@ ATOMS = (
 )  # fmt: skip
 ROUNDING = 1e-12
 """Of a number that was put back by the inverse of what changed it: `x *= s`, then `x /= s`."""
+OF_THE_CALL = "_of_the_call"
+"""The attribute in which a rewrite keeps what it sets for one call and takes off after it, on a module or on a hook. It
+is no change of the module: what is recorded of a call is kept for each of its values (`Held.of_the_call`)."""
 
 
 class Held:
@@ -34,6 +37,8 @@ class Held:
         self.unknown = ""
         """The first thing that cannot be looked into."""
         self._dicts: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = []
+        self._turning: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = []
+        """Those with something of the call, and what else is in them."""
         self._empty: list[dict[Any, Any]] = []
         self._lists: list[tuple[list[Any], tuple[Any, ...]]] = []
         self._sets: list[tuple[set[Any], frozenset[Any]]] = []
@@ -55,18 +60,29 @@ class Held:
                 and (all(map(is_, map(d.get, keys), values)) or _all_equal(map(d.get, keys), values, equal))
                 for d, keys, values in self._dicts
             )
+            and all(
+                OF_THE_CALL in d and len(d) == len(keys) + 1 and _all_equal(map(d.get, keys), values, equal)
+                for d, keys, values in self._turning
+            )
             and all(len(x) == len(values) and _all_equal(x, values, equal) for x, values in self._lists)
             and all(x == values for x, values in self._sets)
             and all(_version(x) == version for x, version in self._tensors)
             and all(_place(x) == place for x, _, place in self._packed)
         )
 
+    def of_the_call(self) -> tuple[Any, ...]:
+        """What rewrites have set for the call at hand: a number for each tensor, which stays while it lives."""
+        found = [holder.get(OF_THE_CALL) for holder, _, _ in self._turning]
+        return tuple(id(x) if isinstance(x, Tensor) else x for x in found)
+
     def restore(self) -> None:
         """Puts back what was changed since, but for values of tensors."""
-        for holder in self._empty:
+        for holder in filter(None, self._empty):
             holder.clear()
-        for holder, keys, values in self._dicts:
-            for key in [key for key in holder if key not in keys]:
+        for holder, keys, values in (*self._dicts, *self._turning):
+            if len(holder) - (OF_THE_CALL in holder) == len(keys) and all(map(is_, map(holder.get, keys), values)):
+                continue  # some cannot be written to: diffusers' configurations
+            for key in [key for key in holder if key not in keys and key != OF_THE_CALL]:
                 del holder[key]
             holder.update(zip(keys, values, strict=True))
         for items, values in self._lists:
@@ -85,11 +101,13 @@ class Held:
         if isinstance(value, Tensor):
             self._look_at_tensor(value, name)
         elif isinstance(value, dict):
-            if value:
-                self._dicts.append((value, tuple(value), tuple(value.values())))
-            else:
+            items = {key: item for key, item in value.items() if key != OF_THE_CALL}
+            if not value:
                 self._empty.append(value)
-            for key, item in value.items():
+            else:
+                holders = self._dicts if len(items) == len(value) else self._turning
+                holders.append((value, tuple(items), tuple(items.values())))
+            for key, item in items.items():
                 self._look(item, f"{name}.{key}")
         elif isinstance(value, (list, tuple, set, frozenset)):
             if isinstance(value, list):

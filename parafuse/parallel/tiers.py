@@ -93,13 +93,16 @@ def one_at_a_time(name: str, longest_s: float = LONGEST_WAIT_S) -> Iterator[bool
             yield False
             return
         deadline = time.monotonic() + longest_s
-        has_it = False
-        while not has_it and time.monotonic() < deadline:
+        has_it = is_held = False
+        while not has_it and (not is_held or time.monotonic() < deadline):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 has_it = True
-            except OSError:
+            except BlockingIOError:  # another has it
+                is_held = True
                 time.sleep(LOOK_S)
+            except OSError:  # a file system without locks, or with no more: nobody waits there
+                break
         yield has_it
 
 

@@ -25,7 +25,7 @@ from parafuse.parallel.tiers import Tally
 from parafuse.parallel.whole_shapes import WholeShapes
 
 MAX_GRAPHS = 64
-"""Sizes and settings whose graphs are kept; further ones run uncompiled."""
+"""Sizes and settings whose graphs are kept; the one that was used longest ago goes first."""
 LITERALS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 """Arguments whose values may be fixed in a graph, and tell which one it is."""
 
@@ -85,8 +85,8 @@ class TracedBlocks:
         by_hand = "compile it without fullgraph=True (it then runs uncompiled)"
         self.way_out = by_hand if tally is None else "leave compile=True out"
         self._blocks: dict[nn.Module, TracedBlock] = {}
-        self._compiled: dict[Any, Callable[..., list[Any]]] = {}
-        self._keys: set[Any] = set()
+        self._compiled: dict[Any, dict[Any, Callable[..., list[Any]]]] = {}
+        """By sizes and settings, the newest last; then by record."""
         self._said: set[str] = set()
 
     def __call__(self, block: nn.Module, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec) -> Any:
@@ -110,22 +110,35 @@ class TracedBlocks:
         self, traced: TracedBlock, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec
     ) -> Graph | None:
         try:
-            key = (str(spec), *_settings(), *_facts(leaves), *map(_fact, traced.tensors()))
+            key = (
+                str(spec),
+                *settings(),
+                *traced.held.of_the_call(),
+                *_facts(leaves),
+                *map(_fact, traced.tensors()),
+            )
         except NotOneGraphError as why:
             return self._give_up(str(why))
+        self._use(key)
         if key in traced.graphs:
             return traced.graphs[key]
-        if key not in self._keys and len(self._keys) >= MAX_GRAPHS:
-            return self._give_up(f"more than {MAX_GRAPHS} sizes or settings")
-        self._keys.add(key)
         try:
-            traced.graphs[key] = self._trace(traced, plan, forward, leaves, spec)
+            traced.graphs[key] = self._trace(traced, plan, forward, leaves, spec, self._compiled[key])
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             why = str(error).strip().partition("\n")[0] or type(error).__name__
             traced.graphs[key] = self._give_up(why, error)
         return traced.graphs[key]
+
+    def _use(self, key: Any) -> None:
+        """Lets go what was used longest ago where there is too much."""
+        self._compiled[key] = self._compiled.pop(key, {})
+        while len(self._compiled) > MAX_GRAPHS:
+            oldest = next(iter(self._compiled))
+            del self._compiled[oldest]
+            for block in self._blocks.values():
+                block.graphs.pop(oldest, None)
 
     def _give_up(self, why: str, error: Exception | None = None) -> None:
         if self.options.get("fullgraph"):
@@ -137,7 +150,13 @@ class TracedBlocks:
         self._said.add(why)
 
     def _trace(
-        self, traced: TracedBlock, plan: BlockPlan, forward: Forward, leaves: list[Any], spec: TreeSpec
+        self,
+        traced: TracedBlock,
+        plan: BlockPlan,
+        forward: Forward,
+        leaves: list[Any],
+        spec: TreeSpec,
+        compiled: dict[Any, Callable[..., list[Any]]],
     ) -> Graph:
         if traced.held.unknown:
             raise NotOneGraphError(f"{traced.held.unknown} may change unseen")
@@ -168,15 +187,19 @@ class TracedBlocks:
         constants = tuple(id(getattr(graph, str(n.target))) for n in graph.graph.nodes if n.op == "get_attr")
         inputs = tuple(map(_fact, (*kept, *_tensors(leaves))))
         record = (graph.code, constants, inputs)
-        if record not in self._compiled:
-            self._compiled[record] = torch.compile(graph, **self.options)  # it keeps the constants alive
-        return Graph(self._compiled[record], out_spec[0], results)
+        if record not in compiled:
+            compiled[record] = torch.compile(graph, **self.options)  # it keeps the constants alive
+        return Graph(compiled[record], out_spec[0], results)
 
 
-def _settings() -> tuple[Any, ...]:
+def casts() -> tuple[Any, ...]:
+    """To what dtypes functions cast by themselves."""
+    return tuple((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda"))
+
+
+def settings() -> tuple[Any, ...]:
     """What else decides which functions run."""
-    casts = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
-    return (*casts, torch.get_default_dtype(), torch.is_inference_mode_enabled())
+    return (*casts(), torch.get_default_dtype(), torch.is_inference_mode_enabled())
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor]:

@@ -220,16 +220,19 @@ def other_arguments() -> dict[str, Any]:
         made = graphs.made
         compare("another again", x, z)
         found["made again"] = graphs.made - made
+        kept, traced.MAX_GRAPHS = traced.MAX_GRAPHS, 4  # the first block of three has another kind of argument
+        found["made where two are kept"] = dict[str, int]()
+        for turn, number in enumerate((1, 2, 3, 2, 1, 1)):
+            made = graphs.made
+            compare(f"by {number}, {turn}", x, None, number / 7)
+            found["made where two are kept"][f"{number}, {turn}"] = graphs.made - made
+        traced.MAX_GRAPHS = kept
         compare("refused", x, None, 1.0, Option())
         compile_all(model, backend=graphs)
         option = Option()
         compare("object", x, None, 1.0, option)
         option.size = 5.0
         compare("object changed", x, None, 1.0, option)
-        kept, traced.MAX_GRAPHS, made = traced.MAX_GRAPHS, 0, graphs.made
-        for number in range(3):
-            compare(f"by {number}", x, None, number / 7)
-        found["made above the limit"], traced.MAX_GRAPHS = graphs.made - made, kept
     counting, counted = Stack(Counting()), Stack(Counting())
     with torch.no_grad(), parafuse.apply(counted, parallel((1, 2))):
         compile_all(counted, backend=graphs)
@@ -245,6 +248,8 @@ def test_a_traced_block_is_called_with_other_arguments() -> None:
     for found in run_ranks(other_arguments, 2):
         refused = found.pop("refused")
         assert "an argument is a Option, which may change unseen" in refused
+        made = found.pop("made where two are kept")
+        assert made == {"1, 0": 2, "2, 1": 2, "3, 2": 2, "2, 3": 0, "1, 4": 2, "1, 5": 0}
         assert {name: value for name, value in found.items() if isinstance(value, str) or value > EXACT} == {}
 
 

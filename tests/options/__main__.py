@@ -14,12 +14,18 @@ from tests.options.table import read_record, write_record
 
 FIXED_PART = {
     ("FLUX.1", "fp8"): ("Ulysses 2", "ring 2", "model offload"),
+    ("FLUX.1", "fp8-weight"): ("one rank",),
+    ("FLUX.1", "int8-weight"): ("group offload",),
+    ("FLUX.1", "rewrites rope and compile"): ("one rank",),
     ("FLUX.1", "all of them"): ("Ulysses 2, cache, LoRA",),
     ("Wan 2.1", "int8"): ("cfg 2", "cache of stacks"),
-    ("Stable Diffusion 3", "compile"): ("cfg 2", "cache of parts", "LoRA"),
-    ("Stable Diffusion XL", "rewrites qkv"): ("cfg 2", "data 2", "group offload"),
+    ("Wan 2.1", "int8-weight and compile"): ("one rank",),
+    ("Wan 2.1", "rewrites modulation"): ("group offload",),
+    ("Stable Diffusion 3", "compile"): ("cfg 2",),
+    ("Stable Diffusion XL", "rewrites qkv"): ("cfg 2", "data 2"),
+    ("HunyuanVideo", "rewrites text"): ("one rank", "ring 2", "data 2", "LoRA", "cache of parts"),
 }
-"""Every option in some, every setting once."""
+"""Every option and every setting at least once (tests/options/test_cells.py)."""
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache as cached
@@ -14,9 +15,10 @@ import parafuse
 from parafuse.errors import ParafuseError
 from tests import adapters
 from tests.dist.ranks import RankFailure, run_ranks
-from tests.guided import flux, sd3, sdxl, wan
-from tests.guided.parts import made
+from tests.guided import flux, hunyuan, sd3, sdxl, wan
+from tests.guided.parts import legible, made, rows
 from tests.zoo.collect import randomized
+from tests.zoo.hunyuan import VIDEO
 from tests.zoo.sd3 import SD3
 from tests.zoo.wan import WAN
 
@@ -56,6 +58,8 @@ class Cell:
     refused: str = ""
     failed: str = ""
     applied: list[str] = field(default_factory=list[str])
+    idle: str = ""
+    """What a rewrite says that has nothing to do in this pipeline."""
 
     @property
     def fault(self) -> str:
@@ -96,11 +100,34 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
+ACTS = {
+    "qkv": r"one product in [1-9]",
+    "text": r"calls cut",
+    "modulation": r"calls looked up",
+    "rope": r"rope .*: ([1-9]\d* of|graphs are from torch's cache)",
+}
+"""What `applied` says of a rewrite that did something."""
+NOTHING_TO_DO = {
+    "text": ("Stable Diffusion XL",),  # it is called without a mask of its text
+    "rope": ("Stable Diffusion 3", "Wan 2.1", "Stable Diffusion XL", "HunyuanVideo"),  # none, or on each stream
+}
+
+
 def _wider(pipeline: Any, name: str, config: dict[str, Any], **changes: Any) -> Any:
     """The same with a denoiser whose layers are multiples of 16 wide, as fp8 asks for."""
     model = made(name, config, **changes).eval().requires_grad_(False)
     pipeline.register_modules(transformer=randomized(model))
     return pipeline
+
+
+def _padded(count: int) -> dict[str, Any]:
+    """HunyuanVideo with prompts of about 20 and 10 tokens, padded to 40."""
+    return hunyuan.call(count) | dict(
+        prompt_embeds=rows(count, 40, 16, seed=1),
+        prompt_attention_mask=legible(count, 40, missing=20),
+        negative_prompt_embeds=rows(count, 40, 16, seed=3),
+        negative_prompt_attention_mask=legible(count, 40, missing=30),
+    )
 
 
 PIPELINES: dict[str, tuple[Callable[[], Any], Callable[[int], dict[str, Any]], str]] = {
@@ -123,6 +150,17 @@ PIPELINES: dict[str, tuple[Callable[[], Any], Callable[[int], dict[str, Any]], s
         "transformer",
     ),
     "Stable Diffusion XL": (sdxl.build, sdxl.call_text, "unet"),
+    "HunyuanVideo": (
+        lambda: _wider(
+            hunyuan.build(),
+            "HunyuanVideoTransformer3DModel",
+            VIDEO,
+            attention_head_dim=16,
+            rope_axes_dim=(4, 6, 6),
+        ),
+        _padded,
+        "transformer",
+    ),
 }
 
 
@@ -172,6 +210,14 @@ def cell_of(pipeline: str, option: Option, setting: Setting) -> Cell:
     is_reordered = setting.parallel or setting.lora or changes_graph
     if option.rounds and is_reordered:
         cell.limit = max(EXACT, _off(want, exact))
+    for name in filter(None, option.config.get("rewrites", "").split(",")):
+        said = [line for _, lines in found for line in lines if line.startswith(f"rewrite {name} ")]
+        if any(re.search(ACTS[name], line) for line in said):  # a rank may find what another has compiled
+            continue
+        if pipeline in NOTHING_TO_DO.get(name, ()):
+            cell.idle = next(iter(said), f"rewrite {name}: nothing")
+        else:
+            cell.failed = f"rewrite {name} did nothing: {'; '.join(said)}"
     return cell
 
 

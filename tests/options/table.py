@@ -16,7 +16,8 @@ Written by `make options`; do not edit. Tiny pipelines with random weights and g
 steps, twice in a row. A number is the largest difference of the latents over the largest value: of an option that loses
 nothing (`compile`, `rewrites`) against the same setting without it on one rank, of a quantized model against the same
 quantized on one rank. At most 1e-5 is exact. Where layers are given in 8 bits, a difference of 4e-7 can flip a
-rounding: there at most what quantizing itself changes is allowed, and the number is in italics.
+rounding: there at most what quantizing itself changes is allowed, and the number is in italics. A rewrite must say in
+`applied` that it acted; *idle*: it has nothing to do in this pipeline, and the note is what it says.
 
 """
 
@@ -60,10 +61,15 @@ def page(rows: Rows) -> str:
 def _shown(cell: Cell, notes: list[str]) -> str:
     if cell.refused or cell.failed:
         note = cell.refused or f"FAILED: {cell.failed}"
-        if note not in notes:
-            notes.append(note)
-        return f"{'refused' if cell.refused else 'FAILED'} ({notes.index(note) + 1})"
+        return f"{'refused' if cell.refused else 'FAILED'} ({_number(note, notes)})"
     if cell.fault:
         return f"**{cell.fault}**"
     error = f"{cell.error:.0e}" if cell.error else "0"
-    return error if cell.error is None or cell.error <= 1e-5 else f"*{error}*"
+    error = error if cell.error is None or cell.error <= 1e-5 else f"*{error}*"
+    return f"{error}, idle ({_number(cell.idle, notes)})" if cell.idle else error
+
+
+def _number(note: str, notes: list[str]) -> int:
+    if note not in notes:
+        notes.append(note)
+    return notes.index(note) + 1

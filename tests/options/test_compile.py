@@ -3,6 +3,8 @@ results in every combination."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import math
 import os
 import time
@@ -302,3 +304,17 @@ def test_ranks_wait_for_one_that_compiles_but_not_for_ever(tmp_path: Path, longe
     assert second[0][0]
     assert first[0][0] is gets_it
     assert (first[0][1] > 0.3) is gets_it
+
+
+def test_where_nothing_can_be_locked_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems have no locks."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    begun = time.monotonic()
+    with tiers.one_at_a_time("x", 20.0) as has_it:
+        assert not has_it
+    assert time.monotonic() - begun < 10

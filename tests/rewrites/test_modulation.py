@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 
 import parafuse
-from parafuse.engine.rewrites import modulation
+from parafuse.engine.rewrites import modulation, step_tables
 from parafuse.engine.rewrites.modulation import StepModulation
 from parafuse.engine.verify import relative_error
 from parafuse.errors import ConfigError, UnsupportedError
@@ -136,7 +136,7 @@ def test_a_callback_that_changes_the_prompt_in_mid_request(in_place: bool, monke
         assert relative_error(tensors(pipeline(**seeded(call), **changing(in_place))), want) <= EXACT
         assert of(handle).seen["as they are"] == 0
         # Negative control: without the look at what stays the same, the rows of the first prompt are used.
-        monkeypatch.setattr(StepModulation, "_holds", lambda *_: True)
+        monkeypatch.setattr(step_tables.Table, "is_known", lambda *_: True)
         assert relative_error(tensors(pipeline(**seeded(call), **changing(in_place))), want) > 1e-3
 
 
@@ -221,7 +221,7 @@ def test_what_changes_in_every_step_is_given_up() -> None:
     with parafuse.apply(loop, CONFIG_ON) as handle:
         assert relative_error([loop(12)], [want]) <= EXACT
         assert any("from step to step" in why for why in of(handle).why)
-        assert len(of(handle)._tables) <= modulation.MAX_TABLES
+        assert len(of(handle)._tables) <= step_tables.MAX_TABLES
 
 
 def test_rows_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

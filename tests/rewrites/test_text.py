@@ -181,7 +181,10 @@ class Pools(nn.Module):
 
 
 @pytest.mark.parametrize("leak", [0.0, 1e-3])
-def test_padding_that_has_a_part_in_the_result_is_left(leak: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_full_first", [False, True])
+def test_padding_that_has_a_part_in_the_result_is_left(
+    leak: float, is_full_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model = Pools(leak)
     values = dict(
@@ -190,12 +193,40 @@ def test_padding_that_has_a_part_in_the_result_is_left(leak: float, monkeypatch:
     )  # fmt: skip
     want = outputs(model, values)
     with parafuse.apply(model, ON) as handle:
+        if is_full_first:  # that nothing is cut there proves nothing
+            outputs(model, values | dict(encoder_attention_mask=torch.ones(2, TOKENS)))
+            assert of(handle).seen.pop("cut, no mask given") == 1
         assert relative_error(outputs(model, values), want) <= EXACT
         assert of(handle).seen == ({"left whole": 1} if leak else {"cut, no mask given": 1})
         assert bool(of(handle).why) == bool(leak)
     monkeypatch.setattr(module_of_text, "is_same", lambda *_, **__: True)  # negative control: nothing is proven
     with parafuse.apply(model, ON):
         assert (relative_error(outputs(model, values), want) > EXACT) == bool(leak)
+
+
+class Restless(Pools):
+    """Draws noise in each call, and says so."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Any) -> Tensor:
+        found = super().forward(hidden_states, encoder_hidden_states, encoder_attention_mask)
+        self.calls = getattr(self, "calls", 0) + 1
+        return found + torch.randn(found.shape)
+
+
+def test_a_call_that_was_made_to_learn_leaves_nothing() -> None:
+    """The noise of the model, and what it counts, are those of the calls that were asked for."""
+    model, (_, values) = Restless(0.0), given(HUNYUAN, (5, 5))
+    values = dict(
+        hidden_states=torch.randn(2, 6, 8), encoder_hidden_states=torch.randn(2, TOKENS, 8),
+        encoder_attention_mask=values["encoder_attention_mask"].float(),
+    )  # fmt: skip
+    torch.manual_seed(3)
+    want = [outputs(model, values) for _ in range(4)]
+    with parafuse.apply(model, ON) as handle:
+        torch.manual_seed(3)
+        assert max(relative_error(outputs(model, values), one) for one in want) == 0
+        assert of(handle).seen == {"left whole": 4}
+    assert model.calls == 8
 
 
 def test_a_mask_is_looked_up_once_and_again_when_it_is_written_to() -> None:
@@ -229,7 +260,7 @@ def test_other_lengths_need_no_new_proof() -> None:
         for length in lengths:
             want = outputs(plain, masked(values, length))
             assert relative_error(outputs(model, masked(values, length)), want) <= EXACT
-        assert len(of(handle)._known) == 1
+        assert len(of(handle)._known) == 2  # one for those that cut nothing
         assert of(handle)._kept == {(length, TOKENS) for length in lengths}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from parafuse import hardware
 from parafuse.config import Axis
 from parafuse.engine import artifacts
 from parafuse.engine.plan import Plan
@@ -88,6 +89,61 @@ def test_space_is_bounded(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARAFUSE_CACHE", "")
     artifacts.save(PLAN)
     assert artifacts.load(PLAN) == "none"
+
+
+def test_a_broken_file_stops_no_start(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packing(monkeypatch, kept, "a", size=1)
+    artifacts.save(PLAN)
+    file = next(kept.iterdir())
+    packed = kept.parent / "deflated.zip"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("names.json", "instructions.json", "artifacts"):
+            archive.writestr(name, json.dumps([str(i) for i in range(500)]))
+    whole, kinds = packed.read_bytes(), set[bool]()
+    monkeypatch.undo()
+    monkeypatch.setenv("PARAFUSE_CACHE", str(kept.parent))
+    for place in range(0, len(whole) - 1, 37):  # one byte is another
+        broken = whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]
+        kinds.add(artifacts.unpack(broken))
+        file.write_bytes(broken)
+        artifacts._tidy(kept, artifacts.key_of(PLAN), file.with_name("new.zip"), {"a"})
+        assert artifacts.load(PLAN) == "none"
+    assert kinds == {False}
+
+
+def test_files_that_another_rank_takes_away_meanwhile(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packing(monkeypatch, kept, "a")
+    artifacts.save(PLAN)
+    plain = Path.glob
+
+    def glob(self: Path, pattern: str) -> list[Path]:
+        found = list(plain(self, pattern))
+        for file in found:
+            file.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert artifacts.load(PLAN) == "none"
+    packing(monkeypatch, kept, "b")
+    artifacts.save(PLAN)
+    assert artifacts.load(PLAN) == "none"
+
+    def fails() -> None:
+        raise FileNotFoundError("a source is gone")
+
+    monkeypatch.setattr(artifacts, "pack", fails)
+    artifacts.save(PLAN)
+
+
+def test_what_is_made_for_another_processor_is_not_found(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = "processor : 0\nmodel name : Some CPU\nflags : fpu avx2{}\ncpu MHz : {}\n\nprocessor : 1\n"
+    keys = list[str]()
+    for more, clock in (("", 2600), ("", 2601), (" avx512f", 2600), (" sse4a", 2600)):
+        text = facts.format(more, clock)
+        monkeypatch.setattr(hardware, "_read", lambda _, text=text: text)
+        keys.append(artifacts.key_of(PLAN))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 def test_a_file_cannot_place_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

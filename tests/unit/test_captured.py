@@ -1,8 +1,11 @@
-"""Captured calls, with a stand-in for CUDA graphs that writes into the same tensors at every replay, as these do."""
+"""Captured calls, with a stand-in for CUDA graphs that runs the same operators on the same tensors at every replay, as
+these do, and no Python."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -10,30 +13,84 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import parafuse
+from parafuse.engine.rewrites.gates import Gate
+from parafuse.engine.rewrites.rows import Rows
 from parafuse.errors import ConfigError, UnsupportedError
 from parafuse.parallel import captured, tiers
 from parafuse.parallel.captured import MAX_SHAPES, MOST_ANEW, CapturedCalls
+from parafuse.parallel.held import Held
 from tests.caches.steps import later, letters
 from tests.models import ODD, build, error, inputs
 
 
-class Rerun:
-    """Keeps a function and runs it again, into the tensors that it gave at first. What Python did in the first run is
-    not done again by a real graph; here it is, but for what it holds by then."""
+class Operators(TorchDispatchMode):
+    """Notes each operator that runs, and all tensors that it has and gives. What was there before is held weakly: a
+    graph keeps the memory that it makes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[Any, Any, Any]] = []
+        self.made: dict[int, Tensor] = {}
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Compiled code runs below it."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.made.update((id(x), x) for x in tree_leaves(out) if isinstance(x, Tensor))
+        self.done.append((func, *tree_map(self._place, ((args, kwargs or {}), out))))
+        return out
+
+    def _place(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return Made(id(x)) if id(x) in self.made else weakref.ref(x)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that an operator gave."""
+
+    number: int
+
+
+class Recorded:
+    """Keeps the operators of a run and runs them again, into the tensors that it gave at first."""
 
     def __init__(self) -> None:
         self.replays = 0
 
     def __call__(self, run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-        made = [x.clone() for x in run()]
+        with Operators() as operators:
+            found = run()
+        made = [x.clone() for x in found]
+        places = [id(x) for x in found]
 
         def replay() -> None:
             self.replays += 1
-            for x, new in zip(made, run(), strict=True):
-                x.copy_(new)
+            values: dict[int, Any] = {}
+
+            def now(x: Any) -> Any:
+                if isinstance(x, weakref.ref):
+                    there = x()
+                    assert there is not None, "the graph reads memory that was let go"
+                    return there
+                return values.get(x.number, operators.made[x.number]) if isinstance(x, Made) else x
+
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                for func, given, out in operators.done:
+                    args, kwargs = tree_map(now, given)
+                    again = func(*args, **kwargs)
+                    named = zip(tree_leaves(out), tree_leaves(again), strict=True)
+                    values |= {x.number: new for x, new in named if isinstance(x, Made)}
+                for x, place in zip(made, places, strict=True):
+                    x.copy_(values.get(place, x))
 
         return made, replay
 
@@ -48,8 +105,8 @@ class Scaled(nn.Module):
         return self.inner(x) * self.scaling["a"] * by, "told"
 
 
-def standing(module: nn.Module, kind: type[CapturedCalls] = CapturedCalls) -> tuple[CapturedCalls, Rerun]:
-    capture = Rerun()
+def standing(module: nn.Module, kind: type[CapturedCalls] = CapturedCalls) -> tuple[CapturedCalls, Recorded]:
+    capture = Recorded()
     calls = kind(module, capture)
     calls.install()
     return calls, capture
@@ -158,19 +215,101 @@ def test_graphs_are_bounded_and_what_cannot_be_captured_is_refused_or_said(capsy
         writes(torch.ones(2))
 
 
+class Casts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).float()
+
+
+@torch.no_grad()
+def test_autocast_has_graphs_of_its_own_which_keep_no_cast_weights() -> None:
+    torch.manual_seed(0)
+    module, x = Casts(), torch.randn(3, 64)
+    calls, capture = standing(module)
+
+    def cast() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return module(x)
+
+    for _ in range(3):
+        cast()
+    assert (calls.num_captured, capture.replays) == (1, 1)
+    for _ in range(3):
+        assert error(module(x), module.inner(x)) <= 1e-6
+    assert (calls.num_captured, capture.replays) == (2, 2)
+    assert error(cast(), module.inner(x)) > 1e-4
+    module.inner.weight.mul_(-3)
+    assert error(cast(), module.inner(x)) <= 2e-2  # negative control: captured._no_kept_casts
+
+
+class Sized(nn.Module):
+    """Keeps a table for the size that it had last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.table = nn.Linear(4, 4), torch.zeros(0, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.table) != len(x):
+            self.table = torch.arange(4.0 * len(x)).view(-1, 4)
+        return self.inner(x) + self.table
+
+
+@torch.no_grad()
+def test_no_graph_reads_what_another_call_has_let_go(capsys: pytest.CaptureFixture[str]) -> None:
+    module = Sized()
+    calls, capture = standing(module)
+    for turn, rows in enumerate([3, 3, 3, 5, 3, 3, 3]):
+        x = torch.randn(rows, 4)
+        want = module.inner(x) + torch.arange(4.0 * rows).view(-1, 4)
+        assert error(module(x), want) <= 1e-6, turn
+    assert (calls.num_captured, capture.replays) == (2, 2)
+    assert "replaced what the module keeps" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_what_a_rewrite_sets_for_a_call_has_a_graph_of_its_own() -> None:
+    inner, x, rows = nn.Linear(4, 4), torch.randn(2, 4), [nn.Parameter(torch.randn(2, 4)) for _ in "ab"]
+    module = nn.Sequential(inner)
+    layers, gate = Rows(), Gate()
+    layers.prepare(module)
+    layers.add([inner])
+    inner.register_forward_pre_hook(gate, with_kwargs=True)
+    calls, capture = standing(module)
+    for _ in range(2 * MOST_ANEW):
+        for row in rows:
+            layers.show({inner: row})
+            assert torch.equal(module(x), row)
+            layers.hide({inner: row})
+        assert error(module(x), nn.functional.linear(x, inner.weight, inner.bias)) <= 1e-6
+        gate.close((7,))
+        module(x)
+        gate.close(())
+    assert calls.num_captured == 4
+    assert capture.replays == 4 * (2 * MOST_ANEW - 2)
+    with mock.patch.object(Held, "of_the_call", return_value=()):  # negative control: one graph for all
+        for _ in range(3):
+            module(x)
+        layers.show({inner: rows[0]})
+        assert not torch.equal(module(x), rows[0])
+
+
 def on_steps(asked: parafuse.Config) -> tuple[list[Tensor], Any, list[int], list[int]]:
     """(results by step, decisions, graphs captured, replays after each step) of one request."""
     torch.compiler.reset()
     model, results = build("flux"), list[Tensor]()
     replays: list[int] = []
-    seen: list[Rerun] = []
+    seen: list[Recorded] = []
 
-    def rerun() -> Rerun:
-        seen.append(Rerun())
+    def recorded() -> Recorded:
+        seen.append(Recorded())
         return seen[-1]
 
     with (
-        mock.patch.object(captured, "CudaCapture", rerun),
+        mock.patch.object(captured, "CudaCapture", recorded),
         mock.patch.object(captured, "refuse_without_graphs"),
         mock.patch.object(tiers, "BACKEND", "eager"),
         torch.no_grad(),

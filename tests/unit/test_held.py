@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from parafuse.parallel.fingerprint import fingerprint
@@ -57,6 +60,17 @@ class Packed(nn.Module):
             self.state["scale"], self.weight.scale = self.weight.scale, None  # type: ignore[attr-defined]
             self.weight.data = self.weight.data.t() + 1
         return (x @ self.weight) * self.state.get("scale", 100.0)
+
+
+def test_what_has_not_changed_is_not_written_to() -> None:
+    """Configurations of diffusers let nobody."""
+    module: Any = nn.Linear(2, 2)
+    module.config, module.none = FrozenDict(width=2), FrozenDict()
+    held = Held(module)
+    module.more = 3
+    held.restore()
+    assert held.is_same(exactly=True)
+    assert not hasattr(module, "more")
 
 
 def test_attributes_and_data_of_a_parameter_are_put_back() -> None:

@@ -89,8 +89,9 @@ class Clock:
             self.step, self.total, self.samples, self._running, self._is_open, self.has_stepped = before
 
     def _tell(self) -> None:
-        for told in self.on_start:
-            told()
+        with ExitStack() as stack:  # all are told, also where one of them raises
+            for told in reversed(self.on_start):
+                stack.callback(told)
 
     def schedulers(self) -> list[Any]:
         """Of the pipeline whose loop began last, where that is known; else of all."""

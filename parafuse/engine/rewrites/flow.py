@@ -45,19 +45,30 @@ class Op:
         return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
 
 
+class WritesError(Exception):
+    """A call would have written into a tensor that was there before it."""
+
+
 class Flow(TorchDispatchMode):
     """Follows values through a call with these leaves. `keeps`: whether to keep an operator whose results have such
     sources; what it keeps stays in memory as long as this does. `unseen`: where tensors come from that were there
-    before, or were made where this did not look."""
+    before, or were made where this did not look. `may_write`: else a call that would write into one of these ends with
+    WritesError before it does."""
 
     def __init__(
-        self, leaves: list[Any], keeps: Callable[[Sources], bool] = lambda _: False, unseen: Sources = frozenset()
+        self,
+        leaves: list[Any],
+        keeps: Callable[[Sources], bool] = lambda _: False,
+        unseen: Sources = frozenset(),
+        *,
+        may_write: bool = True,
     ):
         super().__init__()
         self._unseen = unseen
+        self._may_write = may_write
         self._sources: dict[int, tuple[Sources, StorageWeakRef]] = {}
         """By storage: a weak reference lets its memory go, but not its place, so that no other gets its sources."""
-        self._decided: Sources = frozenset()
+        self.decided: Sources = frozenset()
         """What Python has looked at the values of."""
         self._keeps = keeps
         self.ops: list[Op] = []
@@ -66,6 +77,7 @@ class Flow(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 known = self._sources.get(storage_of(leaf) or 0)
                 self.mark([leaf], {number, *(known[0] if known else ())})  # two may be views of one
+        self._given = set(self._sources)
 
     def sources_of(self, x: Tensor) -> Sources:
         """What a value depends on; nothing where it is made of shapes."""
@@ -80,6 +92,10 @@ class Flow(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self._note(x, frozenset(sources))
 
+    def _was_there(self, x: Tensor) -> bool:
+        key = storage_of(x)
+        return key is not None and (key in self._given or key not in self._sources)
+
     def _note(self, x: Tensor, sources: Sources) -> None:
         key = storage_of(x)
         if key is not None:
@@ -88,14 +104,16 @@ class Flow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self._may_write and any(self._was_there(x) for x in _written(func, args, kwargs)):
+            raise WritesError
         out = func(*args, **kwargs)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        found: Sources = self._decided
+        found: Sources = self.decided
         is_blank = func.overloadpacket.__name__ in _BLANK
         if not is_blank:
             found = found.union(*map(self.sources_of, given))
         if _is_by_value(func, given):
-            self._decided |= found
+            self.decided |= found
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         there = {storage_of(x) for x in given}
         for x in results:
@@ -104,6 +122,16 @@ class Flow(TorchDispatchMode):
         if self._keeps(found):
             self.ops.append(Op(func, args, kwargs, results))
         return out
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operator writes into."""
+    schema: Any = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    named = dict(zip((x.name for x in schema.arguments), args, strict=False)) | kwargs
+    into = [x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+    return [x for x in tree_leaves([named.get(name) for name in into]) if isinstance(x, Tensor)]
 
 
 def storage_of(x: Tensor) -> int | None:

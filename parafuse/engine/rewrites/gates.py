@@ -20,13 +20,17 @@ class Gate:
     """A hook before the forward of one part, which takes arguments away while it is told so."""
 
     def __init__(self) -> None:
-        self.places: tuple[Place, ...] = ()
+        self._of_the_call: tuple[Place, ...] = ()  # parallel/held.py: OF_THE_CALL
+
+    def close(self, places: tuple[Place, ...]) -> None:
+        self._of_the_call = places
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.places:
+        places = self._of_the_call
+        if not places:
             return None
-        new = tuple(None if i in self.places else x for i, x in enumerate(args))
-        return new, {name: None if name in self.places else x for name, x in kwargs.items()}
+        new = tuple(None if i in places else x for i, x in enumerate(args))
+        return new, {name: None if name in places else x for name, x in kwargs.items()}
 
 
 class Gates:
@@ -52,12 +56,12 @@ class Gates:
     def closed(self, sites: Sites) -> Iterator[None]:
         """Inside, these parts are called without these arguments."""
         for part, places in sites.items():
-            self._gates[part].places = places
+            self._gates[part].close(places)
         try:
             yield
         finally:
             for part in sites:
-                self._gates[part].places = ()
+                self._gates[part].close(())
 
     def find(self, run: Callable[[], Any], leaves: list[Any], masks: Sources) -> Sites:
         """What parts are given that comes from these masks alone, and that masks nothing. Only the model's own code

@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parafuse.parallel.held import OF_THE_CALL
+
 
 class RowLinear(nn.Linear):
     """What an `nn.Linear` is while its results are looked up. Its weights, names and hooks are its own."""
 
-    _row: Tensor
+    _of_the_call: Tensor
+    """The row; nothing where the layer runs."""
 
     def forward(self, input: Tensor) -> Tensor:
-        row = self._row
+        row = self._of_the_call
         return row if row.numel() else F.linear(input, self.weight, self.bias)
 
     def _get_name(self) -> str:
@@ -38,14 +41,14 @@ class Rows:
         """Gives each linear layer the place for a row at once: what watches the module sees no change later."""
         self._ready += [part for part in module.modules() if type(part) is nn.Linear]
         for layer in self._ready:
-            vars(layer)["_row"] = self._none
+            vars(layer)[OF_THE_CALL] = self._none
 
     def add(self, layers: list[nn.Linear]) -> None:
         """Makes layers give rows, where there are any."""
         for layer in layers:
             if layer not in self._on:
                 layer.__class__ = RowLinear
-                vars(layer)["_row"] = self._none
+                vars(layer)[OF_THE_CALL] = self._none
                 self._on[layer] = None
 
     def remove(self) -> None:
@@ -53,7 +56,7 @@ class Rows:
         for layer in self._on:
             layer.__class__ = nn.Linear
         for layer in (*self._ready, *self._on):
-            vars(layer).pop("_row", None)
+            vars(layer).pop(OF_THE_CALL, None)
         self._ready.clear()
         self._on.clear()
         self._buffers.clear()
@@ -77,11 +80,11 @@ class Rows:
 
     def show(self, views: dict[nn.Linear, Tensor]) -> None:
         for layer, view in views.items():
-            vars(layer)["_row"] = view
+            vars(layer)[OF_THE_CALL] = view
 
     def hide(self, views: dict[nn.Linear, Tensor]) -> None:
         for layer in views:
-            vars(layer)["_row"] = self._none
+            vars(layer)[OF_THE_CALL] = self._none
 
 
 def by_dtype(like: dict[nn.Linear, Tensor]) -> list[list[nn.Linear]]:

@@ -138,7 +138,7 @@ class TrimmedText(Rewrite):
         valid = {one.mask: self.masks(leaves[one.mask], one.offset, one.length) for one in texts}
         texts = [one for one in texts if valid[one.mask] is not None]
         says = {mask: found for mask, found in valid.items() if found is not None}
-        useful = [one for one in texts if says[one.mask].is_full or one.kept(says[one.mask]) < one.length]
+        useful = [one for one in texts if says[one.mask].is_full or one.is_cut(says[one.mask])]
         if not useful:
             self.why[NOTHING_PADDED if texts else NO_MASK] = None
             self.seen["left whole"] += 1
@@ -147,7 +147,7 @@ class TrimmedText(Rewrite):
         key = (
             str(spec),
             tuple(_fact(x, lengths) for x in leaves),
-            tuple((one.mask, says[one.mask].is_full) for one in useful),
+            tuple((one.mask, says[one.mask].is_full, one.is_cut(says[one.mask])) for one in useful),
         )
         way = self._known.get(key, 0)
         if isinstance(way, int) and way < TRIES:
@@ -197,6 +197,7 @@ class TrimmedText(Rewrite):
             finally:
                 lent.give_back()
             if not self._all_say(not has_effects):  # a table that is made at the first call is none at the second
+                watched.undo()  # the call itself is still to be made
                 if tried + 1 == TRIES:
                     self._say("its calls do more than give a result")
                 return tried + 1
@@ -206,7 +207,7 @@ class TrimmedText(Rewrite):
     def _proven(self, run: Callable[[list[Any]], Any], whole: Any, call: _Call) -> Way | None:
         leaves, texts, says = call.leaves, call.texts, call.says
         kept = {one.mask: one.kept(says[one.mask]) for one in texts}
-        cuts = [one for one in texts if kept[one.mask] < one.length]
+        cuts = [one for one in texts if one.is_cut(says[one.mask])]
         if cuts and not self._holds(run, disturbed(leaves, cuts, kept), whole, tight=True):
             self._say("tokens that the mask says are padding have a part in the result")
             return None

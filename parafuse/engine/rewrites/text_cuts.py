@@ -49,6 +49,10 @@ class Text:
             return valid.length
         return min(self.length, -(-valid.length // BUCKET) * BUCKET)
 
+    def is_cut(self, valid: Valid) -> bool:
+        """Whether that are fewer than it has. A way that was found where they are not is none for where they are."""
+        return self.kept(valid) < self.length
+
 
 class Masks:
     """What masks say, looked up once for each tensor and each change of it: a look waits for the device."""

@@ -1,5 +1,5 @@
-"""What a denoiser will be given as its timestep in the steps to come: the scheduler's timesteps in the form that the
-pipeline gives them, told by those that were given so far."""
+"""What a denoiser will be given as its timestep in the steps to come: the scheduler's timesteps in the forms that the
+pipeline may give them in, told by those that were given so far."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ def _forms(scheduler: Any, like: Tensor) -> Iterator[Tensor]:
 
 
 def foreseen(schedulers: Iterable[Any], given: list[Tensor]) -> Tensor | None:
-    """(steps,) what will be given, each value once; None where it is not told by what was given so far (each a tensor
-    of one value). Waits for the device."""
+    """(values,) what may be given, each once: of all forms that have what was given so far (tensors of one value), for
+    those that agree in the first steps may part later by a rounding. None where no form has it. Waits for the device.
+    """
     like = given[-1]
     seen = set(torch.stack([x.reshape(-1)[0] for x in given]).tolist())
+    found: dict[float, None] = {}
     for scheduler in schedulers:
         if not isinstance(getattr(scheduler, "timesteps", None), Tensor):
             continue
@@ -43,8 +45,8 @@ def foreseen(schedulers: Iterable[Any], given: list[Tensor]) -> Tensor | None:
         for form in forms:
             values, at_hand = at_hand[: len(form)], at_hand[len(form) :]
             if seen <= set(values):
-                return torch.tensor(list(dict.fromkeys(values)), dtype=like.dtype, device=like.device)
-    return None
+                found |= dict.fromkeys(values)
+    return torch.tensor(list(found), dtype=like.dtype, device=like.device) if found else None
 
 
 def is_one_value(x: Any) -> bool:

@@ -25,7 +25,7 @@ def own_part(x_BHSD: Tensor, layout: Layout, rank: int) -> Tensor:
 
 def with_everyone(x_BHSD: Tensor, layout: Layout, group: str) -> Tensor:
     """Rows of `layout.spread` -> rows of `layout`. Collective on `group` where a segment is kept and not empty."""
-    if layout.kept is None:
+    if layout.kept is None or layout.degree == 1:
         return x_BHSD
     before, rows = sum(layout.parts[: layout.kept]), layout.lengths[layout.kept]
     part = layout.spread.parts[layout.kept]

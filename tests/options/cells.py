@@ -70,6 +70,8 @@ class Cell:
         return ""
 
 
+SPARSE_ACTS = r"sparse attention .*: [1-9]\d* sparse calls"
+SPARSE = "window:0,0,1,tile=1x1x2,dense_steps=1,dense_layers=0"
 OPTIONS: dict[str, Option] = {
     "fp8": Option({"quantize": "fp8:reference=true,min_features=16"}, rounds=True),
     "fp8-weight": Option({"quantize": "fp8-weight:min_features=8"}),
@@ -81,6 +83,9 @@ OPTIONS: dict[str, Option] = {
     "rewrites text": Option({"rewrites": "text"}, is_exact=True),
     "rewrites modulation": Option({"rewrites": "modulation"}, is_exact=True),
     "rewrites rope and compile": Option({"rewrites": "rope", "compile": True}, is_exact=True),
+    "attention math": Option({"attention": "math"}, is_exact=True),
+    "sparse": Option({"sparse": SPARSE}),
+    "sparse and compile": Option({"sparse": SPARSE, "compile": True}),
     "all of them": Option(
         {"quantize": "int8-weight:min_features=8", "compile": True, "rewrites": "modulation,rope"},
     ),
@@ -192,7 +197,7 @@ def alone(pipeline: str, texts: tuple[tuple[str, Any], ...], cache: str | None, 
 
 
 def cell_of(pipeline: str, option: Option, setting: Setting) -> Cell:
-    lossy = tuple((name, value) for name, value in option.config.items() if name == "quantize")
+    lossy = tuple((name, value) for name, value in option.config.items() if name in ("quantize", "sparse"))
     try:
         want = alone(pipeline, lossy, setting.cache, setting.lora)
         exact = alone(pipeline, (), setting.cache, setting.lora)
@@ -210,6 +215,7 @@ def cell_of(pipeline: str, option: Option, setting: Setting) -> Cell:
     is_reordered = setting.parallel or setting.lora or changes_graph
     if option.rounds and is_reordered:
         cell.limit = max(EXACT, _off(want, exact))
+    cell.failed = next(filter(None, (_idle(option.config, lines) for _, lines in found)), "")
     for name in filter(None, option.config.get("rewrites", "").split(",")):
         said = [line for _, lines in found for line in lines if line.startswith(f"rewrite {name} ")]
         if any(re.search(ACTS[name], line) for line in said):  # a rank may find what another has compiled
@@ -219,6 +225,18 @@ def cell_of(pipeline: str, option: Option, setting: Setting) -> Cell:
         else:
             cell.failed = f"rewrite {name} did nothing: {'; '.join(said)}"
     return cell
+
+
+def _idle(config: dict[str, Any], applied: list[str]) -> str:
+    """What was asked for and did nothing."""
+    if "sparse" in config and not any(
+        re.search(r"sparse attention .*: [1-9]\d* sparse calls", line) for line in applied
+    ):
+        return f"sparse attention did nothing: {'; '.join(applied)}"
+    wanted = config.get("attention", "")
+    if wanted and not any(re.search(rf"attention on .*: {wanted} in [1-9]", line) for line in applied):
+        return f"attention {wanted} did nothing: {'; '.join(applied)}"
+    return ""
 
 
 def _tried(pipeline: str, config: dict[str, Any], setting: Setting) -> tuple[Tensor, list[str]] | str:

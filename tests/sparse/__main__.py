@@ -10,13 +10,16 @@ from tests.sparse.zoo import METHOD, Ran, error, run
 from tests.zoo.collect import cases
 
 PAGE = Path(__file__).parents[2] / "docs" / "sparse-support.md"
-EXACT = 1e-5
+EXACT, ROUNDED = 1e-5, 1e-3
+"""The second where a model rounds queries and keys to bf16 whatever its weights are, so that another order of sums may
+round one of them to the other side."""
 HEAD = f"""# Sparse attention, class by class
 
 Made by `python -m tests.sparse`: tiny configurations with random weights, `{METHOD}`. The grid is found out from one
 call. *Loss*: largest difference from the plain model over its largest value; random weights attend evenly, so it is a
 worst case. *Two ranks*: the same against sparse attention on one rank, with Ulysses 2 and with ring 2; exact is at most
-1e-5. *Density*: pairs attended over all pairs, in sparse calls.
+1e-5, or 1e-3 where the model itself rounds queries and keys to bf16.
+*Density*: pairs attended over all pairs, in sparse calls.
 
 | class | grid | sparse calls | density | loss | Ulysses 2 | ring 2 |
 |---|---|---:|---:|---:|---|---|
@@ -40,7 +43,7 @@ def _cell(one: Ran, ranks: list[Ran]) -> str:
     if any(rank.refused for rank in ranks):
         return "refused"
     worst = max(error(rank.outputs, one.outputs) for rank in ranks)
-    return "exact" if worst <= EXACT else f"{worst:.1e}"
+    return "exact" if worst <= (ROUNDED if one.rounds else EXACT) else f"{worst:.1e}"
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import parafuse
 from parafuse.config import Config, Parallel
 from parafuse.errors import ParafuseError
-from tests.sparse.test_grid import PICTURES, VIDEO, _sizes
+from tests.sparse.test_grid import VIDEO, _sizes
 from tests.zoo.collect import cases, inputs_of, randomized
 
 METHOD = "radial:0.4,tile=1x2x3,dense_steps=0,dense_layers=0,sink_frames=0"
@@ -28,14 +28,17 @@ class Ran:
     sparse_calls: int
     whole: dict[str, int]
     density: float | None
+    rounds: bool
+    """The model rounds queries and keys to bf16 by itself."""
 
 
 def run(name: str, degrees: dict[str, int], method: str = METHOD) -> Ran:
     """One call on this rank. Without a method: the plain model."""
     case = cases()[name]
     model, values = randomized(case.build()), inputs_of(case, _sizes(name, VIDEO))
+    rounds = bool(case.rounding)
     if not method:
-        return Ran(_outputs(model, values), "", "", 0, {}, None)
+        return Ran(_outputs(model, values), "", "", 0, {}, None, rounds)
     parallel = Parallel(**{"ulysses": 1, **degrees})
     try:
         with parafuse.apply(model, Config(sparse=method, parallel=parallel)) as handle, handle.request():
@@ -44,7 +47,7 @@ def run(name: str, degrees: dict[str, int], method: str = METHOD) -> Ran:
             report = video.attention.report() or {}
             grid = "x".join(map(str, next(iter(video.streams.values())).grid))
     except ParafuseError as refusal:
-        return Ran([], str(refusal), "", 0, {}, None)
+        return Ran([], str(refusal), "", 0, {}, None, rounds)
     return Ran(
         outputs,
         "",
@@ -52,6 +55,7 @@ def run(name: str, degrees: dict[str, int], method: str = METHOD) -> Ran:
         report.get("sparse_calls", 0),
         report.get("whole_calls", {}),
         report.get("density"),
+        rounds,
     )
 
 
@@ -63,7 +67,3 @@ def _outputs(model: Any, values: dict[str, Any]) -> list[Tensor]:
 def error(got: list[Tensor], want: list[Tensor]) -> float:
     """Largest difference over largest value, of the worst output."""
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(got, want, strict=True))
-
-
-def is_picture(name: str) -> bool:
-    return name.partition(":")[0] in PICTURES

@@ -12,7 +12,7 @@ WHEELS_FOR ?= 3.12
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-use test-caches test-options caches options rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
+.PHONY: help setup demo check test test-use test-caches test-options test-attention caches options sparse rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,7 +53,13 @@ test-options: setup ## Run the tests of quantization, compile and rewrites, and 
 	$(BIN)/python -m pytest tests/quantize tests/rewrites tests/options --collected-floor tests/collected_floor_options.txt
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.options --fixed-part
 
-options: setup ## Try quantization, compile and rewrites beside everything else: docs/options-support.md (half an hour)
+test-attention: setup ## Run the tests of attention's kernels and of sparse attention (four minutes)
+	$(BIN)/python -m pytest tests/kernels tests/sparse --collected-floor tests/collected_floor_attention.txt
+
+sparse: setup ## Put sparse attention on every transformer class: docs/sparse-support.md (ten minutes)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sparse
+
+options: setup ## Try quantization, compile, rewrites and attention beside everything else: docs/options-support.md (an hour)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.options
 
 rewrites: setup ## Put the rewrite text on every class that takes a mask: the table of docs/rewrites.md (a minute)

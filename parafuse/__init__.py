@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from parafuse.attention import Attention
     from parafuse.cache import (
         Cache,
         DeepCache,
@@ -27,17 +28,21 @@ if TYPE_CHECKING:
     from parafuse.engine.plan import Plan
     from parafuse.errors import ParafuseError
     from parafuse.quantization import Fp8, Fp8Weight, Int8, Int8Weight, Quantize
+    from parafuse.sparse import Content, Radial, Sparse, Window
 
 __version__ = "0.1.0"
 __all__ = [
-    "Cache", "Config", "DeepCache", "Engine", "FasterCache", "FirstBlockCache", "ForaCache", "Fp8", "Fp8Weight",
-    "Handle", "Int8", "Int8Weight", "IntervalCache", "MagCache", "MaskCache", "ParafuseError", "Parallel", "Plan",
-    "PyramidAttentionBroadcast", "Quantize", "TGateCache", "TaylorSeerCache", "TeaCache", "TokenMerging", "apply",
+    "Attention", "Cache", "Config", "Content", "DeepCache", "Engine", "FasterCache", "FirstBlockCache", "ForaCache",
+    "Fp8", "Fp8Weight", "Handle", "Int8", "Int8Weight", "IntervalCache", "MagCache", "MaskCache", "ParafuseError",
+    "Parallel", "Plan", "PyramidAttentionBroadcast", "Quantize", "Radial", "Sparse", "TGateCache", "TaylorSeerCache",
+    "TeaCache", "TokenMerging", "Window", "apply",
 ]  # fmt: skip
 
 _HOMES = {
     **{name: "parafuse.cache" for name in __all__ if name.endswith(("Cache", "Broadcast", "Merging"))},
     **dict.fromkeys(("Quantize", "Fp8", "Fp8Weight", "Int8", "Int8Weight"), "parafuse.quantization"),
+    **dict.fromkeys(("Sparse", "Window", "Radial", "Content"), "parafuse.sparse"),
+    "Attention": "parafuse.attention",
     "Config": "parafuse.config",
     "Parallel": "parafuse.config",
     "ParafuseError": "parafuse.errors",

@@ -107,9 +107,9 @@ class SparseVideo(OnForward):
     def _video(self, stream: VideoStream) -> Video:
         return Video(stream.grid, stream.first, stream.total, lambda number: self._place(stream, number))
 
-    def _place(self, stream: VideoStream, number: int) -> int | None:
-        """Of so many segments of an attention the one that the video is in, where several are as long: as in the first
-        block, whose plan names them."""
+    def _place(self, stream: VideoStream, number: int) -> tuple[int, int] | None:
+        """Of so many segments of an attention the first and the last that the video is in, where several are as long:
+        as in the first block, whose plan names them."""
         for key, plan in self.sequence.plans.items():
             if key[0] != self.sequence.kind_of(stream.block) or stream.leaf not in plan.arguments:
                 continue
@@ -117,8 +117,8 @@ class SparseVideo(OnForward):
             for site in plan.sites:
                 if site.queries is not None and site.keys == site.queries and len(site.queries) == number:
                     places = [i for i, atom in enumerate(site.queries) if atom in atoms]
-                    if len(places) == 1:
-                        return places[0]
+                    if places and places == list(range(places[0], places[-1] + 1)):
+                        return places[0], places[-1]
         return None
 
     def _refuse(self, stream: VideoStream) -> None:

@@ -9,6 +9,7 @@ the keys that a tile sees together and attends to them.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -88,6 +89,34 @@ def _check(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, q_tiles: Tensor, k_t
         )
     if chosen.ndim != 4 or chosen.shape[0] not in (1, batch) or chosen.shape[1] not in (1, heads):
         raise UnsupportedError(f"tiles chosen as {tuple(chosen.shape)} for a batch of {batch} and {heads} heads")
+
+
+@dataclass(frozen=True, eq=False)
+class KeyMask:
+    """A mask of keys, and which rows see any."""
+
+    keys: Tensor | None
+    """Broadcastable to (B, H, 1, N), bool or additive."""
+    rows: Tensor | None
+    """(B or 1, H or 1, S, 1) bool; None: all do."""
+
+    def without_rows(self, out_BHSD: Tensor, rows: Tensor | None) -> Tensor:
+        """Rows that see no key are 0. `rows` (S,): those that `out` has; None: all."""
+        if self.rows is None:
+            return out_BHSD
+        return out_BHSD.masked_fill(~(self.rows if rows is None else self.rows.index_select(-2, rows)), 0.0)
+
+
+def key_mask(mask: Tensor, num_queries: int) -> KeyMask:
+    """The mask of keys that a mask (..., S, N) of all pairs amounts to: its rows are equal, but for those that see no
+    key (padding). Waits for the device. Raises UnsupportedError for any other mask."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    rows = seen.any(dim=-1, keepdim=True)
+    first = rows.to(torch.uint8).argmax(dim=-2, keepdim=True)
+    keys = mask.gather(-2, first.expand(*first.shape[:-1], mask.shape[-1]))
+    if not bool(((mask == keys) | ~rows).all()):
+        check_mask(mask, num_queries)
+    return KeyMask(keys, rows[(None,) * (4 - rows.ndim)])
 
 
 def check_mask(mask: Tensor | None, num_queries: int) -> None:

@@ -123,14 +123,16 @@ class RankAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, call: Call) -> Tensor:
         sparse: SparseAttention | None = self.choice.sparse
         plan = sparse.plan(q, k, queries, keys, call) if sparse is not None else None
-        if plan is None or not plan.moves_heads:
-            return self._attended(q, k, v, queries, keys, call, plan)
+        if plan is None:
+            return self._attended(q, k, v, queries, keys, call, None)
+        mask = plan.mask.keys
+        if not plan.moves_heads:
+            return self._attended(q, k, v, queries, keys, Call(mask, call.scale), plan)
         order = torch.tensor(plan.order, device=q.device)
-        mask = call.mask
         if mask is not None and mask.ndim > 2 and mask.shape[-3] == len(order):
             mask = mask.index_select(-3, order)
         q, k, v = (x.index_select(1, order) for x in (q, k, v))
-        out = self._attended(q, k, v, queries, keys, Call(mask, call.scale, call.is_causal), plan)
+        out = self._attended(q, k, v, queries, keys, Call(mask, call.scale), plan)
         return out.transpose(1, 2).index_select(2, order.argsort()).transpose(1, 2)
 
     def _attended(
@@ -151,7 +153,7 @@ class RankAttention:
         else:
             key_of_head = _key_of_head(heads, q.shape[1] // k.shape[1])
             if plan is not None:
-                out = self._attend_sparsely(qkv, queries, call, key_of_head, plan, heads)
+                out = self._attend_sparsely(qkv, (queries, keys), call, key_of_head, plan, heads)
             else:
                 out = self._attend(qkv[0], qkv[1], qkv[2], queries, keys, call, key_of_head)
         return self._gather_heads(out, q.shape[1], queries)
@@ -209,7 +211,7 @@ class RankAttention:
     def _attend_sparsely(
         self,
         qkv: tuple[Tensor, ...],
-        layout: Layout,
+        layouts: tuple[Layout, Layout],
         call: Call,
         key_of_head: list[int],
         plan: LayerPlan,
@@ -221,7 +223,7 @@ class RankAttention:
         q, k, v = qkv
         if self.ring == 1:
             return plan.attend(q, expand(k), expand(v), call, heads)
-        return sparse_ring_attention(q, (k, v), call, layout, self.ring_group, plan, heads, expand)
+        return sparse_ring_attention(q, (k, v), call, layouts, self.ring_group, plan, heads, expand)
 
 
 def _key_of_head(heads: tuple[int, int], group_size: int) -> list[int]:

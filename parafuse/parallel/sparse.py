@@ -6,8 +6,9 @@ Legend: B batch, H heads, T tiles, R ranks of the ring.
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from parafuse.kernels.attention import Call
-from parafuse.kernels.block_sparse import BlockSparse, check_mask
+from parafuse.kernels.block_sparse import BlockSparse, KeyMask, key_mask
 from parafuse.kernels.patterns import choose, density, tile_sums
 from parafuse.kernels.tiles import Segment, Tiles, tiles_of
 from parafuse.parallel.comm import all_reduce
@@ -32,41 +33,56 @@ class Video:
     """Its first token in the stream that it comes in."""
     total: int
     """Tokens of that stream."""
-    place: Callable[[int], int | None]
-    """Of so many segments the one that is this stream, for attentions in which several are as long."""
+    place: Callable[[int], tuple[int, int] | None]
+    """Of so many segments the first and the last that are this stream, for attentions in which several are as long."""
 
     def segments(self, lengths: Sequence[int]) -> list[Segment] | None:
         """Of an attention over these; None where the video is not among them, or it is not known which it is."""
-        found = [i for i, length in enumerate(lengths) if length == self.total]
+        found = list(_runs(lengths, self.total))
         if len(found) > 1:
             place = self.place(len(lengths))
-            found = [place] if place in found else []
+            found = [run for run in found if run == place]
         if len(found) != 1:
             return None
+        first, last = found[0]
         before, after = self.first, self.total - self.first - math.prod(self.grid)
         parts = [Segment(before), Segment(math.prod(self.grid), self.grid), Segment(after)]
-        around = [[Segment(length)] for length in lengths]
-        around[found[0]] = [part for part in parts if part.length]
-        return [segment for parts in around for segment in parts]
+        return [
+            *(Segment(length) for length in lengths[:first]),
+            *(part for part in parts if part.length),
+            *(Segment(length) for length in lengths[last + 1 :]),
+        ]
+
+
+def _runs(lengths: Sequence[int], total: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of the segments that follow each other and have so many tokens: a stream may come in pieces."""
+    for first in range(len(lengths)):
+        for last in range(first, len(lengths)):
+            if lengths[first] and lengths[last] and sum(lengths[first : last + 1]) == total:
+                yield first, last
 
 
 @dataclass(frozen=True, eq=False)
 class TileLayout:
-    """The tiles of attentions over the same segments."""
+    """The tiles of attentions between the same segments."""
 
-    tiles: Tiles
+    queries: Tiles
     """On the device."""
-    host: Tiles
+    keys: Tiles
+    host_queries: Tiles
+    host_keys: Tiles
     chosen: Tensor | None
-    """(1, 1, T, T) on the device, of a method that goes by places in the video alone."""
+    """(1, 1, Tq, Tk) on the device, of a method that goes by places in the video alone."""
     host_chosen: Tensor | None
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], sparse: Sparse, device: torch.device) -> TileLayout:
-        host = tiles_of(segments, sparse.tile_shape)
-        chosen = None if sparse.needs_content else choose(sparse, host, host)
+    def of(
+        cls, queries: Sequence[Segment], keys: Sequence[Segment], sparse: Sparse, device: torch.device
+    ) -> TileLayout:
+        host, host_keys = (tiles_of(one, sparse.tile_shape) for one in (queries, keys))
+        chosen = None if sparse.needs_content else choose(sparse, host, host_keys)
         on_device = None if chosen is None else chosen.to(device)
-        return cls(host.to(device), host, on_device, chosen)
+        return cls(host.to(device), host_keys.to(device), host, host_keys, on_device, chosen)
 
 
 @dataclass(eq=False)
@@ -85,8 +101,10 @@ class SparseAttention:
     """Attentions with a video so far in the call at hand."""
     counts: Counter[str] = field(default_factory=Counter[str])
     """Attention calls since the request began: sparse ones, and others by why they are not."""
-    attended: list[Tensor] = field(default_factory=list[Tensor])
-    """Of each sparse call: pairs of a query and a key that this rank's heads attend to, over all; scalars."""
+    attended: Tensor | float = 0.0
+    """Of all sparse calls together: pairs of a query and a key that this rank's heads attend to, over all pairs."""
+    noted: int = 0
+    """Those of them in which this rank had something to attend to."""
     balance: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     """Of each denoiser call with different heads: the most that a rank had to do over the mean, with heads spread and
     with heads in their order."""
@@ -94,6 +112,8 @@ class SparseAttention:
     """Layer -> head -> share of the pairs that it attended to on this rank, in the call at hand."""
     _shares: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
     """Layer -> the same of every head, on all ranks together, in the call before."""
+    _masks: tuple[weakref.ref[Tensor], int, KeyMask] | None = None
+    """Of the last mask of all pairs."""
     _layouts: dict[Any, TileLayout | None] = field(default_factory=dict[Any, "TileLayout | None"])
     _planned: dict[int, tuple[int, torch.device]] = field(default_factory=dict[int, tuple[int, torch.device]])
     """Layer -> its heads and device, of the sparse attentions in the call at hand."""
@@ -102,7 +122,7 @@ class SparseAttention:
     def begin(self) -> None:
         """A request begins: counts anew."""
         self.counts.clear()
-        self.attended.clear()
+        self.attended, self.noted = 0.0, 0
         self.balance.clear()
         self._shares.clear()
 
@@ -155,10 +175,7 @@ class SparseAttention:
 
     def plan(self, q: Tensor, k: Tensor, queries: Layout, keys: Layout, call: Call) -> LayerPlan | None:
         """How an attention is computed; None: whole. Local. Raises UnsupportedError for masks that it cannot take."""
-        if queries.lengths != keys.lengths:
-            self.counts["to other tokens"] += 1
-            return None
-        layout = self._layout(queries.lengths, q.device)
+        layout = self._layout(queries.lengths, keys.lengths, q.device)
         if layout is None:
             self.counts["without the video"] += 1
             return None
@@ -168,19 +185,30 @@ class SparseAttention:
         if why:
             self.counts[why] += 1
             return None
-        check_mask(call.mask, queries.total)
+        mask = self._key_mask(call.mask, queries.total)
         self.counts["sparse"] += 1
         self._planned[layer] = q.shape[1], q.device
         spreads = self.ulysses > 1 and self.sparse.needs_content and q.shape[1] == k.shape[1]
         order = self.head_order(layer, q.shape[1]) if spreads else list(range(q.shape[1]))
-        return LayerPlan(self, layer, layout, order)
+        return LayerPlan(self, layer, layout, order, mask)
 
-    def _layout(self, lengths: tuple[int, ...], device: torch.device) -> TileLayout | None:
-        """Of an attention over these segments; None where the video is not among them."""
-        key = (lengths, self.video, device)
+    def _key_mask(self, mask: Tensor | None, num_queries: int) -> KeyMask:
+        """Asks the device once for each mask of all pairs: the blocks of a model share theirs."""
+        if mask is None or mask.ndim < 2 or mask.shape[-2] == 1 or mask.stride(-2) == 0:
+            return KeyMask(mask, None)
+        known = self._masks
+        if known is None or known[0]() is not mask or known[1] != mask._version:
+            known = self._masks = weakref.ref(mask), mask._version, key_mask(mask, num_queries)
+        return known[2]
+
+    def _layout(self, queries: tuple[int, ...], keys: tuple[int, ...], device: torch.device) -> TileLayout | None:
+        """Of an attention between these segments; None where the video is not among both."""
+        key = (queries, keys, self.video, device)
         if key not in self._layouts:
-            segments = self.video.segments(lengths) if self.video else None
-            found = None if segments is None else TileLayout.of(segments, self.sparse, device)
+            both = [self.video.segments(lengths) if self.video else None for lengths in (queries, keys)]
+            found = None
+            if both[0] is not None and both[1] is not None:
+                found = TileLayout.of(both[0], both[1], self.sparse, device)
             self._layouts = {**self._layouts, key: found} if len(self._layouts) < MOST_SIZES else {key: found}
         return self._layouts[key]
 
@@ -205,8 +233,8 @@ class SparseAttention:
             "density": None,
             "work_skipped": 0.0,
         }
-        if self.attended:
-            mean = float(torch.stack(self.attended).mean())
+        if self.noted:
+            mean = float(self.attended) / self.noted
             with_video = self.counts["sparse"] + sum(whole.get(why, 0) for why in WITH_VIDEO)
             found |= {
                 "density": round(mean, 4),
@@ -233,10 +261,8 @@ class LayerPlan:
     layout: TileLayout
     order: list[int]
     """Heads, as ranks take them."""
-
-    @property
-    def tiles(self) -> Tiles:
-        return self.layout.tiles
+    mask: KeyMask
+    """In the place of the call's own."""
 
     @property
     def moves_heads(self) -> bool:
@@ -247,26 +273,28 @@ class LayerPlan:
         collective on the ring where the method goes by their content."""
         if self.layout.chosen is not None:
             return self.layout.chosen
-        sums = [tile_sums(x, t, self.tiles.num_tiles) for x, t in ((q, q_tiles), (k, k_tiles))]
-        if ring_group:
-            both = all_reduce(torch.stack(sums), ring_group)
-            sums = [both[0], both[1]]
-        means = [(x / self.tiles.sizes[:, None]).float() for x in sums]
-        return choose(self.state.sparse, self.tiles, self.tiles, means[0], means[1], call.scale)
+        queries, keys = self.layout.queries, self.layout.keys
+        sums = torch.cat([tile_sums(q, q_tiles, queries.num_tiles), tile_sums(k, k_tiles, keys.num_tiles)], dim=2)
+        sums = all_reduce(sums, ring_group) if ring_group else sums
+        means = (sums / torch.cat([queries.sizes, keys.sizes])[:, None]).float()
+        q_means, k_means = means.split([queries.num_tiles, keys.num_tiles], dim=2)
+        return choose(self.state.sparse, queries, keys, q_means, k_means, call.scale)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call, heads: tuple[int, int]) -> Tensor:
         """All tokens are here: q, k, v (B, H, N, D) of these heads, in the order of `order`."""
-        of = self.tiles.tile_of
-        chosen = self.choose(q, k, of, of, call, "")
-        self.note(chosen, self.tiles.sizes, heads)
-        return self.state.core(q, k, v, chosen, of, of, mask=call.mask, scale=call.scale)[0]
+        of, of_keys = self.layout.queries.tile_of, self.layout.keys.tile_of
+        chosen = self.choose(q, k, of, of_keys, call, "")
+        self.note(chosen, self.layout.queries.sizes, heads)
+        out = self.state.core(q, k, v, chosen, of, of_keys, mask=call.mask, scale=call.scale)[0]
+        return self.mask.without_rows(out, None)
 
     def note(self, chosen: Tensor, q_sizes: Tensor, heads: tuple[int, int]) -> None:
-        """Counts the pairs that this rank attends to. `q_sizes` (T,): queries of each tile that are here."""
-        here = density(chosen, q_sizes, self.tiles.sizes)
-        self.state.attended.append(here.mean())
+        """Counts the pairs that this rank attends to. `q_sizes` (Tq,): queries of each tile that are here."""
+        here = density(chosen, q_sizes, self.layout.keys.sizes)
+        self.state.attended = self.state.attended + here.mean()
+        self.state.noted += 1
         if self.state.sparse.needs_content:
-            shares = here.mean(dim=0) * (q_sizes.sum() / self.tiles.num_tokens)
+            shares = here.mean(dim=0) * (q_sizes.sum() / self.layout.queries.num_tokens)
             self.state.work[self.layer] = {self.order[heads[0] + i]: share for i, share in enumerate(shares.unbind())}
 
 

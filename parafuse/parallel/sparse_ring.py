@@ -28,7 +28,7 @@ def sparse_ring_attention(
     q: Tensor,
     kv: tuple[Tensor, Tensor],
     call: Call,
-    layout: Layout,
+    layouts: tuple[Layout, Layout],
     group: str,
     plan: LayerPlan,
     heads: tuple[int, int],
@@ -36,20 +36,22 @@ def sparse_ring_attention(
 ) -> Tensor:
     """q (B, h, n, D) true rows, k and v (B, g, rows, D) with filler -> (B, h, n, Dv). Collective on the ring.
 
-    Rank r sends rank s the rows of its tiles that any query of s sees, straight, and no others: all ranks know these
-    from what is chosen for all tiles. The next part is sent before the one at hand is attended. `heads`: [first, last)
-    of this rank's, as `plan.order` has them. `expand`: key heads repeated to as many as query heads."""
+    Rank r sends rank s the rows of its tiles that any query of s sees, straight, and no others: all ranks know
+    these from what is chosen for all tiles. The next part is sent before the one at hand is attended. `layouts`: of
+    queries and of keys. `heads`: [first, last) of this rank's, as `plan.order` has them. `expand`: key heads
+    repeated to as many as query heads."""
     shift = Shift(_resolve(group))
     rank, degree = shift.rank, shift.degree
-    ulysses = layout.degree // degree
-    positions = [token_index(layout, r * ulysses, ulysses, CPU) for r in range(degree)]
-    k, v = (drop_filler(x, layout, rank * ulysses, ulysses) for x in kv)
-    host, tile_of = plan.layout.host.tile_of, plan.tiles.tile_of
-    q_tiles = tile_of[positions[rank].to(q.device)]
-    chosen = plan.choose(q, expand(k), q_tiles, q_tiles, call, group)
+    ulysses, tiles = layouts[0].degree // degree, plan.layout
+    queries, positions = ([token_index(layout, r * ulysses, ulysses, CPU) for r in range(degree)] for layout in layouts)
+    k, v = (drop_filler(x, layouts[1], rank * ulysses, ulysses) for x in kv)
+    host, tile_of = tiles.host_keys.tile_of, tiles.keys.tile_of
+    own_queries = queries[rank].to(q.device)
+    q_tiles = tiles.queries.tile_of[own_queries]
+    chosen = plan.choose(q, expand(k), q_tiles, tile_of[positions[rank].to(q.device)], call, group)
     if len(q_tiles):
-        plan.note(chosen, torch.bincount(q_tiles, minlength=plan.tiles.num_tiles), heads)
-    seen = _seen_by_ranks(plan, chosen, [host[rows] for rows in positions])
+        plan.note(chosen, torch.bincount(q_tiles, minlength=tiles.queries.num_tiles), heads)
+    seen = _seen_by_ranks(plan, chosen, [tiles.host_queries.tile_of[rows] for rows in queries])
     merged: tuple[Tensor, Tensor] | None = None
 
     def post(step: int) -> _Coming:
@@ -74,7 +76,7 @@ def sparse_ring_attention(
             merged = (part.float(), part_lse) if merged is None else merge_(*merged, part, part_lse)
     if merged is None:
         return q.new_zeros((*q.shape[:3], v.shape[-1]))
-    return merged[0].to(q.dtype)
+    return plan.mask.without_rows(merged[0].to(q.dtype), own_queries)
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,10 @@ class _Coming:
 
 
 def _seen_by_ranks(plan: LayerPlan, chosen: Tensor, tiles: list[Tensor]) -> Tensor:
-    """(R, T) bool on the host: which tiles of keys any query of each rank sees. `tiles`: of each rank's rows.
+    """(R, Tk) bool on the host: which tiles of keys any query of each rank sees. `tiles`: of each rank's queries.
 
     Waits for the device where tiles go by content."""
-    there = torch.zeros(len(tiles), plan.tiles.num_tiles, dtype=torch.bool)
+    there = torch.zeros(len(tiles), plan.layout.host_queries.num_tiles, dtype=torch.bool)
     for r, own in enumerate(tiles):
         there[r, own] = True
     known = plan.layout.host_chosen

@@ -138,12 +138,15 @@ def test_compiled_blocks_give_the_same(layout: dict[str, int]) -> None:
 
 def test_the_segment_of_a_video_among_equal_ones() -> None:
     def where(place: int | None) -> Video:
-        return Video((1, 5, 7), 0, 35, lambda number: place if number == 2 else None)
+        known = None if place is None else (place, place)
+        return Video((1, 5, 7), 0, 35, lambda number: known if number == 2 else None)
 
     assert [s.grid for s in where(1).segments((35, 35)) or ()] == [None, (1, 5, 7)]
     assert where(None).segments((35, 35)) is None
     assert [s.grid for s in where(None).segments((13, 35)) or ()] == [None, (1, 5, 7)]
     assert where(None).segments((13, 34)) is None
+    pieces = where(None).segments((14, 21, 9)) or ()
+    assert [(s.length, s.grid) for s in pieces] == [(35, (1, 5, 7)), (9, None)]
     inside = Video((1, 5, 7), 4, 42, lambda number: None).segments((42, 9))
     assert [(s.length, s.grid) for s in inside or ()] == [(4, None), (35, (1, 5, 7)), (3, None), (9, None)]
 
@@ -162,8 +165,8 @@ def test_text_as_long_as_the_video() -> None:
     assert report["whole_calls"] == {}
     assert layouts
     of_text, of_video = (tiles_of([Segment(len(GRID) and 105)]), tiles_of([Segment(105, GRID)], (2, 2, 3)))
-    assert all(one.host.num_tiles == of_text.num_tiles + of_video.num_tiles for one in layouts)
-    assert all(int(one.host.video[0]) == -1 for one in layouts)  # text first, as the model has it
+    assert all(one.host_queries.num_tiles == of_text.num_tiles + of_video.num_tiles for one in layouts)
+    assert all(int(one.host_queries.video[0]) == -1 for one in layouts)  # text first, as the model has it
 
 
 def test_what_cannot_be_had_is_refused() -> None:

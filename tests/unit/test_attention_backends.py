@@ -262,8 +262,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Calls:
     ) -> Any:
         calls.append(dict(scales))
         group = q.shape[2] // k.shape[2]
-        for name, shape in (("q_descale", k.shape), ("k_descale", k.shape), ("v_descale", v.shape)):
-            assert not scales or scales[name].shape == (shape[0], shape[2])
+        assert all(one.shape == (k.shape[0], k.shape[2]) for one in scales.values())
         if scales:
             q = q.float() * scales["q_descale"].repeat_interleave(group, 1)[:, None, :, None]
             k = k.float() * scales["k_descale"][:, None, :, None]
@@ -273,8 +272,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Calls:
     def flash_attn_4_func(
         q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool, return_lse: bool
     ) -> Any:
-        calls.append({})
         out, lse = rows_first(q, k, v, softmax_scale, causal)
+        calls.append({})
         return out, lse if return_lse else None
 
     def sageattn(
@@ -286,14 +285,14 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return (out, lse) if return_lse else out
 
     made = {
-        "flash_attn": {"flash_attn_func": flash_attn_func},
-        "flash_attn.cute": {"flash_attn_func": flash_attn_4_func},
-        "flash_attn_interface": {"flash_attn_func": flash_attn_3_func},
-        "sageattention": {"sageattn": sageattn},
+        "flash_attn": flash_attn_func,
+        "flash_attn.cute": flash_attn_4_func,
+        "flash_attn_interface": flash_attn_3_func,
+        "sageattention": sageattn,
     }
-    for name, functions in made.items():
+    for name, function in made.items():
         module = ModuleType(name)
-        vars(module).update(functions)
+        vars(module)["sageattn" if function is sageattn else "flash_attn_func"] = function
         monkeypatch.setitem(sys.modules, name, module)
     return calls
 

@@ -19,7 +19,10 @@ CACHES = (
     "TGateCache TaylorSeerCache TeaCache TokenMerging"
 ).split()
 QUANTIZATIONS = "Fp8 Fp8Weight Int8 Int8Weight Quantize".split()
-NAMES = sorted([*CACHES, *QUANTIZATIONS, "Config", "Engine", "Handle", "ParafuseError", "Parallel", "Plan", "apply"])
+ATTENTIONS = "Attention Content Radial Sparse Window".split()
+NAMES = sorted(
+    [*CACHES, *QUANTIZATIONS, *ATTENTIONS, "Config", "Engine", "Handle", "ParafuseError", "Parallel", "Plan", "apply"]
+)
 STATE = """
 import asyncio, atexit, json, locale, logging, os, random, signal, sys, threading, warnings
 def state():

@@ -127,7 +127,7 @@ class Config:
     """What computes attention in repeated blocks: torch (its own choice), flash, cudnn, efficient, cpu-flash,
     flash-attn-2, flash-attn-3, flash-attn-4, math, or in 8 bits sage, fp8, fp8-reference; "auto": the fastest exact one
     that parafuse tune attention has timed here, else torch."""
-    sparse: Sparse | str | None = field(default=None, metadata={LOSSY: ("window:0,6,6,dense_steps=0,dense_layers=0",)})
+    sparse: Sparse | str | None = field(default=None, metadata={LOSSY: ("window:0,4,4,tile=1x4x4",)})
     """Leaves pairs of a video's tokens out of attention: window:2,8,8 (frames, rows and columns around), radial:0.5
     (less of a frame the further in time), content:0.9 (what matters most, head by head), with fields after a comma
     (dense_steps=4); docs/attention.md has them all."""

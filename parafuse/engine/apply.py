@@ -339,7 +339,8 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     """Makes a pipeline or a transformer run on all ranks. Every rank must call it, with the same config.
 
     `target` is changed in place (its instances, never their classes) and must have the same weights on every rank. Uses
-    the default process group, or makes it from the launcher's environment. On one rank nothing is wrapped. Raises
+    the default process group, or makes it from the launcher's environment. On one rank nothing is wrapped that is not
+    asked for, or that `parafuse tune attention` has found here. Raises
     ConfigError before anything is changed or exchanged. Calls of the model are collective from then on."""
     config = config or Config()
     for field_name in ("dtype", "device", "allow_pickle"):

@@ -34,7 +34,7 @@ MAX_FILE_BYTES = 256 * 2**20
 MAX_FOLDER_BYTES = 2 * 2**30
 MAX_FILES = 8
 """Of one key: ranks may have made different graphs."""
-NOT_IN_KEY = ("model", "timeout_s", "replay", "why")
+NOT_IN_KEY = ("model", "timeout_s", "replay", "why", "attention_timings")
 """Fields of a plan that change no graph."""
 _MADE_BY_TORCH, _NAMES, _ABLE, _LIBRARIES = "artifacts", "names.json", "instructions.json", "libraries/"
 _LIBRARY = re.compile(r"[0-9a-z]{2}/[0-9a-z]{20,80}(\.main)?\.(so|cpp)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from parafuse.attention import TIMED, TORCH, Attention, attention_of
+from parafuse.attention import LOSSY_BACKENDS, TIMED, TORCH, Attention, attention_of
 from parafuse.cache import Cache, StackCache, cache_of, with_calibration
 from parafuse.config import Axis, Config
 from parafuse.engine.rewrites.choose import Choice
@@ -66,6 +66,11 @@ class Extras:
             )
         if self.cuda_graphs:
             self._check_graphs(device, degree(Axis.RING) * degree(Axis.ULYSSES))
+        if self.sparse is not None and self.attention.backend in LOSSY_BACKENDS:
+            raise ConfigError(
+                f"attention={self.attention.backend!r}: not with sparse={self.sparse.brief}, which is computed by a "
+                "kernel of its own; leave one out."
+            )
         if self.attention.backend not in (TORCH, TIMED):
             self._check_attention(device, degree(Axis.RING))
 

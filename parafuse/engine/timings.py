@@ -13,6 +13,7 @@ from parafuse.attention import AUTO, TIMED, TORCH, Attention, Timings
 from parafuse.engine.kept import cache_folder
 from parafuse.errors import ConfigError
 from parafuse.hardware import hardware, visible_gpus
+from parafuse.log import note
 
 PACKAGES = ("torch", "flash-attn", "flash-attn-3", "flash-attn-4", "sageattention")
 """Whose versions decide how fast a backend is."""
@@ -36,10 +37,12 @@ def file() -> Path | None:
 
 
 def load(device: str) -> Timings | None:
-    """What was timed on this kind of device; None where nothing was. Raises ConfigError for a file that holds something
-    else."""
+    """What was timed on this kind of device; None where nothing was. Raises ConfigError for an entry that holds
+    something else."""
     name = device_name(device)
-    return next((one for one in _all() if one.device == name and one.rows), None)
+    found = next((one for one in _all() if one.get("device") == name), None)
+    timings = None if found is None else Timings.from_dict(found, str(file()))
+    return timings if timings is not None and timings.rows else None
 
 
 def save(timings: Timings) -> Path:
@@ -47,11 +50,11 @@ def save(timings: Timings) -> Path:
     where = file()
     if where is None:
         raise ConfigError("PARAFUSE_CACHE='': nothing is kept, so timings would be lost; name a folder, or unset it.")
-    kept = [one for one in _all() if one.device != timings.device]
+    kept = [one for one in _all() if one.get("device") != timings.device]
     part = where.with_name(f"{where.name}.{os.getpid()}.part")
     try:
         where.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps([one.to_dict() for one in (*kept, timings)], indent=1) + "\n")
+        part.write_text(json.dumps([*kept, timings.to_dict()], indent=1) + "\n")
         part.replace(where)
     except OSError as error:
         raise ConfigError(f"{where}: cannot be written ({error}); name another folder by PARAFUSE_CACHE.") from error
@@ -61,7 +64,8 @@ def save(timings: Timings) -> Path:
     return where
 
 
-def _all() -> list[Timings]:
+def _all() -> list[dict[str, Any]]:
+    """The entries of all devices, as they are."""
     where = file()
     if where is None or not where.is_file():
         return []
@@ -69,14 +73,18 @@ def _all() -> list[Timings]:
         values: Any = json.loads(where.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}: cannot be read as JSON ({error}); remove it.") from error
-    if not isinstance(values, list):
+    if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
         raise ConfigError(f"{where}: holds no timings of attention; remove it.")
-    return [Timings.from_dict(one, str(where)) for one in values]
+    return values
 
 
 def resolved(attention: Attention, device: str) -> Attention:
     """The same with nothing left to be told: an "auto" is what was timed on this machine, else torch's own choice."""
     if attention.backend != AUTO:
         return attention
-    timings = load(device)
+    try:
+        timings = load(device)
+    except ConfigError as error:  # a default must not fail by what some other process has left
+        note(f"attention=auto: torch's own choice: {error}")
+        timings = None
     return Attention(TORCH) if timings is None else Attention(TIMED, timings)

@@ -53,9 +53,12 @@ class SparseVideo(OnForward):
         def forward(*args: Any, **kwargs: Any) -> Any:
             stream = self._stream(args, kwargs)
             self.attention.begin_call(self._video(stream), self._step())
+            if self.context.is_trial:
+                with self.attention.uncounted():
+                    return original(*args, **kwargs)
             result = original(*args, **kwargs)
             self._has_met |= self.attention.layer > 0
-            if not self._has_met and not self.context.is_trial:
+            if not self._has_met:
                 self._refuse(stream)
             self.attention.end_call()
             return result
@@ -67,8 +70,8 @@ class SparseVideo(OnForward):
         if self.clock.counts:
             self.clock.look()
             return self.clock.step
-        self._calls += 1
-        return self._calls - 1
+        number, self._calls = self._calls, self._calls + (not self.context.is_trial)
+        return number
 
     def begin(self) -> None:
         """A request begins."""
@@ -97,6 +100,9 @@ class SparseVideo(OnForward):
             if known is None:
                 known = next((i for i, (_, kept) in enumerate(self._known_tables) if _same(kept, x)), None)
                 if known is None:
+                    if len(self._known_tables) >= MOST_SIZES:
+                        self._known_tables.clear()
+                        self.streams = {}
                     known = len(self._known_tables)
                     self._known_tables.append((weakref.ref(x), x.detach().clone()))
                 else:
@@ -105,7 +111,7 @@ class SparseVideo(OnForward):
         return numbers
 
     def _video(self, stream: VideoStream) -> Video:
-        return Video(stream.grid, stream.first, stream.total, lambda number: self._place(stream, number))
+        return Video(stream.grid, stream.first, stream.total, stream.name, lambda number: self._place(stream, number))
 
     def _place(self, stream: VideoStream, number: int) -> tuple[int, int] | None:
         """Of so many segments of an attention the first and the last that the video is in, where several are as long:

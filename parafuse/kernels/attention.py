@@ -31,6 +31,19 @@ class Call:
     is_causal: bool = False
 
 
+@dataclass
+class Ran:
+    """Calls of one kind."""
+
+    facts: Facts | None
+    pick: Pick
+    number: int = 0
+
+
+MOST_PICKS = 256
+"""Kinds of calls whose backend is kept in mind."""
+
+
 @dataclass(eq=False)
 class Choice:
     """The backend that a denoiser's attention was to run with, and which ones ran."""
@@ -41,8 +54,9 @@ class Choice:
     """By which operators find it: they can carry only a name."""
     sparse: Any = None
     """What leaves pairs of tokens out, where something does: `parallel.sparse.SparseAttention`."""
-    picks: dict[Facts, Pick] = field(default_factory=dict[Facts, Pick])
-    calls: dict[Facts, int] = field(default_factory=dict[Facts, int])
+    picks: dict[Any, Pick] = field(default_factory=dict[Any, Pick])
+    """By the facts of a call; with timings by its number of pairs too."""
+    calls: dict[Any, Ran] = field(default_factory=dict[Any, "Ran"])
 
     @classmethod
     def named(cls, attention: Attention, name: str) -> Choice:
@@ -61,13 +75,14 @@ class Choice:
 
     def pick(self, facts: Facts, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Backend:
         """Which backend computes a call, the same one every time."""
-        found = self.picks.get(facts)
+        key = (facts, facts.pairs) if self.asked == TIMED else facts  # timings are of a size
+        found = self.picks.get(key)
         if found is None:
             found = REGISTRY.pick(facts, self.asked, self.timings)
             if found.backend.name == TORCH:
                 found = replace(found, reason=f"{found.reason}: {torch_choice(q, k, v, call.mask, call.is_causal)}")
-            self.picks[facts] = found
-        self.calls[facts] = self.calls.get(facts, 0) + 1
+            self.picks = {**self.picks, key: found} if len(self.picks) < MOST_PICKS else {key: found}
+        self.calls.setdefault(key, Ran(facts, found)).number += 1
         return found.backend
 
     def begin(self) -> None:
@@ -80,6 +95,8 @@ class Choice:
 
     def why_idle(self) -> str:
         """Why the backend that was asked for has computed nothing so far; empty where it has, or none was named."""
+        if self.sparse is not None and not self.picks:
+            return ""  # all of its attention was sparse, by a kernel of its own
         if self.asked in (TORCH, TIMED) or any(one.backend.name == self.asked for one in self.picks.values()):
             return ""
         reasons = sorted({one.others.get(self.asked, one.reason) for one in self.picks.values()})
@@ -91,23 +108,29 @@ class Choice:
     def lines(self) -> list[str]:
         """Each backend that ran since `begin`, in words; before the first call, what was asked for."""
         names: dict[tuple[str, str], int] = {}
-        for facts, number in self.calls.items():
-            pick = self.picks[facts]
-            names[pick.backend.name, pick.reason] = names.get((pick.backend.name, pick.reason), 0) + number
-        return [f"{name} in {number} calls ({why})" for (name, why), number in names.items()] or [self.asked]
+        for one in self.calls.values():
+            what = one.pick.backend.name, one.pick.reason
+            names[what] = names.get(what, 0) + one.number
+        told = [f"{name} in {number} calls ({why})" for (name, why), number in names.items()]
+        return (
+            told
+            or [f"{one.backend.name} in captured graphs ({one.reason})" for one in self.picks.values()]
+            or [self.asked]
+        )
 
     def report(self) -> list[dict[str, object]]:
         """For receipts: each backend that ran since `begin`, why, for how many calls of which kind, and why no other
-        one did."""
+        one did. Calls in a captured graph are not counted: of such requests, what was captured."""
+        ran = self.calls.values() or [Ran(None, pick) for pick in self.picks.values()]
         return [
             {
-                "backend": self.picks[facts].backend.name,
-                "reason": self.picks[facts].reason,
-                "calls": number,
-                "for": _said(facts),
-                "others": dict(self.picks[facts].others),
+                "backend": one.pick.backend.name,
+                "reason": one.pick.reason,
+                "calls": one.number,
+                "for": _said(one.facts) if one.facts else "captured graphs",
+                "others": dict(one.pick.others),
             }
-            for facts, number in self.calls.items()
+            for one in ran
         ]
 
 

@@ -110,6 +110,11 @@ class KeyMask:
 def key_mask(mask: Tensor, num_queries: int) -> KeyMask:
     """The mask of keys that a mask (..., S, N) of all pairs amounts to: its rows are equal, but for those that see no
     key (padding). Waits for the device. Raises UnsupportedError for any other mask."""
+    if mask.ndim > 2 and mask.shape[-3] > 1:
+        raise UnsupportedError(
+            f"block-sparse attention with a mask of pairs for each head, of shape {tuple(mask.shape)}: leave "
+            "sparse= out for this model"
+        )
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     rows = seen.any(dim=-1, keepdim=True)
     first = rows.to(torch.uint8).argmax(dim=-2, keepdim=True)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+MOST_SIZES = 64
+"""Whose compiled code is kept."""
 BLOCK = 128
 """Rows of a block of the kernel."""
 
@@ -60,6 +62,8 @@ class Flex:
             return _attend
         key = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in what)
         if key not in self._made:
+            if len(self._made) >= MOST_SIZES:
+                self._made.clear()
             own = FunctionType(_attend.__code__.replace(co_name=f"flex_{len(self._made)}"), globals())
             self._made[key] = torch.compile(own, dynamic=False, fullgraph=True)
         return self._made[key]

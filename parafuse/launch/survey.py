@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from dataclasses import dataclass
 
+from parafuse.attention import EXACT
 from parafuse.hardware import Hardware, hardware, torch_cuda_build, versions
 
 
@@ -94,8 +95,9 @@ def tuned(device: str) -> str | None:
     timings = load(device)
     if timings is None:
         return None
-    fastest = {min(row.seconds, key=row.seconds.__getitem__) for row in timings.rows if row.seconds}
-    return f"{len(timings.rows)} shapes timed; fastest: {', '.join(sorted(fastest))}"
+    exact = [{name: one for name, one in row.seconds.items() if name in EXACT} for row in timings.rows]
+    fastest = {min(seconds, key=seconds.__getitem__) for seconds in exact if seconds}
+    return f"{len(timings.rows)} shapes timed; of the exact ones fastest: {', '.join(sorted(fastest))}"
 
 
 def missing(

@@ -200,7 +200,9 @@ class RankAttention:
         """Attention of this rank's heads and query rows over all keys."""
         if self.ring == 1:
             k, v = expand_keys(k, key_of_head), expand_keys(v, key_of_head)
-            return attention(q, k, v, call, self.choice)
+            # Lossy backends compute attention of as many queries as keys alone, as on one rank (`attention_mode.here`).
+            fits = not self.choice.is_lossy or queries.total == keys.total
+            return attention(q, k, v, call, self.choice if fits else Choice())
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
             k, v = expand_keys(k, key_of_head), expand_keys(v, key_of_head)

@@ -25,8 +25,10 @@ def own_part(x_BHSD: Tensor, layout: Layout, rank: int) -> Tensor:
 
 def with_everyone(x_BHSD: Tensor, layout: Layout, group: str) -> Tensor:
     """Rows of `layout.spread` -> rows of `layout`. Collective on `group` where a segment is kept and not empty."""
-    if layout.kept is None or layout.degree == 1:
+    if layout.kept is None:
         return x_BHSD
+    if layout.degree == 1:
+        return x_BHSD.contiguous()
     before, rows = sum(layout.parts[: layout.kept]), layout.lengths[layout.kept]
     part = layout.spread.parts[layout.kept]
     pieces = [x_BHSD[:, :, :before], x_BHSD[:, :, before + part :]]

@@ -109,7 +109,12 @@ class SequenceParallel:
 
     def _refuse_nothing_split(self) -> None:
         """Raises UnsupportedError where every block ran whole: several ranks would do the work of one."""
-        if not self.plans or self.ranks.work or any(plan.sites for plan in self.plans.values()):
+        if (
+            self.ranks.degree == 1
+            or not self.plans
+            or self.ranks.work
+            or any(plan.sites for plan in self.plans.values())
+        ):
             return
         if self.whole.shortest <= self.ranks.degree:
             return  # a stream of a token for each rank, at most, says nothing of longer calls

@@ -9,6 +9,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,9 @@ class Video:
     """Its first token in the stream that it comes in."""
     total: int
     """Tokens of that stream."""
-    place: Callable[[int], tuple[int, int] | None]
+    name: str
+    """Of the stream."""
+    place: Callable[[int], tuple[int, int] | None] = field(compare=False)
     """Of so many segments the first and the last that are this stream, for attentions in which several are as long."""
 
     def segments(self, lengths: Sequence[int]) -> list[Segment] | None:
@@ -105,9 +108,11 @@ class SparseAttention:
     """Of all sparse calls together: pairs of a query and a key that this rank's heads attend to, over all pairs."""
     noted: int = 0
     """Those of them in which this rank had something to attend to."""
-    balance: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
-    """Of each denoiser call with different heads: the most that a rank had to do over the mean, with heads spread and
-    with heads in their order."""
+    balance: tuple[float, float] = (0.0, 0.0)
+    """The most that a rank had to do over the mean, with heads spread and with heads in their order: of all denoiser
+    calls in which heads differ together."""
+    balanced: int = 0
+    """Those calls."""
     work: dict[int, dict[int, Tensor]] = field(default_factory=dict[int, dict[int, Tensor]])
     """Layer -> head -> share of the pairs that it attended to on this rank, in the call at hand."""
     _shares: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
@@ -123,7 +128,7 @@ class SparseAttention:
         """A request begins: counts anew."""
         self.counts.clear()
         self.attended, self.noted = 0.0, 0
-        self.balance.clear()
+        self.balance, self.balanced = (0.0, 0.0), 0
         self._shares.clear()
 
     def begin_call(self, video: Video | None, step: int) -> None:
@@ -131,6 +136,17 @@ class SparseAttention:
         self.video, self.layer, self.is_dense = video, 0, step < self.sparse.dense_steps
         self.work.clear()
         self._planned.clear()
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Around a call that is made to learn something."""
+        before = Counter(self.counts), self.attended, self.noted
+        try:
+            yield
+        finally:
+            self.counts, self.attended, self.noted = before
+            self.work.clear()
+            self._planned.clear()
 
     def end_call(self) -> None:
         """Tells all ranks of the sequence what each head had to do, where heads differ. Collective there; waits for the
@@ -144,7 +160,8 @@ class SparseAttention:
                 mine[layer, head] = share
         everyone: list[list[float]] = all_reduce(mine, self.sequence_group).tolist()
         shares = {layer: everyone[layer][:heads] for layer, (heads, _) in self._planned.items()}
-        self.balance.append(self._balance(shares))
+        spread, in_order = self._balance(shares)
+        self.balance, self.balanced = (self.balance[0] + spread, self.balance[1] + in_order), self.balanced + 1
         self._shares = shares
 
     def _balance(self, shares: dict[int, list[float]]) -> tuple[float, float]:
@@ -196,6 +213,8 @@ class SparseAttention:
         """Asks the device once for each mask of all pairs: the blocks of a model share theirs."""
         if mask is None or mask.ndim < 2 or mask.shape[-2] == 1 or mask.stride(-2) == 0:
             return KeyMask(mask, None)
+        if mask.is_inference():  # such tensors do not tell whether they were changed
+            return key_mask(mask, num_queries)
         known = self._masks
         if known is None or known[0]() is not mask or known[1] != mask._version:
             known = self._masks = weakref.ref(mask), mask._version, key_mask(mask, num_queries)
@@ -240,8 +259,8 @@ class SparseAttention:
                 "density": round(mean, 4),
                 "work_skipped": round((1 - mean) * self.counts["sparse"] / with_video, 4),
             }
-        if self.balance:
-            spread, in_order = (sum(one[i] for one in self.balance) / len(self.balance) for i in (0, 1))
+        if self.balanced:
+            spread, in_order = (one / self.balanced for one in self.balance)
             found["heaviest_rank_over_mean"] = {"heads spread": round(spread, 3), "heads in order": round(in_order, 3)}
         return found
 

@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parafuse.kernels.attention import Call
 from parafuse.kernels.merge import merge_
-from parafuse.parallel.comm import Shift, _resolve
+from parafuse.parallel.comm import Shift, _resolve, all_reduce
 from parafuse.parallel.layout import Layout
 from parafuse.parallel.ring import drop_filler, token_index
 from parafuse.parallel.sparse import LayerPlan
 
 CPU = torch.device("cpu")
+PADDED_ROWS = 1024
+"""Rows of keys come in multiples of so many where there are more."""
 
 
 def sparse_ring_attention(
@@ -51,7 +54,8 @@ def sparse_ring_attention(
     chosen = plan.choose(q, expand(k), q_tiles, tile_of[positions[rank].to(q.device)], call, group)
     if len(q_tiles):
         plan.note(chosen, torch.bincount(q_tiles, minlength=tiles.queries.num_tiles), heads)
-    seen = _seen_by_ranks(plan, chosen, [tiles.host_queries.tile_of[rows] for rows in queries])
+    wider = F.pad(chosen, (0, 1))  # one more tile, which nothing sees
+    seen = _seen_by_ranks(plan, chosen, [tiles.host_queries.tile_of[rows] for rows in queries], group)
     merged: tuple[Tensor, Tensor] | None = None
 
     def post(step: int) -> _Coming:
@@ -70,13 +74,34 @@ def sparse_ring_attention(
         if len(rows) and len(q_tiles):
             columns = rows.to(q.device)
             mask = call.mask if call.mask is None or call.mask.shape[-1] == 1 else call.mask.index_select(-1, columns)
+            few = _Padded.of(expand(k_part), expand(v_part), tile_of[columns], mask, chosen.shape[-1])
             part, part_lse = plan.state.core(
-                q, expand(k_part), expand(v_part), chosen, q_tiles, tile_of[columns], mask=mask, scale=call.scale
+                q, few.k, few.v, wider, q_tiles, few.tiles, mask=few.mask, scale=call.scale
             )
             merged = (part.float(), part_lse) if merged is None else merge_(*merged, part, part_lse)
     if merged is None:
         return q.new_zeros((*q.shape[:3], v.shape[-1]))
     return plan.mask.without_rows(merged[0].to(q.dtype), own_queries)
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """Keys and values with rows that nothing sees, up to a multiple of a coarse step: what goes by content differs in
+    length from call to call, and a GPU's kernel is compiled for lengths."""
+
+    k: Tensor
+    v: Tensor
+    tiles: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, tiles: Tensor, mask: Tensor | None, unseen: int) -> _Padded:
+        more = -len(tiles) % PADDED_ROWS if len(tiles) > PADDED_ROWS else 0
+        if not more:
+            return cls(k, v, tiles, mask)
+        k, v = F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more))
+        mask = mask if mask is None or mask.shape[-1] == 1 else F.pad(mask, (0, more))
+        return cls(k, v, F.pad(tiles, (0, more), value=unseen), mask)
 
 
 @dataclass(frozen=True)
@@ -99,13 +124,16 @@ class _Coming:
         return self.rows, self.received[:size].view(*shape, k.shape[-1]), self.received[size:].view(*shape, v.shape[-1])
 
 
-def _seen_by_ranks(plan: LayerPlan, chosen: Tensor, tiles: list[Tensor]) -> Tensor:
+def _seen_by_ranks(plan: LayerPlan, chosen: Tensor, tiles: list[Tensor], group: str) -> Tensor:
     """(R, Tk) bool on the host: which tiles of keys any query of each rank sees. `tiles`: of each rank's queries.
 
-    Waits for the device where tiles go by content."""
+    Collective on the ring where tiles go by content; waits for the device there."""
     there = torch.zeros(len(tiles), plan.layout.host_queries.num_tiles, dtype=torch.bool)
     for r, own in enumerate(tiles):
         there[r, own] = True
     known = plan.layout.host_chosen
-    anywhere = (chosen.flatten(0, 1).any(dim=0).cpu() if known is None else known[0, 0]).float()
+    if known is None:  # by content: each rank has computed it, and one rounding would make sizes differ
+        anywhere = all_reduce(chosen.flatten(0, 1).any(dim=0).to(torch.uint8), group).cpu().float()
+    else:
+        anywhere = known[0, 0].float()
     return there.float() @ anywhere > 0

@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import parafuse
 from parafuse.config import Config
@@ -23,6 +25,8 @@ from tests.dist.ranks import run_ranks
 from tests.models import FAMILIES as MODELS
 from tests.models import Sizes, build, call, inputs
 from tests.sparse.layouts import FAMILIES, FIELDS, GRID, LAYOUTS, LONG, METHODS, SIZES, painted, plain, relative
+from tests.sparse.zoo import METHOD, VIDEO, error, run
+from tests.zoo.collect import cases, inputs_of, randomized
 
 EXACT = 1e-5
 
@@ -139,7 +143,7 @@ def test_compiled_blocks_give_the_same(layout: dict[str, int]) -> None:
 def test_the_segment_of_a_video_among_equal_ones() -> None:
     def where(place: int | None) -> Video:
         known = None if place is None else (place, place)
-        return Video((1, 5, 7), 0, 35, lambda number: known if number == 2 else None)
+        return Video((1, 5, 7), 0, 35, "x", lambda number: known if number == 2 else None)
 
     assert [s.grid for s in where(1).segments((35, 35)) or ()] == [None, (1, 5, 7)]
     assert where(None).segments((35, 35)) is None
@@ -147,7 +151,7 @@ def test_the_segment_of_a_video_among_equal_ones() -> None:
     assert where(None).segments((13, 34)) is None
     pieces = where(None).segments((14, 21, 9)) or ()
     assert [(s.length, s.grid) for s in pieces] == [(35, (1, 5, 7)), (9, None)]
-    inside = Video((1, 5, 7), 4, 42, lambda number: None).segments((42, 9))
+    inside = Video((1, 5, 7), 4, 42, "x", lambda number: None).segments((42, 9))
     assert [(s.length, s.grid) for s in inside or ()] == [(4, None), (35, (1, 5, 7)), (3, None), (9, None)]
 
 
@@ -211,3 +215,68 @@ def test_emoji_with_a_window() -> None:
     assert any(line.startswith("sparse attention on transformer: window") for line in applied)
     for other, _, _ in run_ranks(emoji, 2, {"ulysses": 2}):
         assert abs(other - picture).max() < 1 / 255
+
+
+@pytest.mark.parametrize(
+    "name", ["MochiTransformer3DModel", "HunyuanVideo15Transformer3DModel", "Cosmos3OmniTransformer"]
+)
+def test_odd_ones(name: str) -> None:
+    """Text that comes and goes with a mask's values; masks of all pairs; queries of the video alone."""
+    one, plain_run = run(name, {}), run(name, {}, "")
+    assert one.sparse_calls > 0
+    assert error(one.outputs, plain_run.outputs) > 1e-4
+    for layout in ({"ulysses": 2}, {"ring": 2}):
+        for rank in run_ranks(run, 2, name, layout):
+            assert error(rank.outputs, one.outputs) < EXACT
+    with torch.inference_mode():
+        assert error(run(name, {}).outputs, one.outputs) < EXACT
+
+
+def test_rows_that_come_and_go_beside_compile() -> None:
+    case = cases()["MochiTransformer3DModel"]
+    model, values = randomized(case.build()), inputs_of(case, VIDEO)
+    method = METHOD
+    with parafuse.apply(model, Config(sparse=method)), torch.no_grad():
+        want = tree_leaves(model(**values))
+    with parafuse.apply(model, Config(sparse=method, compile=True)), torch.no_grad():
+        assert error(tree_leaves(model(**values)), want) < EXACT
+
+
+def test_layouts_are_made_once() -> None:
+    model, values = build("wan"), inputs("wan", SIZES)
+    with parafuse.apply(model, Config(sparse=METHODS["window"])) as handle:
+        call(model, values)
+        state = handle.sparse()["WanTransformer3DModel"].attention
+        before = list(state._layouts.values())
+        call(model, values)
+        assert [id(one) for one in state._layouts.values()] == [id(one) for one in before]
+
+
+def by_hand(degrees: dict[str, int]) -> list[Tensor]:
+    """Three calls of a model without a scheduler, of which the first two are whole."""
+    method = METHODS["window"].replace("dense_steps=0", "dense_steps=2")
+    model, values = build("wan"), inputs("wan", SIZES)
+    parallel = parafuse.Parallel(**{"ulysses": 1, **degrees})
+    with parafuse.apply(model, Config(sparse=method, parallel=parallel)):
+        return [call(model, values).clone() for _ in range(3)]
+
+
+def test_calls_that_are_made_to_learn_are_no_steps() -> None:
+    want = by_hand({})
+    assert relative(want[1], want[0]) == 0.0
+    assert relative(want[2], want[0]) > 1e-3
+    for found in run_ranks(by_hand, 2, {"data": 2}):
+        assert max(relative(a, b) for a, b in zip(found, want, strict=True)) < EXACT
+
+
+def test_beside_backends() -> None:
+    with pytest.raises(ConfigError, match="kernel of its own"):
+        Extras(sparse=sparse_of("window"), attention=parafuse.Attention("fp8-reference")).check("cpu", lambda axis: 1)
+    model, values = build("wan"), inputs("wan", SIZES)
+    want = call(build("wan"), values)
+    method = METHODS["window"].replace("dense_steps=0", "dense_steps=1")
+    with parafuse.apply(model, Config(sparse=method, attention="math")) as handle:
+        assert relative(call(model, values), want) < EXACT
+        call(model, values)
+        ran = handle.choices()["WanTransformer3DModel"].report()
+    assert {one["backend"] for one in ran} == {"math"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -165,9 +166,23 @@ def test_timings_are_kept_and_found_again(monkeypatch: pytest.MonkeyPatch, tmp_p
     found = kept.resolved(Attention(), "cpu")
     assert (found.backend, found.timings and found.timings.rows) == (TIMED, (timed.row,))
     assert kept.resolved(Attention(TORCH), "cpu") == Attention(TORCH)
-    (tmp_path / "attention.json").write_text('[{"device": "x", "rows": [{"shape": 1}]}]')
+    name = kept.device_name("cpu")
+    (tmp_path / "attention.json").write_text(json.dumps([{"device": "x", "rows": 1}, {"device": name, "rows": []}]))
+    assert kept.load("cpu") is None  # what is of another device is not looked at
+    (tmp_path / "attention.json").write_text(json.dumps([{"device": name, "rows": [{"shape": 1}]}]))
     with pytest.raises(ConfigError, match="holds no timings"):
         kept.load("cpu")
+    assert kept.resolved(Attention(), "cpu") == Attention(TORCH)  # with a line
+
+
+def test_one_choice_goes_by_the_size_of_each_call() -> None:
+    known = timings(torch=2.0, cpu_flash=1.0)
+    choice = Choice(TIMED, known)
+    small, large = (torch.randn(1, 1, rows, 64) for rows in (100, 1000))
+    for q, name in ((small, "cpu-flash"), (large, "torch"), (small, "cpu-flash")):
+        facts = replace(CPU, pairs=q.shape[2] ** 2)
+        assert choice.pick(facts, q, q, q, Call()).name == name
+    assert [one["calls"] for one in choice.report()] == [2, 1]
 
 
 def test_a_backend_that_gives_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ class Extras:
     def _check_attention(self, device: str, ring_degree: int) -> None:
         name = self.attention.backend
         backend = REGISTRY.backends[name]
-        able = [other for other, one in REGISTRY.backends.items() if not one.why_not_here(device) and not one.lossy]
+        able = [other for other, one in REGISTRY.backends.items() if not one.why_not_here(device)]
         why = backend.why_not_here(device)
         if why:
             raise ConfigError(f"attention={name!r}: {why}; here there are {', '.join(able)}.")

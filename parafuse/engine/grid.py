@@ -68,9 +68,14 @@ def video_stream(
         try:
             return _stream_of(prologue, prologue.latents(), grid)
         except _NoGrid as reason:
-            what = "the grid of the video's tokens" if grid is None else f"a video of {_shown(grid)} tokens"
+            where = type(model).__name__
+            if grid is not None:
+                raise UnsupportedError(
+                    f"{where}: grid={_shown(grid)}: has {math.prod(grid)} tokens, which are not found in its call "
+                    f"({reason}); give the frames, rows and columns of its tokens, or leave sparse attention out."
+                ) from None
             raise UnsupportedError(
-                f"{type(model).__name__}: {what} cannot be told from its call ({reason}); {WAY_OUT}."
+                f"{where}: the grid of the video's tokens cannot be told from its call ({reason}); {WAY_OUT}."
             ) from None
 
 

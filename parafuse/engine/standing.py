@@ -259,6 +259,8 @@ class Standing:
 
     def settle(self) -> None:
         """At the end of a request: raises where something did not hold."""
+        if self.sparse is not None:
+            self.sparse.settle()
         for one in self.rewrites:
             one.settle()
 

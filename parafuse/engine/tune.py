@@ -124,10 +124,13 @@ def time_backends(shape: Shape, *, dtype: torch.dtype, device: str, rounds: int)
     """Every backend that can, in turns; medians. Local."""
     generator = torch.Generator().manual_seed(0)
     size = shape.batch, shape.heads
-    q, k, v = (
-        torch.randn(*size, number, shape.head_size, generator=generator).to(device, dtype)
-        for number in (shape.rows, shape.keys, shape.keys)
-    )
+    try:
+        q, k, v = (
+            torch.randn(*size, number, shape.head_size, generator=generator).to(device, dtype)
+            for number in (shape.rows, shape.keys, shape.keys)
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"--shape {shape}: is too large for this machine ({_first_line(error)}).") from error
     mask = _mask(shape, dtype, device, generator)
     facts = facts_of(q, k, v, mask, is_causal=shape.is_causal, needs_lse=shape.with_lse)
     refused = {name: one.refusal(facts) for name, one in REGISTRY.backends.items()}

@@ -73,6 +73,13 @@ class SparseVideo(OnForward):
         number, self._calls = self._calls, self._calls + (not self.context.is_trial)
         return number
 
+    def settle(self) -> None:
+        """At the end of a request: a line where nothing was left out."""
+        counts = self.attention.counts
+        if counts and not counts["sparse"]:
+            why = ", ".join(f"{name} ({number} calls)" for name, number in counts.items() if number)
+            note(f"sparse={self.attention.sparse.brief} left nothing out in this request: {why}; see dense_steps")
+
     def begin(self) -> None:
         """A request begins."""
         self._calls = 0

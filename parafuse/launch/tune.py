@@ -18,6 +18,7 @@ from parafuse.launch.asked import Asked, refuse_extras
 from parafuse.launch.keywords import one_step_call
 from parafuse.launch.options import Option, build, given
 
+OF_A_CALL = ("seed", "steps", "width", "height", "guidance", "negative_prompt", "set")
 UNUSED = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse")
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ class Tuning(Asked):
     """Each backend is timed so often, in turns."""
     json: bool = False
     """As one JSON object."""
-    keep: bool = True
-    """Keep the result for attention=auto."""
+    forget: bool = False
+    """Only show the result; attention=auto goes on as before."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +51,9 @@ class Tuning(Asked):
             raise ConfigError(f"--rounds {self.rounds}: must be at least 1.")
         if self.mask not in ("none", "bool", "bias"):
             raise ConfigError(f"--mask {self.mask!r}: must be none, bool or bias.")
+        calls = [name for name in OF_A_CALL if getattr(self, name) not in (None, ())]
+        if self.shape and calls:
+            raise ConfigError(f"--{calls[0].replace('_', '-')}: is of a model's call; leave it out beside --shape.")
         if (self.mask != "none" or self.causal) and not self.shape:
             raise ConfigError("--mask and --causal: go with --shape; a model's own calls have their own.")
 
@@ -83,8 +87,10 @@ def prepare(prompt: str | None, tuning: Tuning, options: list[Option], typed: di
     parallel = config.parallel
     if parallel != Parallel(ring=parallel.ring, ulysses=parallel.ulysses):
         raise ConfigError("tune attention: only ulysses and ring change what one rank computes; leave other axes out.")
-    if tuning.keep and file() is None:
-        raise ConfigError("PARAFUSE_CACHE='': nothing is kept, so timings would be lost; name a folder, or --no-keep.")
+    if not tuning.forget and file() is None:
+        raise ConfigError(
+            "PARAFUSE_CACHE='': nothing is kept, so timings would be lost; name a folder, or give --forget."
+        )
     source = locate(tuning.model, allow_pickle=config.allow_pickle)
     alone = dataclasses.replace(config, parallel=Parallel(), attention="torch")
     plan = resolve(alone, source, 1)
@@ -117,7 +123,7 @@ def run(job: TuningJob) -> None:
     with torch.no_grad():
         found = [time_backends(one, dtype=dtype, device=job.device, rounds=tuning.rounds) for one in shapes]
     where = None
-    if tuning.keep:
+    if not tuning.forget:
         timings = load(job.device) or Timings(device_name(job.device))
         for one in found:
             timings = timings.with_row(one.row)

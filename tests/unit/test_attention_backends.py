@@ -211,7 +211,7 @@ def test_shapes_of_one_rank() -> None:
 @pytest.mark.parametrize(
     ("name", "device", "ring", "says"),
     [
-        ("flash-attn-3", "cpu", 1, "needs a CUDA GPU; here there are torch, cpu-flash, math"),
+        ("flash-attn-3", "cpu", 1, "needs a CUDA GPU; here there are torch, cpu-flash, fp8-reference, math"),
         ("fp8-reference", "cpu", 2, "gives no log-sum-exp.*ring 2"),
         ("cpu-flash", "cpu", 2, ""),
     ],

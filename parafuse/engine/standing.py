@@ -275,7 +275,8 @@ class Standing:
         if self.guidance:
             found.append(f"guidance parallel (cfg {degree(Axis.CFG)}) on {name}")
         found += [f"{line} on {name}" for line in replace(self.extras, compile=False).lines()]
-        found += [] if self.choice is None else [f"attention on {name}: {line}" for line in self.choice.lines()]
+        chosen = self.choice if self.choice is not None and self.choice.acts else None
+        found += [] if chosen is None else [f"attention on {name}: {line}" for line in chosen.lines()]
         if self.sparse:
             found.append(f"sparse attention on {name}: {self.sparse.attention.line()}")
         if self.regional:

@@ -30,7 +30,7 @@ def _on_cpu(device: str) -> str:
     return "" if device == "cpu" else "is for the CPU"
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask (True: attend) as zeros and -inf; other masks are cast."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
@@ -38,7 +38,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else _additive(mask, q.dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    return None if mask is None else additive(mask, q.dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
 
 def _aligned(bias: Tensor | None) -> Tensor | None:
@@ -76,7 +76,7 @@ def attention_math(
         k, v = k.repeat_interleave(group_size, 1), v.repeat_interleave(group_size, 1)
     scores = q.float() @ k.float().transpose(-1, -2) * scale
     if mask is not None:
-        scores = scores + _additive(mask, torch.float32)
+        scores = scores + additive(mask, torch.float32)
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, -math.inf)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from parafuse.errors import UnsupportedError
 from parafuse.kernels.attention import attention_lse
+from parafuse.kernels.backends import additive
 from parafuse.kernels.flex import Flex
 
 BACKENDS = ("gather", "flex")
@@ -162,7 +163,7 @@ def _gathered(
     q_order, q_edges = _sorted(q_tiles, chosen.shape[2])
     k_order, k_edges = _sorted(k_tiles, chosen.shape[3])
     k, v = k.index_select(2, k_order), v.index_select(2, k_order)
-    mask = None if key_mask is None else _additive(key_mask, q.dtype).index_select(2, k_order)
+    mask = None if key_mask is None else additive(key_mask, q.dtype).index_select(2, k_order)
     out, lse = q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
     for samples, heads in _alike(chosen, q.shape[0], q.shape[1]):
         one = chosen[samples.start if chosen.shape[0] > 1 else 0, heads.start if chosen.shape[1] > 1 else 0]
@@ -263,10 +264,3 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
     if not k.shape[2]:
         return q.new_zeros((*q.shape[:3], v.shape[-1])), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
     return attention_lse(q, k, v, bias, scale=scale)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (True: attend) as zeros and -inf."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from parafuse.kernels import merge, norm_rope
+from parafuse.kernels.fp8 import FP8
 from parafuse.kernels.fused import missing
-from parafuse.kernels.norm_rope import FP8, NormRope
+from parafuse.kernels.norm_rope import NormRope
 from parafuse.parallel.pack import Streams, pack_heads
 
 CALLS = 10

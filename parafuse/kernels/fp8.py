@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
-LARGEST = 448.0
+FP8_MAX = 448.0
 """The largest number of e4m3."""
+
+
+def scale_of(largest: Tensor) -> Tensor:
+    """The scale by which the largest value becomes the largest number of fp8, fp32; 1 where there is nothing but 0."""
+    return torch.where(largest > 0, largest.float() / FP8_MAX, 1.0)
 
 
 def per_head(x_BHSD: Tensor) -> tuple[Tensor, Tensor]:
     """(x / scale in fp8 (B, H, S, D), scale (B, H) fp32): the largest value of a head is the largest number of fp8."""
-    scale_BH = x_BHSD.abs().amax(dim=(-2, -1)).float().clamp_min(1e-12) / LARGEST
-    scaled = (x_BHSD.float() / scale_BH[..., None, None]).clamp(-LARGEST, LARGEST)
+    scale_BH = scale_of(x_BHSD.abs().amax(dim=(-2, -1)))
+    scaled = (x_BHSD.float() / scale_BH[..., None, None]).clamp(-FP8_MAX, FP8_MAX)
     return scaled.to(FP8), scale_BH
 
 

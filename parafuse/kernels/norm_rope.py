@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from parafuse.errors import UnsupportedError
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
+from parafuse.kernels.fp8 import FP8, FP8_MAX, scale_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +47,7 @@ def pack_qkv_fp8(
     """The same in 8 bits, with a scale (fp32) for each row of each head: value = fp8 * scale."""
     check(qkv, how, values_PBS3hD, FP8)
     for which, x in enumerate(_ready(qkv, how)):
-        scale = _scale(x.abs().amax(-1))
+        scale = scale_of(x.abs().amax(-1))
         values = (x / scale.unsqueeze(-1)).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
         _bytes(values_PBS3hD)[:, :, :, which].copy_(_bytes(_by_rank(values, values_PBS3hD.shape[0])))
         scales_PBS3h[:, :, :, which].copy_(_by_rank(scale, values_PBS3hD.shape[0]))
@@ -63,7 +61,7 @@ def cast_qkv_fp8(qkv: tuple[Tensor, Tensor, Tensor], how: NormRope) -> tuple[Ten
     values, scales = qkv[0].new_empty((b, s, 3, h, d), dtype=FP8), qkv[0].new_ones((3, b, h), dtype=torch.float32)
     for which, x in enumerate(_ready(qkv, how)):
         if s:
-            scales[which] = _scale(x.abs().amax((1, 3)))
+            scales[which] = scale_of(x.abs().amax((1, 3)))
         scaled = x / scales[which, :, None, :, None]
         _bytes(values)[:, :, which].copy_(_bytes(scaled.clamp_(-FP8_MAX, FP8_MAX).to(FP8)))
     return values, scales
@@ -143,11 +141,6 @@ def ready(x_BSHD: Tensor, weight: Tensor | None, how: NormRope) -> Tensor:
 def _ready(qkv: tuple[Tensor, Tensor, Tensor], how: NormRope) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv
     return ready(q, how.weights[0], how), ready(k, how.weights[1], how), v.float()
-
-
-def _scale(largest: Tensor) -> Tensor:
-    """By which values are divided so that the largest is the largest of the format; 1 where all are zero."""
-    return torch.where(largest > 0, largest / FP8_MAX, 1.0)
 
 
 def _bytes(x: Tensor) -> Tensor:

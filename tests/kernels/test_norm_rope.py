@@ -13,7 +13,8 @@ from torch import Tensor
 
 from parafuse.errors import UnsupportedError
 from parafuse.kernels import norm_rope as twins
-from parafuse.kernels.norm_rope import FP8, NormRope
+from parafuse.kernels.fp8 import FP8
+from parafuse.kernels.norm_rope import NormRope
 from parafuse.parallel.pack import Streams, pack_heads
 from tests.kernels.interpreter import Interpreter
 

@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from parafuse.errors import UnsupportedError
-from parafuse.kernels.norm_rope import FP8, FP8_MAX, NormRope, check
+from parafuse.kernels.fp8 import FP8, FP8_MAX
+from parafuse.kernels.norm_rope import NormRope, check
 
 STORE, ROW_SCALES, LARGEST, GIVEN_SCALES = range(4)
 """What is written: values; fp8 values and a scale for each row of each head; the largest value of each head; fp8 values

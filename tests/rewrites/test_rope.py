@@ -115,7 +115,7 @@ def test_it_acts_in_front_of_the_attention_of_several_ranks() -> None:
     def joined(q: Tensor, k: Tensor, v: Tensor, text: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         q, k = (turned(torch.cat([torch.sin(text), torch.cos(x)], 1), tables) for x in (q, k))
         rows = [x.transpose(1, 2) for x in (q, k, torch.cat([text, v], 1))]
-        return sequence_attention(*rows, None, [12], [12], None, None, "", "", "", None, False)
+        return sequence_attention(*rows, None, [12], [12], None, None, "", "", "", None, False, "")
 
     q, k, v, text = (torch.randn(2, size, 3, 8) for size in (7, 7, 7, 5))
     tables = (torch.randn(12, 8), torch.randn(12, 8))

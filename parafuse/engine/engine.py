@@ -21,12 +21,12 @@ from parafuse.engine.compiling import Compiling
 from parafuse.engine.devices import refuse_numbered, remove_offload
 from parafuse.engine.extras import Extras
 from parafuse.engine.host_times import host_times
-from parafuse.engine.loader import load_pipeline
 from parafuse.engine.loading_checks import check_loading, own_config, taken
 from parafuse.engine.modular import continues, hush, takes_generator
+from parafuse.engine.node_loading import Loaded, load_for_ranks
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
-from parafuse.engine.quantize.put_on import Quantized, checked, quantize_loaded
+from parafuse.engine.quantize.put_on import Quantized, checked
 from parafuse.engine.quantized import compute_dtype, weights_of
 from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import SAME_CALL, facts, fresh_seed
@@ -67,6 +67,7 @@ class Engine(Surface):
     _progress: bool
     _busy: bool
     _load_s: float
+    _loading: list[dict[str, Any]]
     _closed: bool
     _compiling: Compiling | None
 
@@ -75,7 +76,7 @@ class Engine(Surface):
         self._family, self._source, self._state, self._workers = [self], source, PipelineState(pipeline), None
         self._progress, self._busy, self._load_s, self._closed = progress, False, 0.0, False
         self.pipeline = pipeline
-        self._compiling = None
+        self._compiling, self._loading = None, []
 
     @classmethod
     def from_pretrained(
@@ -230,15 +231,11 @@ class Engine(Surface):
         world.agree("arguments", facts({"": settings["pipeline_kwargs"], "call": settings["agree_on"]}), AGREE_S)
         if plan.why:
             note(plan.one_line())
-        keywords = {"dtype": plan.dtype} | settings["pipeline_kwargs"]  # dtypes by component may be among them
-        done: list[Quantized] = []
-        if pipeline is None:
-            pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], device=world.device, **keywords)
-            done = quantize_loaded(plan, *weighty(pipeline), world.device)
-            pipeline.to(world.device)
-        hush(pipeline)
-        engine = cls(pipeline, source, plan, Handle(), world, progress)
-        engine._put_on(done)
+        loaded = load_for_ranks(source, settings, world) if pipeline is None else Loaded(pipeline)
+        hush(loaded.pipeline)
+        engine = cls(loaded.pipeline, source, plan, Handle(), world, progress)
+        engine._put_on(loaded.quantized)
+        engine._loading = loaded.ranks
         engine._load_s = time.perf_counter() - begun
         return engine
 
@@ -418,6 +415,7 @@ class Engine(Surface):
             "versions": versions(),
             "weights": weights_of(self.pipeline),
             **told_by(self.handle, seen, before),
+            "loading": self._loading,
             "cache": report(self.handle.cache, memories, self.world),
             "compiled": compiled,
             "timings_s": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def _from_pretrained(source: ModelSource, kwargs: dict[str, Any]) -> Any:
     found, rest = _custom_class(source, kwargs)
     pipeline = (found or diffusers.DiffusionPipeline).from_pretrained(source.path, **rest)
     check_names(source, kwargs, parameters_of(type(pipeline)))
+    _refuse_missing(source, pipeline, kwargs)
     return pipeline
 
 
@@ -154,7 +156,7 @@ def _single_file(source: ModelSource, kwargs: dict[str, Any]) -> Any:
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()  # diffusers leaves the dropout of a T5 encoder on
-    _refuse_empty(source, pipeline)
+    _refuse_missing(source, pipeline, kwargs)
     return pipeline
 
 
@@ -197,19 +199,25 @@ def _only_a_part(source: ModelSource, hub_id: str, parts: dict[str, Any], why: s
     return ModelError(f"model={source.name!r}: {why.rstrip('.')}. {way}")
 
 
-def _refuse_empty(source: ModelSource, pipeline: Any) -> None:
-    """Raises ModelError for weights that the file did not hold: diffusers leaves them empty without a word."""
+def _refuse_missing(source: ModelSource, pipeline: Any, given: Mapping[str, Any]) -> None:
+    """Raises ModelError for weights that the files did not hold: diffusers leaves them empty, transformers draws random
+    ones. What the user has loaded is his."""
     for name, part in pipeline.components.items():
-        if _empty(part) and hasattr(part, "tie_weights"):
+        if part is None or part is given.get(name):
+            continue
+        if _missing(part) and hasattr(part, "tie_weights"):
             part.tie_weights()  # embeddings of T5, which may be written once or twice
-        if empty := _empty(part):
-            more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
-            raise ModelError(
-                f"model={source.name!r}: lacks weights of {name}: {empty[0]}{more}. "
-                "Give a checkpoint of a whole model, or a diffusers folder."
-            )
+        if missing := _missing(part):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            way_out = "Give a checkpoint of a whole model, or a diffusers folder."
+            if source.kind != "file":
+                way_out = f"Download it again, or load that part with its class and give it: {name}=..."
+            raise ModelError(f"model={source.name!r}: lacks weights of {name}: {missing[0]}{more}. {way_out}")
 
 
-def _empty(part: Any) -> list[str]:
-    """Names of parameters without values."""
-    return [name for name, p in part.named_parameters() if p.is_meta] if hasattr(part, "named_parameters") else []
+def _missing(part: Any) -> list[str]:
+    """Names of parameters that no file has given a value. transformers marks those that it has read."""
+    found = dict(part.named_parameters()) if hasattr(part, "named_parameters") else {}
+    is_read = {name: getattr(p, "_is_hf_initialized", False) for name, p in found.items()}
+    marks = any(is_read.values()) and getattr(part, "hf_quantizer", None) is None  # which puts in others
+    return [name for name, p in found.items() if p.is_meta or (marks and not is_read[name])]

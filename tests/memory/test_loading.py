@@ -1,0 +1,164 @@
+"""A model is loaded once for the ranks of a machine: the weights are those of one rank, and are in memory once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from parafuse.engine import node_loading
+from parafuse.errors import ModelError
+from parafuse.parallel import node
+from tests.dist.ranks import RankFailure, run_ranks
+from tests.memory.loading import checkpoint, emoji_in, load
+
+GB = 1 << 30
+
+
+def loads(folder: str, **config: Any) -> dict[str, Any]:
+    return load(folder, **config)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_weights_are_those_of_one_rank(ranks: int) -> None:
+    alone = run_ranks(loads, 1, "emoji")[0]
+    found = run_ranks(loads, ranks, "emoji")
+    assert all(one["weights"] == alone["weights"] for one in found)
+    assert [rank["how"] for rank in found[-1]["ranks"]] == ["read"] + ["mapped from rank 0"] * (ranks - 1)
+    assert alone["ranks"][0]["how"] == "read"
+
+
+def quantized(folder: str, text: str) -> dict[str, Any]:
+    return load(folder, quantize=text)
+
+
+@pytest.mark.parametrize("text", ["int8", "fp8:reference=true", "fp8-weight", "int8-weight:keep_originals=true"])
+def test_quantized_weights_too(text: str) -> None:
+    alone = run_ranks(quantized, 1, "emoji", text)[0]
+    found = run_ranks(quantized, 2, "emoji", text)
+    assert found[0]["weights"] == found[1]["weights"] == alone["weights"]
+    assert found[0]["ranks"][1]["how"] == "mapped from rank 0"
+
+
+def half_as_float(folder: str) -> dict[str, Any]:
+    return load(folder, dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_ranks_have_the_weights_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    """1 GB of weights in float32, mapped from the files, or made of half as much. A page that several have counts for
+    each as its part of it. Fresh processes: what a tensor had freed may stay with the allocator."""
+    folder = str(checkpoint(tmp_path, GB * dtype.itemsize // 4, dtype))
+    alone = run_ranks(half_as_float, 1, folder)[0]["share"]
+    shares = [one["share"] for one in run_ranks(half_as_float, 4, folder)]
+    print(f"one rank {alone / GB:.3f} GiB, four {sum(shares) / GB:.3f}: {sum(shares) / alone:.3f}")
+    assert alone > 0.95 * GB
+    assert sum(shares) < 1.3 * alone, (alone, shares)
+
+
+def without_sharing(folder: str) -> dict[str, Any]:
+    there = node.can_share
+    node.can_share = lambda: False
+    try:
+        return load(folder)
+    finally:
+        node.can_share = there
+
+
+def test_where_memory_cannot_be_shared_each_loads() -> None:
+    found = run_ranks(without_sharing, 2, "emoji")
+    assert [one["how"] for one in found[0]["ranks"]] == ["read", "read"]
+    assert found[0]["weights"] == found[1]["weights"]
+
+
+def with_something_unwilling(folder: str) -> dict[str, Any]:
+    there = node_loading.load_pipeline
+
+    def load_pipeline(*args: Any, **kwargs: Any) -> Any:
+        pipeline = there(*args, **kwargs)
+        pipeline.unwilling = lambda: None  # a lambda is not pickled
+        return pipeline
+
+    node_loading.load_pipeline = load_pipeline
+    try:
+        return load(folder)
+    finally:
+        node_loading.load_pipeline = there
+
+
+def test_what_cannot_be_handed_over_is_loaded_by_each() -> None:
+    found = run_ranks(with_something_unwilling, 2, "emoji")
+    how = [one["how"] for one in found[0]["ranks"]]
+    assert how[0] == "read"
+    assert how[1].startswith("read: ")
+    assert "lambda" in how[1]
+    assert found[0]["weights"] == found[1]["weights"]
+
+
+def refused(folder: str) -> str:
+    try:
+        load(folder)
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2", "vae"])
+def test_a_weight_that_is_missing_is_named_on_all_ranks(tmp_path: Path, part: str) -> None:
+    folder = emoji_in(tmp_path)
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    lost = sorted(tensors)[len(tensors) // 2]
+    del tensors[lost]
+    save_file(tensors, file)
+    found = run_ranks(refused, 2, str(folder))
+    assert found[0] == found[1]
+    assert f"lacks weights of {part}: {lost}" in found[0]
+
+
+def test_a_shard_that_was_cut_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 100 << 20, torch.float32)
+    file = max((folder / "transformer").glob("*.safetensors"))
+    whole = file.stat().st_size
+    os.truncate(file, whole - 1000)
+    found = run_ranks(refused, 2, str(folder))
+    assert found[0] == found[1]
+    assert file.name in found[0]
+    assert f"has {whole - 1000} bytes instead of {whole}" in found[0]
+
+
+def ends(folder: str) -> dict[str, Any]:
+    if os.environ["RANK"] == "0":
+        node_loading.load_pipeline = lambda *_, **__: os._exit(3)  # in a process that is killed anyway
+    return load(folder)
+
+
+def test_a_rank_that_ends_while_it_loads_is_named() -> None:
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(ends, 2, "emoji")
+    assert "rank 0 ended while it loaded the model" in failure.value.reports[1]
+
+
+def fails(folder: str) -> str:
+    def load_pipeline(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("by accident")
+
+    there, node_loading.load_pipeline = node_loading.load_pipeline, load_pipeline
+    try:
+        load(folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        node_loading.load_pipeline = there
+    return ""
+
+
+def test_what_the_loading_rank_fails_with_reaches_the_others() -> None:
+    assert run_ranks(fails, 3, "emoji") == [
+        "ZeroDivisionError: by accident",
+        *["RankError: rank 0 failed: ZeroDivisionError: by accident"] * 2,
+    ]

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 from parafuse.attention import Attention, attention_of
 from parafuse.cache import Cache, cache_of
+from parafuse.encoding import Encoding, encoding_of
 from parafuse.errors import ConfigError, reject_unknown
 from parafuse.quantization import Quantize, quantize_of
 from parafuse.sparse import Sparse, sparse_of
@@ -131,6 +132,9 @@ class Config:
     """Leaves pairs of a video's tokens out of attention: window:2,8,8 (frames, rows and columns around), radial:0.5
     (less of a frame the further in time), content:0.9 (what matters most, head by head), with fields after a comma
     (dense_steps=4); docs/attention.md has them all."""
+    text_encoders: Encoding | str = "everywhere"
+    """Where prompts are encoded: everywhere (each rank for itself), or one-rank (each text encoder on one rank, which
+    sends what it gives); with :kept=32, results of the last 32 texts are kept for calls that repeat them."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for another one before the request fails on all of them."""
     allow_pickle: bool = False
@@ -147,6 +151,7 @@ class Config:
         object.__setattr__(self, "quantize", quantize_of(self.quantize))
         object.__setattr__(self, "attention", attention_of(self.attention))
         object.__setattr__(self, "sparse", sparse_of(self.sparse))
+        object.__setattr__(self, "text_encoders", encoding_of(self.text_encoders))
         for name in ("compile", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be true or false.")
@@ -182,7 +187,8 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         lossy = {"cache": self.cache, "quantize": self.quantize, "sparse": self.sparse}
         texts = {name: str(one) if one else None for name, one in lossy.items()}
-        return dataclasses.asdict(self) | texts | {"attention": str(self.attention)}
+        texts |= {"attention": str(self.attention), "text_encoders": str(self.text_encoders)}
+        return dataclasses.asdict(self) | texts
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, where: str = "config") -> Config:

@@ -14,6 +14,7 @@ from torch import nn
 
 from parafuse.cache import JOINT, SEPARATE, UNET, Cache, StackCache, cache_of
 from parafuse.config import Axis, Config
+from parafuse.encoding import Encoding
 from parafuse.engine.caches.caching import Caching
 from parafuse.engine.caches.choose import KINDS, fitting, refuse_kind
 from parafuse.engine.caches.clock import Clock, schedulers_of
@@ -26,11 +27,12 @@ from parafuse.engine.plan import Plan
 from parafuse.engine.plan_store import key_for
 from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, existing, quantize
 from parafuse.engine.quantize.report import lines
+from parafuse.engine.quantize.settle import TEXT_ENCODERS
 from parafuse.engine.rewrites.choose import STEPWISE, Beside, choices
 from parafuse.engine.source import ModelSource
 from parafuse.engine.stack import block_stack, repeated_blocks
 from parafuse.engine.standing import Standing, standing_on
-from parafuse.engine.targets import DENOISERS, STACKS, Wanted, denoisers, device_of, wanted_of, weighty
+from parafuse.engine.targets import DENOISERS, STACKS, Wanted, denoisers, device_of, is_encoder, wanted_of, weighty
 from parafuse.engine.video import SparseVideo
 from parafuse.errors import ConfigError
 from parafuse.kernels.attention import Choice
@@ -39,6 +41,7 @@ from parafuse.parallel.block_plan import BlockPlan
 from parafuse.parallel.comm import Count, counters, since
 from parafuse.parallel.compiled import Regional
 from parafuse.parallel.data import DataParallel
+from parafuse.parallel.encoding import TextEncoder, spread
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
 from parafuse.parallel.hooks import is_overridden
 from parafuse.parallel.mesh import Mesh, hold, make_mesh, release
@@ -145,7 +148,7 @@ class Handle:
         if mesh is None:
             return
         kept: list[tuple[str, Standing]] = []
-        extras = _extras(self.extras, wanted, self.target)
+        extras = _extras(self.extras, wanted, self.target, mesh.num_ranks)
         for name, module, method in wanted:
             one = standing_on(module, method)
             if one is None:
@@ -204,8 +207,11 @@ class Handle:
             getattr(target, name, one.model) is not one.model for name, one in self.quantized.items()
         ):
             return self._is_off
-        wanted = [] if self.mesh is None else wanted_of(target, self.mesh.degree)
+        wanted = [] if self.mesh is None else self._wanted(target, self.mesh)
         return [(module, method) for _, module, method in wanted] == [(one.module, one.method) for _, one in self._on]
+
+    def _wanted(self, target: Any, mesh: Mesh) -> list[Wanted]:
+        return wanted_of(target, mesh.degree, self.extras.encoding)
 
     def renew(self, target: Any, arriving: Sequence[Component] = ()) -> None:
         """Puts it on what the target has now or is about to get, and takes it off what that has no more. Local. Raises
@@ -215,8 +221,8 @@ class Handle:
         if mesh is None:
             self.quantize_weights(target, arriving)
             return
-        wanted = [*wanted_of(target, mesh.degree), *wanted_of(SimpleNamespace(**dict(arriving)), mesh.degree)]
-        extras = _extras(self.extras, wanted, self.target)
+        wanted = [*self._wanted(target, mesh), *self._wanted(SimpleNamespace(**dict(arriving)), mesh)]
+        extras = _extras(self.extras, wanted, self.target, mesh.num_ranks)
         for each in wanted:
             _check(*each, {axis: mesh.degree(axis) for axis in Axis}, extras[each[1:]])
         staying = [id(module) for _, module, _ in wanted]
@@ -229,6 +235,10 @@ class Handle:
     def choices(self) -> dict[str, Choice]:
         """Component -> what computed its attention, where parafuse sees to that."""
         return {name: one.choice for name, one in self._on if one.choice is not None}
+
+    def encoders(self) -> dict[str, TextEncoder]:
+        """Component -> what sends and keeps what it gives."""
+        return {name: one.encoder for name, one in self._on if one.encoder is not None}
 
     def sparse(self) -> dict[str, SparseVideo]:
         """Component -> what leaves pairs of its video's tokens out."""
@@ -357,14 +367,10 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         return _without_mesh(target, method)
     if mesh is not None:
         degrees = {axis: mesh.degree(axis) for axis in Axis}
-    wanted = wanted_of(target, lambda axis: degrees[axis])
-    if not wanted:
-        denoisers(
-            target, STACKS if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 else DENOISERS
-        )  # says what is missing
+    wanted = _wanted(target, degrees, extras.encoding)
     _refuse_joint(extras.cache, target)
     extras.check(device, degrees.__getitem__)
-    each_has = _extras(extras, wanted, target)
+    each_has = _extras(extras, wanted, target, ranks)
     found = [_check(*each, degrees, each_has[each[1:]]) for each in wanted]
     shared = [one for one in found if one is not None]
     if shared:
@@ -396,6 +402,19 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     return handle
 
 
+def _wanted(target: Any, degrees: Mapping[Axis, int], encoding: Encoding) -> list[Wanted]:
+    """What it goes on. Raises ConfigError where there is nothing for it."""
+    wanted = wanted_of(target, degrees.__getitem__, encoding)
+    if encoding.acts and not any(is_encoder(name) for name, _, _ in wanted):
+        raise ConfigError(
+            f"text_encoders={encoding.brief!r}: there is none of {', '.join(TEXT_ENCODERS)} here; leave it out."
+        )
+    if all(is_encoder(name) for name, _, _ in wanted):
+        splits = degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1
+        denoisers(target, STACKS if splits else DENOISERS)  # says what is missing
+    return wanted
+
+
 def _without_mesh(target: Any, method: Quantize | None) -> Handle:
     """On one rank, where nothing stands on the model."""
     handle = Handle(quantize=method, target=target)
@@ -405,9 +424,13 @@ def _without_mesh(target: Any, method: Quantize | None) -> Handle:
     return handle
 
 
-def _extras(extras: Extras, wanted: list[Wanted], target: Any) -> dict[tuple[nn.Module, str], Extras]:
+def _extras(extras: Extras, wanted: list[Wanted], target: Any, num_ranks: int) -> dict[tuple[nn.Module, str], Extras]:
     """What each gets. Raises ConfigError where none can have the cache, or a rewrite."""
-    modules = [(name, module) for name, module, method in wanted if method == "forward"]
+    encoders = [(name, module) for name, module, _ in wanted if is_encoder(name)]
+    owners = spread([sum(p.nbytes for p in module.parameters()) for _, module in encoders], num_ranks)
+    of_encoders = {module: extras.of_encoder(owner) for (_, module), owner in zip(encoders, owners, strict=True)}
+    extras = extras.of_denoiser()
+    modules = [(name, module) for name, module, method in wanted if method == "forward" and not is_encoder(name)]
     cached = fitting(extras.cache, modules) if extras.cache is not None and wanted else ()
     beside = Beside(compile=extras.compile, quantize=extras.quantizes)
     chosen = choices(extras.rewrites, modules, target, beside) if extras.rewrites else []
@@ -416,6 +439,7 @@ def _extras(extras: Extras, wanted: list[Wanted], target: Any) -> dict[tuple[nn.
     for name, module, method in wanted:
         fits = extras if name in cached else extras.without_cache()
         fits = fits.with_rewrites(each[module]) if module in each else fits
+        fits = of_encoders.get(module, fits)
         found[module, method] = fits if method == "forward" else Extras()
     return found
 
@@ -450,6 +474,8 @@ def _check(name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int
         _refuse_wrapped(name, list(module.modules()))
         if is_overridden(module):
             raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
+        if is_encoder(name):
+            return None
         if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 or extras.sparse is not None:
             block_stack(module)
         if extras.compile:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from parafuse.attention import LOSSY_BACKENDS, TIMED, TORCH, Attention, attention_of
 from parafuse.cache import Cache, StackCache, cache_of, with_calibration
 from parafuse.config import Axis, Config
+from parafuse.encoding import Encoding, Everywhere, encoding_of
 from parafuse.engine.rewrites.choose import Choice
 from parafuse.engine.timings import resolved
 from parafuse.errors import ConfigError
@@ -31,6 +32,10 @@ class Extras:
     """What computes attention in repeated blocks."""
     sparse: Sparse | None = None
     """Which pairs of a video's tokens attention leaves out."""
+    encoding: Encoding = field(default_factory=Everywhere)
+    """Where text encoders run, and what is kept of what they give."""
+    owner: int | None = field(default=None, compare=False)
+    """Of a text encoder: the rank that has it, where it is one."""
     chosen: Choice | None = None
     """What of them one denoiser gets; None until that is known."""
 
@@ -40,6 +45,7 @@ class Extras:
         return cls(
             attention=resolved(attention_of(config.attention), device),
             sparse=sparse_of(config.sparse),
+            encoding=encoding_of(config.text_encoders),
             cache=with_calibration(cache_of(config.cache)),
             compile=config.compile,
             cuda_graphs=config.cuda_graphs,
@@ -53,6 +59,13 @@ class Extras:
     def without_cache(self) -> Extras:
         """For a denoiser that cannot have one, beside another that can."""
         return replace(self, cache=None)
+
+    def of_encoder(self, owner: int) -> Extras:
+        """For a text encoder, which has nothing else. `owner`: the rank that is to have it."""
+        return Extras(encoding=self.encoding, owner=owner if self.encoding.one_rank else None)
+
+    def of_denoiser(self) -> Extras:
+        return replace(self, encoding=Everywhere())
 
     def with_rewrites(self, chosen: Choice) -> Extras:
         """For a denoiser that gets these of them."""
@@ -107,6 +120,7 @@ class Extras:
         found = [f"cache {self.cache}"] if self.cache else []
         found += ["compiled blocks"] if self.compile else []
         found += ["CUDA graphs"] if self.cuda_graphs else []
+        found += [f"text encoders {self.encoding.brief}"] if self.encoding.acts else []
         if self.chosen is not None:
             return found + list(self.chosen.left_off)  # each rewrite says itself what it does
         return found + ([f"rewrites {','.join(self.rewrites)}"] if self.rewrites else [])

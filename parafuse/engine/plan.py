@@ -16,6 +16,7 @@ from parafuse.attention import TORCH, Attention, Timings
 from parafuse.cache import Cache, CalibratedCache, cache_of
 from parafuse.calibration import Calibration
 from parafuse.config import Axis, Config, Parallel
+from parafuse.encoding import encoding_of
 from parafuse.errors import ConfigError, reject_unknown
 from parafuse.quantization import AUTO, Fp8, quantize_of
 
@@ -29,6 +30,7 @@ OPTIONAL = (
     "attention",
     "attention_timings",
     "sparse",
+    "text_encoders",
     "calibration",
     "replay",
     "why",
@@ -69,6 +71,8 @@ class Plan:
     """What computes attention in repeated blocks."""
     sparse: str = ""
     """Which pairs of a video's tokens attention leaves out, as its text with every field; empty: none."""
+    text_encoders: str = "everywhere"
+    """Where prompts are encoded, and what is kept of it, as its text with every field."""
     attention_timings: dict[str, Any] | None = None
     """For `timed`: what was timed on the device, so that every rank takes the same backend."""
     calibration: dict[str, Any] | None = None
@@ -128,6 +132,7 @@ class Plan:
             rewrites=self.rewrites,
             attention=self._attention(),
             sparse=self.sparse or None,
+            text_encoders=self.text_encoders,
             timeout_s=self.timeout_s,
         )
 
@@ -148,7 +153,7 @@ class Plan:
     def changes_nothing(self) -> bool:
         """Whether the model runs as it is."""
         extras = self.cache or self.quantize or self.compile or self.rewrites or self.sparse or self.attention != TORCH
-        return self.world_size == 1 and not extras
+        return self.world_size == 1 and not extras and not encoding_of(self.text_encoders).kept
 
     def without_replay(self) -> Plan:
         """The same, where the cache decides."""
@@ -164,6 +169,7 @@ class Plan:
         more += f", rewrites {self.rewrites}" if self.rewrites else ""
         more += f", attention {self.attention}" if self.attention != TORCH else ""
         more += f", sparse {self.sparse}" if self.sparse else ""
+        more += f", text encoders {self.text_encoders}" if encoding_of(self.text_encoders).acts else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""
         return f"{ranks}: {axes}, {self.dtype} on {self.device}{more}{again}" + (f" ({self.why})" if self.why else "")
 

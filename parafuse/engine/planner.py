@@ -62,6 +62,7 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
         rewrites=config.rewrites,
         attention=attention.backend,
         sparse=str(config.sparse or ""),
+        text_encoders=str(config.text_encoders),
         attention_timings=attention.timings.to_dict() if attention.timings is not None else None,
         calibration=calibration.to_dict() if calibration is not None else None,
         why=why,

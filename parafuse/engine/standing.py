@@ -33,6 +33,7 @@ from parafuse.parallel.call_context import CallContext
 from parafuse.parallel.captured import CapturedCalls, make_capture
 from parafuse.parallel.compiled import CompiledUnits, CompiledWhole, Regional, refuse_compile
 from parafuse.parallel.data import DataParallel
+from parafuse.parallel.encoding import TextEncoder
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
 from parafuse.parallel.hooks import guard
 from parafuse.parallel.leading_rows import LeadingRows
@@ -67,6 +68,8 @@ class Standing:
     """What computes attention in its blocks, where parafuse sees to that."""
     sparse: SparseVideo | None = None
     """What leaves pairs of its video's tokens out."""
+    encoder: TextEncoder | None = None
+    """What a text encoder gives: sent, and kept."""
     regional: Regional | None = None
     """Its compiled blocks."""
     captured: list[CapturedCalls] = field(default_factory=list[CapturedCalls])
@@ -87,6 +90,15 @@ class Standing:
         self._undo.insert(0, lambda: release(self.mesh))
 
     def _install(self, rounds: Rounds, clock: Clock) -> None:
+        if self.extras.encoding.acts:
+            kept = self.extras.encoding.kept
+            self.encoder = TextEncoder(self.module, self.mesh, owner=self.extras.owner, kept=kept)
+            self._put_on(self.encoder)
+        else:
+            self._install_on_denoiser(rounds, clock)
+        self._sign()
+
+    def _install_on_denoiser(self, rounds: Rounds, clock: Clock) -> None:
         degree, is_forward, cache = self.mesh.degree, self.method == "forward", self.extras.cache
         context = CallContext(owners={} if cache else None)
         if isinstance(cache, StackCache) and cache.branches == JOINT:
@@ -111,7 +123,6 @@ class Standing:
             self.guidance = GuidanceParallel(self.module, self.mesh, rounds, context=context)
             self._put_on(self.guidance)
         self._watch(parts)
-        self._sign()
 
     def _capture(self, modules: list[nn.Module]) -> None:
         """Inside of what decides and of what shares calls, so that nothing in a graph waits for the host or for another
@@ -254,6 +265,8 @@ class Standing:
             self.choice.begin()
         if self.sparse is not None:
             self.sparse.begin()
+        if self.encoder is not None:
+            self.encoder.begin()
         for one in self.rewrites:
             one.begin()
 
@@ -267,6 +280,8 @@ class Standing:
     def lines(self, name: str) -> list[str]:
         """One line for each thing that stands, for receipts."""
         degree, found = self.mesh.degree, list[str]()
+        if self.encoder is not None:
+            return [self.encoder.line(name)]
         if self.sequence and self.mesh.sequence_degree > 1:
             axes = " x ".join(f"{a} {degree(a)}" for a in (Axis.RING, Axis.ULYSSES) if degree(a) > 1)
             found.append(f"sequence parallel ({axes}) on {name}: {len(self.sequence.blocks)} blocks")

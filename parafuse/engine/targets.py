@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from parafuse.config import Axis
+from parafuse.encoding import Encoding
 from parafuse.engine.following import Component, is_manager, managed
 from parafuse.engine.quantize.settle import TEXT_ENCODERS
 from parafuse.errors import ConfigError
@@ -58,11 +59,20 @@ Wanted = tuple[str, nn.Module, str]
 """Name, component, and the method of it that is to be shared."""
 
 
-def wanted_of(target: Any, degree: Callable[[Axis], int]) -> list[Wanted]:
+def wanted_of(target: Any, degree: Callable[[Axis], int], encoding: Encoding) -> list[Wanted]:
+    """What parafuse is to stand on: denoisers, and text encoders where they are not simply run everywhere."""
     splits = degree(Axis.RING) * degree(Axis.ULYSSES) > 1
     modules = denoisers(target, STACKS if splits else DENOISERS, required=False)
     found = _batched(target, modules) if degree(Axis.DATA) > 1 else [(*one, "forward") for one in modules]
+    if encoding.acts and not isinstance(target, nn.Module):
+        named = _named(target, TEXT_ENCODERS)
+        found += [(name, module, "forward") for name, module in named if isinstance(module, nn.Module)]
     return [one for i, one in enumerate(found) if not any(one[1:] == other[1:] for other in found[:i])]
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a component of this name reads the prompt."""
+    return name.partition(" ")[0] in TEXT_ENCODERS
 
 
 def _batched(target: Any, modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, str]]:

@@ -27,6 +27,7 @@ def told_by(handle: Handle, seen: Seen, exchanged: Mapping[str, Count]) -> dict[
         "applied": list(handle.applied),
         "attention": {name: one.report() for name, one in handle.choices().items()},
         "sparse": {name: one.attention.report() for name, one in handle.sparse().items()},
+        "text_encoders": {name: dict(one.seen) for name, one in handle.encoders().items()},
         "guidance": {name: one.report(seen[one]) for name, one in handle.guidance.items()},
         "data": {name: one.report(seen[one]) for name, one in handle.data.items()},
         "exchanged": {

@@ -9,6 +9,8 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 WHEELS ?= diffusers torchao platformdirs ftfy wcwidth torchmetrics lightning_utilities psutil typer nvidia-ml-py requests urllib3 \
 	certifi idna charset-normalizer importlib_metadata zipp jinja2 markupsafe rich
 WHEELS_FOR ?= 3.12
+# Two processes share the tests, file by file: most of them leave a core idle.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -40,21 +42,21 @@ check: setup ## Lint, format, types, import floors, docs
 	$(BIN)/python tools/check_docs.py
 
 test: setup ## Run the tests of the engine (ten minutes); fewer than tests/collected_floor.txt is a failure
-	$(BIN)/python -m pytest tests/unit tests/dist tests/gpu tests/quality --collected-floor tests/collected_floor.txt
+	$(PYTEST) tests/unit tests/dist tests/gpu tests/quality --collected-floor tests/collected_floor.txt
 
 test-use: setup ## Run what users run: members, adapters and guides of diffusers; bench, prove, verify (ten minutes)
-	$(BIN)/python -m pytest tests/drop_in tests/measuring --collected-floor tests/collected_floor_use.txt
+	$(PYTEST) tests/drop_in tests/measuring --collected-floor tests/collected_floor_use.txt
 
 test-caches: setup ## Run the tests of caches, and hold a part of docs/cache-support.md (three minutes)
-	$(BIN)/python -m pytest tests/caches --collected-floor tests/collected_floor_caches.txt
+	$(PYTEST) tests/caches --collected-floor tests/collected_floor_caches.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.caches --fixed-part
 
 test-options: setup ## Run the tests of quantization, compile and rewrites, and hold a part of docs/options-support.md (five minutes)
-	$(BIN)/python -m pytest tests/quantize tests/rewrites tests/options --collected-floor tests/collected_floor_options.txt
+	$(PYTEST) tests/quantize tests/rewrites tests/options --collected-floor tests/collected_floor_options.txt
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.options --fixed-part
 
 test-attention: setup ## Run the tests of attention's kernels and of sparse attention (four minutes)
-	$(BIN)/python -m pytest tests/kernels tests/sparse --collected-floor tests/collected_floor_attention.txt
+	$(PYTEST) tests/kernels tests/sparse --collected-floor tests/collected_floor_attention.txt
 
 sparse: setup ## Put sparse attention on every transformer class: docs/sparse-support.md (ten minutes)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sparse

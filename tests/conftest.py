@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported, and inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -57,15 +58,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Tests that silently stop being collected would pass for ever: a full run has a floor."""
-    path = session.config.getoption("--collected-floor")
+    if not hasattr(session.config, "workerinput") and not session.config.getoption("numprocesses", None):
+        _hold_floor(session.config, len(session.items))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    """The same, where several processes share the tests: each collects all of them."""
+    _hold_floor(node.config, len(ids))
+
+
+def _hold_floor(config: pytest.Config, collected: int) -> None:
+    path = config.getoption("--collected-floor")
     if path is None:
         return
     floor = int(Path(path).read_text())
-    print(f"\ncollected {len(session.items)} tests, floor {floor}")
-    if len(session.items) < floor:
-        raise pytest.UsageError(
-            f"{floor - len(session.items)} tests are missing. If that is meant, lower the number in {path}."
-        )
+    print(f"\ncollected {collected} tests, floor {floor}")
+    if collected < floor:
+        raise pytest.UsageError(f"{floor - collected} tests are missing. If that is meant, lower the number in {path}.")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from parafuse.config import Config
 from parafuse.engine import saved
+from parafuse.engine.adapters import fitting
 from parafuse.engine.apply import Handle, apply, check_components
 from parafuse.engine.caches.report import check_followed, following, report, skips
 from parafuse.engine.calls import call_keywords, paint, steps_of
@@ -347,7 +348,7 @@ class Engine(Surface):
         self.world.share_noise()
         self.handle.rounds.forget()
         before = components_of(self.pipeline)
-        with self.world.request():
+        with self.world.request(), fitting(act, self.pipeline):
             result = settled(act.do(self.pipeline, **dict.fromkeys(act.own_device, self.world.device)))
         try:
             self._follow_changes()

@@ -15,6 +15,7 @@ from torch import nn
 
 import parafuse
 from parafuse.engine import engine as engine_module
+from parafuse.engine import node_loading
 from parafuse.engine.loading_keywords import FROM_PRETRAINED, FROM_SINGLE_FILE, REFUSED, WORKS
 from parafuse.engine.quantized import METHODS
 from parafuse.engine.source import EMBEDDED
@@ -61,7 +62,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("it came through the checks")
 
-    monkeypatch.setattr(engine_module, "load_pipeline", forbidden)
+    monkeypatch.setattr(node_loading, "load_pipeline", forbidden)
     monkeypatch.setattr(engine_module.Workers, "start", forbidden)
 
 

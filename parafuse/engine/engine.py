@@ -23,8 +23,8 @@ from parafuse.engine.extras import Extras
 from parafuse.engine.host_times import host_times
 from parafuse.engine.loader import load_pipeline
 from parafuse.engine.loading_checks import check_loading, own_config, taken
-from parafuse.engine.offload.pipeline import device_for
 from parafuse.engine.modular import continues, hush, takes_generator
+from parafuse.engine.offload.pipeline import device_for
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
 from parafuse.engine.quantize.put_on import Quantized, checked, quantize_loaded

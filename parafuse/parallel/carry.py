@@ -203,7 +203,7 @@ class StreamCarrier(Carrier):
 
     def give_back(self, image: Tensor) -> None:
         whole = torch.empty(0, dtype=torch.uint8, device=image.device)
-        whole.set_(image.untyped_storage(), 0, (image.untyped_storage().nbytes(),), (1,))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        whole.set_(image.untyped_storage(), 0, (image.untyped_storage().nbytes(),), (1,))
         self._free.append((whole, torch.cuda.current_stream(self._device).record_event()))
 
     def clear(self) -> None:

@@ -25,6 +25,9 @@ CHANGES = (
 MOVES = ("to", "cuda", "cpu")
 
 
+Hook = Callable[..., None]
+
+
 class OffloadedComponent:
     """Its weights are at home, and come for its calls. `install` before all that is put on calls of it."""
 
@@ -35,15 +38,9 @@ class OffloadedComponent:
     def install(self) -> None:
         self.residence.settle()
         self._undo.append(self.residence.close)
-        for names, changes in ((READS, False), (CHANGES, True)):
-            for name in names:
-                if callable(getattr(self.module, name, None)):
-                    self._undo.append(override(self.module, name, self._at_home(name, changes=changes)))
-        for name in MOVES:
-            self._undo.append(override(self.module, name, self._moved(name)))
-        for name in OFFLOADS:
-            if callable(getattr(self.module, name, None)):
-                self._undo.append(override(self.module, name, self._refused(name)))
+        there = [name for name in (*READS, *CHANGES, *OFFLOADS) if callable(getattr(self.module, name, None))]
+        for name in (*there, *MOVES):
+            self._undo.append(override(self.module, name, self._instead(name, getattr(self.module, name))))
 
     def remove(self) -> None:
         """Puts weights and methods back. Goes on where it was left. No communication."""
@@ -51,36 +48,27 @@ class OffloadedComponent:
             self._undo[-1]()
             self._undo.pop()
 
-    def _at_home(self, name: str, *, changes: bool) -> Callable[..., Any]:
-        original = getattr(self.module, name)
+    def _instead(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands for a method of the component."""
 
         def at_home(*args: Any, **kwargs: Any) -> Any:
-            with self.residence.at_home(changes=changes):
+            with self.residence.at_home(changes=name in CHANGES):
                 return original(*args, **kwargs)
-
-        return at_home
-
-    def _moved(self, name: str) -> Callable[..., Any]:
-        """Another dtype is given to the weights at home; another device is refused."""
-        original, here = getattr(self.module, name), self.residence.device
 
         def moved(*args: Any, **kwargs: Any) -> Any:
             device, dtype = _asked(name, args, kwargs)
-            if device is not None and device.type != here.type:
+            if device is not None and device.type != self.residence.device.type:
                 raise ConfigError(
                     f"{name}: device={str(device)!r}: {self.name} is offloaded (offload={self.method.brief}), and its "
-                    f"weights come to {here.type!r} by themselves when it is called; take parafuse off first "
-                    "(remove(), or close() of an engine)."
+                    f"weights come to {self.residence.device.type!r} by themselves when it is called; take parafuse "
+                    "off first (remove(), or close() of an engine)."
                 )
             return self.module if dtype is None else original(dtype)
 
-        return moved
-
-    def _refused(self, name: str) -> Callable[..., Any]:
         def refused(*_: Any, **__: Any) -> None:
             raise ConfigError(f"{name}: {beside_offload(name, self.method)}.")
 
-        return refused
+        return refused if name in OFFLOADS else moved if name in MOVES else at_home
 
 
 class Summons:
@@ -101,42 +89,40 @@ class Summons:
         for part in self._residence.root.modules():
             if part in self._modules:
                 if self._enters:
-                    self._handles.append(part.register_forward_pre_hook(self._enter))
-                    self._handles.append(part.register_forward_hook(self._leave, always_call=True))
+                    self._handles.append(part.register_forward_pre_hook(_unseen(self._enter)))
+                    self._handles.append(part.register_forward_hook(_unseen(self._leave), always_call=True))
             elif part is not self._residence.root and part not in self._quiet and part._parameters:
                 self._handles.append(part.register_forward_pre_hook(self._summoning(inside.get(part))))
         if self._enters:
             root = self._residence.root
-            self._handles.append(root.register_forward_pre_hook(self._begin))
-            self._handles.append(root.register_forward_hook(self._end, always_call=True))
+            self._handles.append(root.register_forward_pre_hook(_unseen(self._begin)))
+            self._handles.append(root.register_forward_hook(_unseen(self._end), always_call=True))
 
     def remove(self) -> None:
         while self._handles:
             self._handles.pop().remove()
 
-    def _summoning(self, module: nn.Module | None) -> Callable[..., None]:
-        @torch.compiler.disable
-        def summon(part: nn.Module, args: Any) -> None:
-            self._residence.summon(module)
+    def _summoning(self, module: nn.Module | None) -> Hook:
+        return _unseen(lambda part, args: self._residence.summon(module))
 
-        return summon
-
-    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._residence.summon()
         self._residence.enter(module)
 
-    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
         self._residence.leave(module)
 
-    @torch.compiler.disable
     def _begin(self, module: nn.Module, args: Any) -> None:
         self._residence.begin_call()
 
-    @torch.compiler.disable
     def _end(self, module: nn.Module, args: Any, result: Any) -> None:
         self._residence.end_call()
+
+
+def _unseen(hook: Callable[..., None]) -> Hook:
+    """A hook that no compiler looks into."""
+    found: Any = torch.compiler.disable(hook)
+    return found
 
 
 class UnitCalls:

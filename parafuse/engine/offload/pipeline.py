@@ -12,8 +12,8 @@ from torch import nn
 
 from parafuse.engine.extras import Extras
 from parafuse.engine.following import is_manager, managed
-from parafuse.engine.offload.component import OffloadedComponent, RootCalls, Summons, UnitCalls
 from parafuse.engine.members import OFFLOADS, beside_offload
+from parafuse.engine.offload.component import OffloadedComponent, RootCalls, Summons, UnitCalls
 from parafuse.engine.offload.units import blocks_of, groups_of, modules_of
 from parafuse.engine.state import components_of
 from parafuse.engine.targets import DECODERS, DENOISERS
@@ -158,30 +158,23 @@ class Offloading:
         undo that."""
         if isinstance(pipeline, nn.Module) or is_manager(pipeline):
             return []
-        undo: list[Callable[[], None]] = []
-        for names, changes in ((READS, False), (CHANGES, True)):
-            for name in names:
-                if callable(getattr(pipeline, name, None)):
-                    undo.append(override(pipeline, name, self._at_home(getattr(pipeline, name), changes=changes)))
-        for name in OFFLOADS:
-            if callable(getattr(pipeline, name, None)):
-                undo.append(override(pipeline, name, self._refused(name)))
+        there = [name for name in (*READS, *CHANGES, *OFFLOADS) if callable(getattr(pipeline, name, None))]
+        undo = [override(pipeline, name, self._instead(name, getattr(pipeline, name))) for name in there]
         if callable(getattr(pipeline, "maybe_free_model_hooks", None)):
             undo.append(override(pipeline, "maybe_free_model_hooks", self._freed(pipeline.maybe_free_model_hooks)))
         return undo
 
-    def _at_home(self, original: Callable[..., Any], *, changes: bool) -> Callable[..., Any]:
+    def _instead(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands for a method of the pipeline."""
+
         def at_home(*args: Any, **kwargs: Any) -> Any:
-            with self.turn.at_home(changes=changes):
+            with self.turn.at_home(changes=name in CHANGES):
                 return original(*args, **kwargs)
 
-        return at_home
-
-    def _refused(self, name: str) -> Callable[..., Any]:
         def refused(*_: Any, **__: Any) -> None:
             raise ConfigError(f"{name}: {beside_offload(name, self.method)}.")
 
-        return refused
+        return refused if name in OFFLOADS else at_home
 
     def _freed(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def freed() -> Any:

@@ -253,9 +253,12 @@ class Residence:
     def _learn(self, unit: Unit) -> None:
         if self._first is None:
             self._first = unit
-        if self._last is not None and self._last is not unit:
-            self._next[self._last] = unit
-            self._followed.add(self._last)
+        last = self._last
+        if last is not None and last is not unit:
+            known = self._next[last].group.module if last in self._followed else None
+            if known is None or self.will_run(known, False) is not False:  # else it was left out in this call alone
+                self._next[last] = unit
+            self._followed.add(last)
         self._last = unit
 
     def _look_ahead(self, unit: Unit) -> None:

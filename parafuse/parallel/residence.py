@@ -101,6 +101,8 @@ class Residence:
     in_order: bool = True
     will_run: WillRun = lambda module, in_next: True
     """Set by what may leave units out: these are not fetched ahead for nothing."""
+    on_renewed: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    """Called when the units are others."""
     units: list[Unit] = field(default_factory=list[Unit])
     _of: dict[nn.Module, Unit] = field(default_factory=dict[nn.Module, Unit])
     _slots: dict[int, tuple[Unit, list[Slot]]] = field(default_factory=dict[int, tuple[Unit, list[Slot]]])
@@ -165,6 +167,13 @@ class Residence:
             if x.device != self.device:
                 x.data = x.data.to(self.device)
         self._made_of = [(part._modules, tuple(part._modules.values())) for part in self.root.modules()]
+        for renew in self.on_renewed:
+            renew()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Whose calls units come for."""
+        return list(self._of)
 
     def _forget(self) -> None:
         self._of, self._slots, self._next, self._first, self._last = {}, {}, {}, None, None

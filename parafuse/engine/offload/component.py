@@ -75,35 +75,48 @@ class Summons:
     """For parts of a component that are called by themselves, as pipelines do with encoders, decoders and embeddings:
     hooks that are always there, so that nothing that watches the component sees a change."""
 
-    def __init__(
-        self, residence: Residence, modules: list[nn.Module], *, enters: bool, quiet: Iterable[nn.Module] = ()
-    ):
-        """`modules`: whose calls units come for. `enters`: whether that is met here; else somebody else does, and only
-        what stays is summoned, by no part of those that are `quiet`."""
-        self._residence, self._modules, self._enters = residence, modules, enters
-        self._quiet = {part for one in quiet for part in one.modules()}
+    def __init__(self, residence: Residence, *, enters: bool, quiet: Iterable[nn.Module] = ()):
+        """`enters`: whether calls that units come for are met here; else somebody else does that, and what stays is
+        summoned, by no part of those that are `quiet`."""
+        self._residence, self._enters = residence, enters
+        self._quiet = list(quiet)
+        self._known: set[nn.Module] = set()
         self._handles: list[Any] = []
 
     def install(self) -> None:
-        inside = {part: one for one in self._modules for part in one.modules()}
-        for part in self._residence.root.modules():
-            if part in self._modules:
-                if self._enters:
-                    self._handles.append(part.register_forward_pre_hook(_unseen(self._enter)))
-                    self._handles.append(part.register_forward_hook(_unseen(self._leave), always_call=True))
-            elif part is not self._residence.root and part not in self._quiet and part._parameters:
-                self._handles.append(part.register_forward_pre_hook(self._summoning(inside.get(part))))
+        self._residence.on_renewed.append(self._look)
+        self._look()
         if self._enters:
-            root = self._residence.root
-            self._handles.append(root.register_forward_pre_hook(_unseen(self._begin)))
-            self._handles.append(root.register_forward_hook(_unseen(self._end), always_call=True))
+            self._on(self._residence.root, self._begin, self._end)
 
     def remove(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._known.clear()
+        if self._look in self._residence.on_renewed:
+            self._residence.on_renewed.remove(self._look)
+
+    def _look(self) -> None:
+        """Meets what is new."""
+        modules = dict.fromkeys(self._residence.modules)
+        inside = {part: one for one in modules for part in one.modules()}
+        quiet = {part for one in self._quiet for part in one.modules()}
+        for part in self._residence.root.modules():
+            if part in self._known or part is self._residence.root:
+                continue
+            if part in modules and self._enters:
+                self._on(part, self._enter, self._leave)
+            elif part not in modules and part not in quiet and part._parameters:
+                self._on(part, self._summoning(inside.get(part)))
+            self._known.add(part)
+
+    def _on(self, part: nn.Module, before: Hook, after: Hook | None = None) -> None:
+        self._handles.append(part.register_forward_pre_hook(_unseen(before)))
+        if after is not None:
+            self._handles.append(part.register_forward_hook(_unseen(after), always_call=True))
 
     def _summoning(self, module: nn.Module | None) -> Hook:
-        return _unseen(lambda part, args: self._residence.summon(module))
+        return lambda part, args: self._residence.summon(module)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._residence.summon()
@@ -129,20 +142,33 @@ class UnitCalls:
     """What meets the calls of units of a denoiser: outside of what splits or compiles them, inside of what leaves them
     out."""
 
-    def __init__(self, residence: Residence, modules: list[nn.Module]):
-        self._residence, self._modules = residence, modules
+    def __init__(self, residence: Residence):
+        self._residence = residence
+        self._on: dict[nn.Module, None] = {}
         self._undo: list[Callable[[], None]] = []
 
     def install(self) -> None:
-        for module in self._modules:
-            self._undo.append(override_forward(module, lambda original, module=module: self.around(module, original)))
-            vars(module)["forward"].parafuse_weights = True
+        self._residence.on_renewed.append(self._look)
+        self._look()
 
     def remove(self) -> None:
         """Puts every forward back as it was."""
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
+        self._on.clear()
+        if self._look in self._residence.on_renewed:
+            self._residence.on_renewed.remove(self._look)
+
+    def _look(self) -> None:
+        """Meets what is new: the layers of an adapter."""
+        for module in self._residence.modules:
+            if module not in self._on:
+                self._on[module] = None
+                self._undo.append(
+                    override_forward(module, lambda original, module=module: self.around(module, original))
+                )
+                vars(module)["forward"].parafuse_weights = True
 
     def around(self, module: nn.Module, original: Forward) -> Forward:
         residence = self._residence
@@ -156,7 +182,7 @@ class UnitCalls:
     @contextmanager
     def bare(self) -> Iterator[None]:
         """Inside, these modules are as their classes have them, with nothing around but this."""
-        plain = [(module, vars(module)) for module in self._modules if "forward" not in vars(module)]
+        plain = [(module, vars(module)) for module in self._on if "forward" not in vars(module)]
         for module, state in plain:
             state["forward"] = self.around(module, type(module).forward.__get__(module))
         try:
@@ -173,6 +199,11 @@ class RootCalls(OnForward):
         """`checks`: whether the first result is looked at, for weights that were read where they were not there."""
         super().__init__(residence.root)
         self._residence, self._checks = residence, checks
+        residence.on_renewed.append(self._renew)
+        self._asks = checks
+
+    def _renew(self) -> None:
+        self._checks = self._asks
 
     def _forward(self, original: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -43,12 +43,12 @@ def device_for(method: Offload | None, found: str) -> str:
 class OffloadedDenoiser(OffloadedComponent):
     """A denoiser, whose parts are put on by what stands on it (`Standing`), each in its place."""
 
-    def __init__(self, name: str, module: nn.Module, method: Offload, residence: Residence, modules: list[nn.Module]):
+    def __init__(self, name: str, module: nn.Module, method: Offload, residence: Residence):
         super().__init__(name, module, method, residence)
-        self.units = UnitCalls(residence, modules)
+        self.units = UnitCalls(residence)
         self.calls = RootCalls(residence, checks=method.is_fine)
         self.blocks = blocks_of(module, is_denoiser=True)
-        self.summons = Summons(residence, modules, enters=False, quiet=self.blocks)
+        self.summons = Summons(residence, enters=False, quiet=self.blocks)
 
     @contextmanager
     def bare(self) -> Iterator[None]:
@@ -60,9 +60,9 @@ class OffloadedDenoiser(OffloadedComponent):
 class OffloadedOther(OffloadedComponent):
     """A component that parafuse puts nothing else on: text encoder, VAE, ControlNet."""
 
-    def __init__(self, name: str, module: nn.Module, method: Offload, residence: Residence, modules: list[nn.Module]):
+    def __init__(self, name: str, module: nn.Module, method: Offload, residence: Residence):
         super().__init__(name, module, method, residence)
-        self._summons = Summons(residence, modules, enters=True)
+        self._summons = Summons(residence, enters=True)
         self.users: list[Any] = []
 
     def install(self) -> None:
@@ -84,12 +84,12 @@ class Offloading:
     def denoiser(self, name: str, module: nn.Module) -> OffloadedDenoiser:
         """Of a component on which something else stands."""
         modules = partial(modules_of, module, self.method, is_denoiser=True, is_decoder=False)
-        return OffloadedDenoiser(name, module, self.method, self._residence(name, module, modules), modules())
+        return OffloadedDenoiser(name, module, self.method, self._residence(name, module, modules))
 
     def _other(self, name: str, module: nn.Module) -> OffloadedOther:
         kind = dict(is_denoiser=name in DENOISERS, is_decoder=name in DECODERS)
         modules = partial(modules_of, module, self.method, **kind)
-        return OffloadedOther(name, module, self.method, self._residence(name, module, modules), modules())
+        return OffloadedOther(name, module, self.method, self._residence(name, module, modules))
 
     def _residence(self, name: str, module: nn.Module, modules: Callable[[], list[nn.Module]]) -> Residence:
         method = self.method

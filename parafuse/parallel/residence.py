@@ -384,8 +384,9 @@ class Residence:
                     self._show(slot, slot.view(runs[slot.run]).to(self.device, copy=True))
 
     def _show(self, slot: Slot, data: Tensor) -> None:
-        self._lent_bytes[id(slot.tensor)] = data.nbytes
-        self.ledger.came(data.nbytes)
+        if id(slot.tensor) not in self._lent_bytes:
+            self._lent_bytes[id(slot.tensor)] = data.nbytes
+            self.ledger.came(data.nbytes)
         slot.tensor.data = data
 
     def _take_back(self, unit: Unit, slots: Sequence[Slot]) -> None:

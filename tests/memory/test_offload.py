@@ -72,12 +72,15 @@ def stepping(model: nn.Module, asked: parafuse.Config, values: dict[str, Any]) -
     outputs: list[Tensor] = []
     graphs: list[int] = []
     before = [(id(p), p.detach().clone()) for p in model.parameters()]
-    with parafuse.apply(model, asked) as handle, torch.no_grad():
-        with handle.request() as memories:
-            for step in range(STEPS):
-                outputs.append(tree_leaves(model(**later(values, step)))[0].clone())
-                graphs.append(sum(sum(one.tally.graphs.values()) for one in handle.compiled.values()))
-            decisions = [letters(memory) for memory in memories.values()]
+    with (
+        parafuse.apply(model, asked) as handle,
+        torch.no_grad(),
+        handle.request() as memories,
+    ):
+        for step in range(STEPS):
+            outputs.append(tree_leaves(model(**later(values, step)))[0].clone())
+            graphs.append(sum(sum(one.tally.graphs.values()) for one in handle.compiled.values()))
+        decisions = [letters(memory) for memory in memories.values()]
         moved = handle.offloading.ledger.report() if handle.offloading else {}
     after = [(id(p), p.detach()) for p in model.parameters()]
     same = all(i == j and _equal(x, y) for (i, x), (j, y) in zip(before, after, strict=True))
@@ -146,11 +149,14 @@ def test_compiled(name: str, layout: dict[str, int], asked: dict[str, Any], more
 def fetched(cache: str) -> tuple[int, int, str]:
     """(images that came, of these ahead and for nothing, what the cache decided) in some steps."""
     model, values = made("flux")
-    with parafuse.apply(model, parafuse.Config(offload=BLOCKS, cache=cache)) as handle, torch.no_grad():
-        with handle.request() as memories:
-            for step in range(STEPS):
-                model(**later(values, step))
-                decided = "".join(one[0] for one in letters(next(iter(memories.values()))))
+    with (
+        parafuse.apply(model, parafuse.Config(offload=BLOCKS, cache=cache)) as handle,
+        torch.no_grad(),
+        handle.request() as memories,
+    ):
+        for step in range(STEPS):
+            model(**later(values, step))
+        decided = "".join(one[0] for one in letters(next(iter(memories.values()))))
         ledger = handle.offloading.ledger if handle.offloading else None
         assert ledger is not None
         return ledger.fetches, ledger.wasted, decided
@@ -170,7 +176,7 @@ def test_a_skipped_block_does_not_come() -> None:
 
 
 def test_without_that_blocks_come_for_nothing() -> None:
-    with mock.patch.object(StackSkipping, "will_run", lambda *_: True):
+    with mock.patch.object(StackSkipping, "will_run", return_value=True):
         assert fetched(EVERY_SECOND)[1] > 2
 
 
@@ -275,9 +281,11 @@ def test_refused_before_anything_is_changed(asked: dict[str, Any], words: str) -
 
 def test_a_block_whose_layers_come_one_by_one_is_not_compiled_by_hand() -> None:
     model: Any = build("flux")
-    with parafuse.apply(model, parafuse.Config(offload=LAYERS)):
-        with pytest.raises(UnsupportedError, match="its layers are offloaded one by one"):
-            model.transformer_blocks[0].compile()
+    with (
+        parafuse.apply(model, parafuse.Config(offload=LAYERS)),
+        pytest.raises(UnsupportedError, match="its layers are offloaded one by one"),
+    ):
+        model.transformer_blocks[0].compile()
 
 
 class Reads(nn.Module):
@@ -297,9 +305,11 @@ class Reads(nn.Module):
 def test_weights_that_are_read_past_their_layer_are_no_number_and_said() -> None:
     model, x = Reads().eval().requires_grad_(False), torch.randn(2, 8)
     want = model(x)
-    with parafuse.apply(model, parafuse.Config(offload=LAYERS)):
-        with pytest.raises(UnsupportedError, match="reads weights of a layer without calling that layer"):
-            model(x)
+    with (
+        parafuse.apply(model, parafuse.Config(offload=LAYERS)),
+        pytest.raises(UnsupportedError, match="reads weights of a layer without calling that layer"),
+    ):
+        model(x)
     with parafuse.apply(model, parafuse.Config(offload=BLOCKS)):
         assert torch.equal(model(x), want)
 
@@ -307,16 +317,17 @@ def test_weights_that_are_read_past_their_layer_are_no_number_and_said() -> None
 def test_what_stands_on_units_is_what_lets_them_come() -> None:
     """The comparison would see weights that did not come."""
     model, values = made("flux")
-    with mock.patch.object(UnitCalls, "around", lambda self, module, original: original):
-        with parafuse.apply(model, parafuse.Config(offload=BLOCKS)):
-            assert bool(call(model, values).isnan().any())
+    with (
+        mock.patch.object(UnitCalls, "around", lambda self, module, original: original),
+        parafuse.apply(model, parafuse.Config(offload=BLOCKS)),
+    ):
+        assert bool(call(model, values).isnan().any())
 
 
 def test_another_offload_of_the_same_model_is_refused() -> None:
     model = build("flux")
-    with parafuse.apply(model, parafuse.Config(offload=BLOCKS)):
-        with pytest.raises(ConfigError, match="offload group"):
-            parafuse.apply(model, parafuse.Config(offload=WHOLE))
+    with parafuse.apply(model, parafuse.Config(offload=BLOCKS)), pytest.raises(ConfigError, match="offload group"):
+        parafuse.apply(model, parafuse.Config(offload=WHOLE))
 
 
 def test_plans_say_it_and_are_explicit() -> None:

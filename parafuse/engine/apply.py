@@ -36,7 +36,6 @@ from parafuse.engine.video import SparseVideo
 from parafuse.errors import ConfigError
 from parafuse.kernels.attention import Choice
 from parafuse.log import note
-from parafuse.offload import offload_of
 from parafuse.parallel.block_plan import BlockPlan
 from parafuse.parallel.comm import Count, counters, since
 from parafuse.parallel.compiled import Regional
@@ -178,6 +177,13 @@ class Handle:
     def follow(self, target: Any) -> None:
         """Puts it on what a modular pipeline or a manager gets later, and takes it off what leaves."""
         self._undo += follow(target, lambda arriving: self.renew(target, arriving))
+
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Inside, offloaded weights are in the host's memory, to be read and written by hand; elsewhere what stands for
+        them is no number, and refuses to be written. Local."""
+        with self.offloading.turn.at_home() if self.offloading else nullcontext():
+            yield
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -370,7 +376,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
     ranks = world_size if mesh is None else mesh.num_ranks
-    device = device_for(offload_of(config.offload), device_of(target))
+    device = device_for(config.offload, device_of(target))
     extras = Extras.of(config, device)
     method = checked(config.quantize, *weighty(target), ranks, device if extras.offload else None)
     if world_size == 1 and not extras:

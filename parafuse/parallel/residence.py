@@ -135,6 +135,7 @@ class Residence:
     def close(self) -> None:
         """Puts all weights back where they were, and lets the home go."""
         self.send_away(even_busy=True)
+        self.carrier.settle()
         self.turn.leave(self)
         for unit in self.units:
             runs = [run.clone() for run in self.home.runs(unit.number)]
@@ -409,6 +410,7 @@ class Residence:
         if self._depth:
             raise RuntimeError("weights cannot go home in the middle of a call")
         self.send_away()
+        self.carrier.settle()
         self._at_home = True
         for unit in self.units:
             unit.image.put(self.home.runs(unit.number))

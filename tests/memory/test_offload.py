@@ -330,6 +330,18 @@ def test_another_offload_of_the_same_model_is_refused() -> None:
         parafuse.apply(model, parafuse.Config(offload=WHOLE))
 
 
+def test_weights_are_written_by_hand_at_home() -> None:
+    model, values = made("flux")
+    other, _ = made("flux")
+    with parafuse.apply(model, parafuse.Config(offload=BLOCKS)) as handle:
+        with pytest.raises(RuntimeError, match="more than one element"):
+            model.get_parameter("proj_out.weight").mul_(2)
+        with handle.at_home():
+            for one in (model, other):
+                one.get_parameter("proj_out.weight").mul_(2)
+        assert error(call(model, values), call(other, values)) == 0
+
+
 def test_plans_say_it_and_are_explicit() -> None:
     with parafuse.Engine.from_pretrained("emoji", parafuse.Config(offload=BLOCKS)) as engine:
         plan = engine.plan

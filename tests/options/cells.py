@@ -182,7 +182,9 @@ def painted(pipeline: str, config: dict[str, Any], setting: Setting) -> tuple[Te
     build, call, denoiser = PIPELINES[pipeline]
     torch.compiler.reset()
     made = build()
-    asked = {"cache": setting.cache} | config  # an option that is a cache stands in the place of the setting's
+    asked: dict[str, Any] = {
+        "cache": setting.cache
+    } | config  # an option that is a cache stands in the place of the setting's
     options = parafuse.Config(parallel=parafuse.Parallel(**setting.parallel), **asked)
     if setting.lora:
         made.load_lora_weights(adapters.lora(made, (denoiser,), rank=3, seed=1, every=2), adapter_name="a")

@@ -18,7 +18,7 @@ from parafuse.engine.offload.units import blocks_of, groups_of, modules_of
 from parafuse.engine.state import components_of
 from parafuse.engine.targets import DECODERS, DENOISERS
 from parafuse.errors import ConfigError
-from parafuse.offload import AUTO, CPU, Offload
+from parafuse.offload import AUTO, CPU, Offload, offload_of
 from parafuse.parallel.carry import Ledger, carrier_for
 from parafuse.parallel.homes import DiskHome, HostHome
 from parafuse.parallel.hooks import override
@@ -33,8 +33,9 @@ CHANGES = (
 """Methods of pipelines that look into components, or change what is in them."""
 
 
-def device_for(method: Offload | None, found: str) -> str:
+def device_for(asked: Offload | str | None, found: str) -> str:
     """cuda or cpu: what computes, where the weights are on `found` now."""
+    method = offload_of(asked)
     if method is None or method.device == AUTO:
         return "cuda" if method is not None and torch.cuda.is_available() else found
     return method.device

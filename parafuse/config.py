@@ -16,6 +16,7 @@ from parafuse.attention import Attention, attention_of
 from parafuse.cache import Cache, cache_of
 from parafuse.encoding import Encoding, encoding_of
 from parafuse.errors import ConfigError, reject_unknown
+from parafuse.offload import Offload, offload_of
 from parafuse.quantization import Quantize, quantize_of
 from parafuse.sparse import Sparse, sparse_of
 
@@ -135,6 +136,10 @@ class Config:
     text_encoders: Encoding | str = "everywhere"
     """Where prompts are encoded: everywhere (each rank for itself), or one-rank (each text encoder on one rank, which
     sends what it gives); with :kept=32, results of the last 32 texts are kept for calls that repeat them."""
+    offload: Offload | str | None = None
+    """Keeps weights elsewhere while they are not used: model (a component at a time is on the device), group (a block
+    at a time, group:level=leaf a layer), sequential, with fields after a colon (group:to=disk,prefetch=2);
+    docs/offload.md has them all."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for another one before the request fails on all of them."""
     allow_pickle: bool = False
@@ -152,12 +157,14 @@ class Config:
         object.__setattr__(self, "attention", attention_of(self.attention))
         object.__setattr__(self, "sparse", sparse_of(self.sparse))
         object.__setattr__(self, "text_encoders", encoding_of(self.text_encoders))
+        object.__setattr__(self, "offload", offload_of(self.offload))
         for name in ("compile", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be true or false.")
         if self.cuda_graphs and not self.compile:
             raise ConfigError("cuda_graphs=True: captures what is compiled; give compile=True too.")
         self._check_rewrites()
+        self._check_offload()
         number = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
         if not number or not 1 <= self.timeout_s <= 86_400:
             raise ConfigError(f"timeout_s={self.timeout_s!r}: must be from 1 to 86400 seconds.")
@@ -184,9 +191,30 @@ class Config:
             )
         object.__setattr__(self, "rewrites", ",".join(name for name in REWRITES if name in names))
 
+    def _check_offload(self) -> None:
+        """Raises ConfigError for what needs weights that stay where they are."""
+        if not isinstance(self.offload, Offload):
+            return
+        said = f"offload={self.offload.brief}"
+        if self.cuda_graphs:
+            raise ConfigError(
+                f"{said}: not with cuda_graphs=True, whose graphs read weights where they were captured; leave one of "
+                "both out (compile=True works)."
+            )
+        if self.offload.is_fine and self.compile:
+            raise ConfigError(
+                f"{said}: not with compile=True, which runs a block as one graph, inside of which no layer can come by "
+                "itself; use offload='group' (by blocks) or 'model', or leave compile out."
+            )
+        if self.offload.is_fine and "qkv" in self.rewrites:
+            raise ConfigError(
+                f"{said}: not with rewrites='qkv', which joins weights of layers that come one by one; use "
+                "offload='group' (by blocks) or 'model', or leave qkv out."
+            )
+
     def to_dict(self) -> dict[str, Any]:
-        lossy = {"cache": self.cache, "quantize": self.quantize, "sparse": self.sparse}
-        texts = {name: str(one) if one else None for name, one in lossy.items()}
+        spelled = {"cache": self.cache, "quantize": self.quantize, "sparse": self.sparse, "offload": self.offload}
+        texts = {name: str(one) if one else None for name, one in spelled.items()}
         texts |= {"attention": str(self.attention), "text_encoders": str(self.text_encoders)}
         return dataclasses.asdict(self) | texts
 

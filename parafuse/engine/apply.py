@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,27 +12,23 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from parafuse.cache import JOINT, SEPARATE, UNET, Cache, StackCache, cache_of
+from parafuse.cache import Cache
 from parafuse.config import Axis, Config
-from parafuse.encoding import Encoding
 from parafuse.engine.caches.caching import Caching
-from parafuse.engine.caches.choose import KINDS, fitting, refuse_kind
-from parafuse.engine.caches.clock import Clock, schedulers_of
+from parafuse.engine.caches.clock import Clock
 from parafuse.engine.caches.memory import Memory
 from parafuse.engine.devices import remove_offload
 from parafuse.engine.extras import Extras
 from parafuse.engine.following import Component, follow
 from parafuse.engine.host_times import host_times
-from parafuse.engine.plan import Plan
+from parafuse.engine.offload.pipeline import Offloading, device_for, offloading
 from parafuse.engine.plan_store import key_for
 from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, existing, quantize
 from parafuse.engine.quantize.report import lines
-from parafuse.engine.quantize.settle import TEXT_ENCODERS
-from parafuse.engine.rewrites.choose import STEPWISE, Beside, choices
-from parafuse.engine.source import ModelSource
-from parafuse.engine.stack import block_stack, repeated_blocks
+from parafuse.engine.rewrites.choose import STEPWISE
 from parafuse.engine.standing import Standing, standing_on
-from parafuse.engine.targets import DENOISERS, STACKS, Wanted, denoisers, device_of, is_encoder, wanted_of, weighty
+from parafuse.engine.suitability import asked_for, check_component, extras_for, refuse_joint, whole
+from parafuse.engine.targets import Wanted, device_of, wanted_of, weighty
 from parafuse.engine.video import SparseVideo
 from parafuse.errors import ConfigError
 from parafuse.kernels.attention import Choice
@@ -41,9 +37,8 @@ from parafuse.parallel.block_plan import BlockPlan
 from parafuse.parallel.comm import Count, counters, since
 from parafuse.parallel.compiled import Regional
 from parafuse.parallel.data import DataParallel
-from parafuse.parallel.encoding import TextEncoder, spread
+from parafuse.parallel.encoding import TextEncoder
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
-from parafuse.parallel.hooks import is_overridden
 from parafuse.parallel.mesh import Mesh, hold, make_mesh, release
 from parafuse.parallel.sequence import SequenceParallel
 from parafuse.parallel.world import ensure_world
@@ -73,6 +68,8 @@ class Handle:
     """Component -> what was done to its layers."""
     compiled: dict[str, Regional] = field(default_factory=dict[str, Regional])
     """Component -> its compiled blocks."""
+    offloading: Offloading | None = None
+    """Where weights are while they are not used."""
     _replaced: list[Quantized] = field(default_factory=list[Quantized])
     """Of components that are others by now."""
     rounds: Rounds = field(default_factory=Rounds)
@@ -101,6 +98,8 @@ class Handle:
         while self._on or self._stuck:
             (self._stuck or [one for _, one in self._on])[-1].leave(self)
             (self._stuck or self._on).pop()
+        if self.offloading is not None:
+            self.offloading.leave(self)
         self._put_weights_back(quietly=quietly)
         self._tell()
         self.clock.drop(self.target)
@@ -148,11 +147,11 @@ class Handle:
         if mesh is None:
             return
         kept: list[tuple[str, Standing]] = []
-        extras = _extras(self.extras, wanted, self.target, mesh.num_ranks)
+        extras = extras_for(self.extras, wanted, self.target, mesh.num_ranks)
         for name, module, method in wanted:
             one = standing_on(module, method)
             if one is None:
-                one = Standing(module, method, mesh, extras[module, method], name=name)
+                one = Standing(module, method, mesh, extras[module, method], name=name, offloading=self.offloading)
                 one.install(self.rounds, self.clock)
             if not any(one is other for _, other in self._on):
                 self._on.append((name, one))
@@ -168,6 +167,10 @@ class Handle:
                 except RuntimeError:  # another library stands on it: kept for remove()
                     self._stuck.append(one)
         self._on[:] = kept
+        if self.offloading is not None:
+            self.offloading.put_on(self, self.target, whole(wanted))
+            for one in self.encoders().values():
+                self.offloading.only_for(one)
         self._tell()
 
     def follow(self, target: Any) -> None:
@@ -175,9 +178,17 @@ class Handle:
         self._undo += follow(target, lambda arriving: self.renew(target, arriving))
 
     @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Inside, offloaded weights are in the host's memory, to be read and written by hand; elsewhere what stands for
+        them is no number, and refuses to be written. Local."""
+        with self.offloading.turn.at_home() if self.offloading else nullcontext():
+            yield
+
+    @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Inside, weights are as a pipeline loads them: rewrites that change them are off. Local."""
-        with ExitStack() as off:
+        changes = any(one.rewrites for _, one in self._on)
+        with self.offloading.turn.at_home(changes=changes) if self.offloading else nullcontext(), ExitStack() as off:
             for _, one in self._on:
                 for rewrite in one.rewrites:
                     off.enter_context(rewrite.set_aside())
@@ -193,6 +204,7 @@ class Handle:
         self.applied[:] = [
             *lines(self.quantized.values()),
             *(line for name, one in self._on for line in one.lines(name)),
+            *(self.offloading.lines(self) if self.offloading else ()),
         ]
 
     @property
@@ -208,6 +220,8 @@ class Handle:
         ):
             return self._is_off
         wanted = [] if self.mesh is None else self._wanted(target, self.mesh)
+        if self.offloading is not None and not self.offloading.covers(self, target, whole(wanted)):
+            return False
         return [(module, method) for _, module, method in wanted] == [(one.module, one.method) for _, one in self._on]
 
     def _wanted(self, target: Any, mesh: Mesh) -> list[Wanted]:
@@ -217,14 +231,15 @@ class Handle:
         """Puts it on what the target has now or is about to get, and takes it off what that has no more. Local. Raises
         ConfigError before anything is changed."""
         mesh = self.mesh
-        checked(self.quantize, *weighty(target, arriving), mesh.num_ranks if mesh else 1)
+        device = self.offloading.device.type if self.offloading else None
+        checked(self.quantize, *weighty(target, arriving), mesh.num_ranks if mesh else 1, device)
         if mesh is None:
             self.quantize_weights(target, arriving)
             return
         wanted = [*self._wanted(target, mesh), *self._wanted(SimpleNamespace(**dict(arriving)), mesh)]
-        extras = _extras(self.extras, wanted, self.target, mesh.num_ranks)
+        extras = extras_for(self.extras, wanted, self.target, mesh.num_ranks)
         for each in wanted:
-            _check(*each, {axis: mesh.degree(axis) for axis in Axis}, extras[each[1:]])
+            check_component(*each, {axis: mesh.degree(axis) for axis in Axis}, extras[each[1:]])
         staying = [id(module) for _, module, _ in wanted]
         for module in self.own_modules():
             if id(module) not in staying:
@@ -238,7 +253,7 @@ class Handle:
 
     def encoders(self) -> dict[str, TextEncoder]:
         """Component -> what sends and keeps what it gives."""
-        return {name: one.encoder for name, one in self._on if one.encoder is not None}
+        return {name: one.encoder for name, one in self._on if one.encoder}
 
     def sparse(self) -> dict[str, SparseVideo]:
         """Component -> what leaves pairs of its video's tokens out."""
@@ -294,6 +309,8 @@ class Handle:
         with ExitStack() as open_ones:
             memories = {name: open_ones.enter_context(one.request()) for name, one in self.skipping.items()}
             open_ones.enter_context(self.clock.anew(self.target))
+            if self.offloading is not None:
+                open_ones.enter_context(self.offloading.request())
             for _, one in self._on:
                 one.begin()
             yield memories
@@ -306,43 +323,6 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
-
-
-def check_components(source: ModelSource, plan: Plan, given: Mapping[str, Any] | None = None) -> None:
-    """Raises ConfigError for a pipeline that cannot run in this layout, or not with this cache, before its weights are
-    loaded.
-
-    `given`: components in the place of the model's own. A pipeline without any denoiser can run."""
-    splits = plan.sequence_degree > 1
-    there = {name for name in source.components or () if (given or {}).get(name, source) is not None}
-    cache = cache_of(plan.cache or None)
-    if cache is not None and there <= {*STACKS, *KINDS[UNET]} | (there - set(DENOISERS)):
-        refuse_kind(cache, {kind for kind, names in KINDS.items() if there & set(names)}, source.name)
-    if not splits or set(STACKS) & there or not set(DENOISERS) & there:
-        return
-    raise ConfigError(
-        f"model={source.name!r}: has no transformer to split over ranks (UNets are not split); use cfg=2 for "
-        "its guidance branches, data=N for several pictures, or one rank."
-    )
-
-
-def _refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
-    """Raises ConfigError for modules that somebody else has wrapped: the order would decide what is right."""
-    for module in modules:
-        where = f"{name}: {type(module).__name__}"
-        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
-            raise ConfigError(f"{where} is compiled; apply parafuse to the model before it is compiled.")
-        hooks: Any = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
-        if hooks:
-            raise ConfigError(
-                f"{where} carries diffusers hooks ({', '.join(hooks)}), such as a cache, offload or context parallel; "
-                "take them off (disable_cache(), remove_all_hooks()) before parafuse is applied."
-            )
-        if hasattr(module, "_hf_hook"):
-            raise ConfigError(
-                f"{where} is offloaded or placed by accelerate; take that off before parafuse is applied "
-                "(remove_all_hooks(), or a manager's disable_auto_cpu_offload()), and switch it on again after that."
-            )
 
 
 def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None) -> Handle:
@@ -360,18 +340,18 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
     ranks = world_size if mesh is None else mesh.num_ranks
-    device = device_of(target)
+    device = device_for(config.offload, device_of(target))
     extras = Extras.of(config, device)
-    method = checked(config.quantize, *weighty(target), ranks)
+    method = checked(config.quantize, *weighty(target), ranks, device if extras.offload else None)
     if world_size == 1 and not extras:
         return _without_mesh(target, method)
     if mesh is not None:
         degrees = {axis: mesh.degree(axis) for axis in Axis}
-    wanted = _wanted(target, degrees, extras.encoding)
-    _refuse_joint(extras.cache, target)
+    wanted = asked_for(target, degrees, extras.encoding)
+    refuse_joint(extras.cache, target)
     extras.check(device, degrees.__getitem__)
-    each_has = _extras(extras, wanted, target, ranks)
-    found = [_check(*each, degrees, each_has[each[1:]]) for each in wanted]
+    each_has = extras_for(extras, wanted, target, ranks)
+    found = [check_component(*each, degrees, each_has[each[1:]]) for each in wanted]
     shared = [one for one in found if one is not None]
     if shared:
         if mesh is not None:
@@ -385,6 +365,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         if mesh.sequence_degree > 1 and config.parallel.ulysses == "auto":
             note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
     handle = Handle(mesh=mesh, extras=extras, quantize=method, target=target)
+    handle.offloading = next((one.offloading for one in shared if one.offloading), None) or offloading(extras, target)
     known = next((one.guidance for one in shared if one.guidance), None)
     handle.rounds = known.rounds if known else handle.rounds
     handle.clock = next((one.clock for one in shared if one.clock), handle.clock)
@@ -393,6 +374,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         handle.quantize_weights(target)
         handle.put_on(wanted)
         handle.follow(target)
+        handle._undo += handle.offloading.on_pipeline(target) if handle.offloading else []
         times = ExitStack()
         times.enter_context(host_times(target))
         handle._undo.append(times.close)
@@ -402,19 +384,6 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     return handle
 
 
-def _wanted(target: Any, degrees: Mapping[Axis, int], encoding: Encoding) -> list[Wanted]:
-    """What it goes on. Raises ConfigError where there is nothing for it."""
-    wanted = wanted_of(target, degrees.__getitem__, encoding)
-    if encoding.acts and not any(is_encoder(name) for name, _, _ in wanted):
-        raise ConfigError(
-            f"text_encoders={encoding.brief!r}: there is none of {', '.join(TEXT_ENCODERS)} here; leave it out."
-        )
-    if all(is_encoder(name) for name, _, _ in wanted):
-        splits = degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1
-        denoisers(target, STACKS if splits else DENOISERS)  # says what is missing
-    return wanted
-
-
 def _without_mesh(target: Any, method: Quantize | None) -> Handle:
     """On one rank, where nothing stands on the model."""
     handle = Handle(quantize=method, target=target)
@@ -422,66 +391,3 @@ def _without_mesh(target: Any, method: Quantize | None) -> Handle:
     if method is not None:
         handle.follow(target)
     return handle
-
-
-def _extras(extras: Extras, wanted: list[Wanted], target: Any, num_ranks: int) -> dict[tuple[nn.Module, str], Extras]:
-    """What each gets. Raises ConfigError where none can have the cache, or a rewrite."""
-    encoders = [(name, module) for name, module, _ in wanted if is_encoder(name)]
-    owners = spread([sum(p.nbytes for p in module.parameters()) for _, module in encoders], num_ranks)
-    of_encoders = {module: extras.of_encoder(owner) for (_, module), owner in zip(encoders, owners, strict=True)}
-    extras = extras.of_denoiser()
-    modules = [(name, module) for name, module, method in wanted if method == "forward" and not is_encoder(name)]
-    cached = fitting(extras.cache, modules) if extras.cache is not None and wanted else ()
-    beside = Beside(compile=extras.compile, quantize=extras.quantizes)
-    chosen = choices(extras.rewrites, modules, target, beside) if extras.rewrites else []
-    each = {module: choice for (_, module), choice in zip(modules, chosen, strict=False)}
-    found: dict[tuple[nn.Module, str], Extras] = {}
-    for name, module, method in wanted:
-        fits = extras if name in cached else extras.without_cache()
-        fits = fits.with_rewrites(each[module]) if module in each else fits
-        fits = of_encoders.get(module, fits)
-        found[module, method] = fits if method == "forward" else Extras()
-    return found
-
-
-def _refuse_joint(cache: Cache | None, target: Any) -> None:
-    """Raises ConfigError for branches that are to decide together, where it cannot be told which belong together."""
-    if isinstance(cache, StackCache) and cache.branches == JOINT and not schedulers_of(target):
-        raise ConfigError(
-            f"cache {cache.method}: branches={JOINT!r}: needs a pipeline, whose scheduler tells which samples of a "
-            f"batch are branches of one; apply it to the pipeline, or use branches={SEPARATE!r}."
-        )
-
-
-def _check(name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int], extras: Extras) -> Standing | None:
-    """What stands on a component already, to be shared. Raises ConfigError where that, or something else, stands in the
-    way."""
-    one = standing_on(module, method)
-    if one is not None:
-        if any(one.mesh.degree(axis) != degrees[axis] for axis in Axis):
-            raise ConfigError(
-                f"{name}: runs with {_layout(one.mesh.degree)} already; call remove() on the handle of the first "
-                f"apply, or give both the same degrees ({_layout(lambda axis: degrees[axis])} is asked for)."
-            )
-        if one.extras != extras:
-            there, asked = (", ".join(each.lines()) or "nothing beside its layout" for each in (one.extras, extras))
-            raise ConfigError(
-                f"{name}: runs with {there} already; call remove() on the handle of the first apply, or give both the "
-                f"same ({asked} is asked for)."
-            )
-        return one
-    if method == "forward":
-        _refuse_wrapped(name, list(module.modules()))
-        if is_overridden(module):
-            raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
-        if is_encoder(name):
-            return None
-        if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 or extras.sparse is not None:
-            block_stack(module)
-        if extras.compile:
-            repeated_blocks(module)
-    return None
-
-
-def _layout(degree: Callable[[Axis], int]) -> str:
-    return ", ".join(f"{axis}={degree(axis)}" for axis in Axis if degree(axis) > 1) or "one rank"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from parafuse.config import Config
 from parafuse.engine import saved
 from parafuse.engine.adapters import fitting
-from parafuse.engine.apply import Handle, apply, check_components
+from parafuse.engine.apply import Handle, apply
 from parafuse.engine.caches.report import check_followed, following, report, skips
 from parafuse.engine.calls import call_keywords, paint, steps_of
 from parafuse.engine.compiling import Compiling
@@ -25,6 +25,7 @@ from parafuse.engine.host_times import host_times
 from parafuse.engine.loading_checks import check_loading, own_config, taken
 from parafuse.engine.modular import continues, hush, takes_generator
 from parafuse.engine.node_loading import Loaded, load_for_ranks
+from parafuse.engine.offload.pipeline import device_for
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
 from parafuse.engine.quantize.put_on import Quantized, checked
@@ -34,6 +35,7 @@ from parafuse.engine.request import SAME_CALL, facts, fresh_seed
 from parafuse.engine.sharing import pipeline_over
 from parafuse.engine.source import ModelSource, locate, source_of
 from parafuse.engine.state import PipelineState, components_of
+from parafuse.engine.suitability import check_components
 from parafuse.engine.surface import Act, Surface, referred, resolved
 from parafuse.engine.targets import DENOISERS, denoisers, weighty
 from parafuse.engine.told import say_idle, seen_by, told_by
@@ -171,7 +173,7 @@ class Engine(Surface):
         found = denoisers(pipeline, DENOISERS, required=False)
         first = next(found[0][1].parameters()) if found else pipeline
         dtype = (compute_dtype(found[0][1]) if found else str(first.dtype).removeprefix("torch.")) or "auto"
-        device = first.device.type
+        device = device_for(config.offload, first.device.type)
         plan = resolve(replace(config, device=device, dtype=dtype), source, size)
         check_components(source, plan)
         world = join_world(plan.device, plan.timeout_s, size)

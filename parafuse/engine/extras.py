@@ -13,6 +13,7 @@ from parafuse.engine.rewrites.choose import Choice
 from parafuse.engine.timings import resolved
 from parafuse.errors import ConfigError
 from parafuse.kernels.backends import REGISTRY
+from parafuse.offload import Offload, offload_of, settled_on
 from parafuse.parallel import captured
 from parafuse.sparse import Sparse, sparse_of
 
@@ -36,6 +37,8 @@ class Extras:
     """Where text encoders run, and what is kept of what they give."""
     owner: int | None = field(default=None, compare=False)
     """Of a text encoder: the rank that has it, where it is one."""
+    offload: Offload | None = None
+    """Where weights are while they are not used."""
     chosen: Choice | None = None
     """What of them one denoiser gets; None until that is known."""
 
@@ -46,6 +49,7 @@ class Extras:
             attention=resolved(attention_of(config.attention), device),
             sparse=sparse_of(config.sparse),
             encoding=encoding_of(config.text_encoders),
+            offload=settled_on(offload_of(config.offload), device),
             cache=with_calibration(cache_of(config.cache)),
             compile=config.compile,
             cuda_graphs=config.cuda_graphs,
@@ -121,6 +125,7 @@ class Extras:
         found += ["compiled blocks"] if self.compile else []
         found += ["CUDA graphs"] if self.cuda_graphs else []
         found += [f"text encoders {self.encoding.brief}"] if self.encoding.acts else []
+        found += [f"offload {self.offload.brief}"] if self.offload else []
         if self.chosen is not None:
             return found + list(self.chosen.left_off)  # each rewrite says itself what it does
         return found + ([f"rewrites {','.join(self.rewrites)}"] if self.rewrites else [])

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from parafuse.engine.loader import load_pipeline
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.put_on import Quantized, quantize_loaded
@@ -43,21 +45,22 @@ def load_for_ranks(source: ModelSource, settings: dict[str, Any], world: World) 
     plan: Plan = settings["plan"]
     keywords = {"dtype": plan.dtype} | settings["pipeline_kwargs"]  # dtypes by component may be among them
     on_cpu, begun = world.device.type == "cpu", time.perf_counter()
+    place = torch.device("cpu") if plan.offload else world.device  # weights come when they are used
     method = quantize_of(plan.quantize or None)
     is_early = on_cpu and not (method is not None and method.keep_originals)
 
     def make() -> tuple[Any, list[Quantized]]:
-        pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], device=world.device, **keywords)
+        pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], device=place, **keywords)
         return pipeline, quantize_loaded(plan, *weighty(pipeline), world.device) if is_early else []
 
-    is_built = source.kind == "random" and not on_cpu  # on the device, from nothing
+    is_built = source.kind == "random" and place.type != "cpu"  # on the device, from nothing
     if world.size == 1 or is_built:
         (pipeline, done), how = make(), READ
     else:
         (pipeline, done), how = _once(source, world, make, settings)
     if not is_early:
         done = quantize_loaded(plan, *weighty(pipeline), world.device)
-    pipeline.to(world.device)
+    pipeline.to(place)
     took = {"how": how, "seconds": round(time.perf_counter() - begun, 3), **host_memory()}
     return Loaded(pipeline, done, [json.loads(text) for text in world.everyone("loading", json.dumps(took))])
 

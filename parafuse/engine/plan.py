@@ -18,6 +18,7 @@ from parafuse.calibration import Calibration
 from parafuse.config import Axis, Config, Parallel
 from parafuse.encoding import encoding_of
 from parafuse.errors import ConfigError, reject_unknown
+from parafuse.offload import offload_of
 from parafuse.quantization import AUTO, Fp8, quantize_of
 
 SCHEMA = 1
@@ -31,6 +32,7 @@ OPTIONAL = (
     "attention_timings",
     "sparse",
     "text_encoders",
+    "offload",
     "calibration",
     "replay",
     "why",
@@ -73,6 +75,8 @@ class Plan:
     """Which pairs of a video's tokens attention leaves out, as its text with every field; empty: none."""
     text_encoders: str = "everywhere"
     """Where prompts are encoded, and what is kept of it, as its text with every field."""
+    offload: str = ""
+    """Where weights are while they are not used, as its text with every field; empty: where they are loaded."""
     attention_timings: dict[str, Any] | None = None
     """For `timed`: what was timed on the device, so that every rank takes the same backend."""
     calibration: dict[str, Any] | None = None
@@ -101,6 +105,9 @@ class Plan:
         if self.attention == AUTO_ATTENTION:
             raise ConfigError("plan.attention='auto': a plan is explicit; only a Config may say 'auto'.")
         self.cache_with_calibration()
+        offload = offload_of(self.offload or None)
+        if offload is not None and offload.device != self.device:
+            raise ConfigError(f"plan.offload: device={offload.device}: must be the plan's, {self.device}.")
         method = quantize_of(self.quantize or None)
         if isinstance(method, Fp8) and method.scale == AUTO:
             raise ConfigError("plan.quantize: scale=auto: a plan is explicit; only a Config may say 'auto'.")
@@ -133,6 +140,7 @@ class Plan:
             attention=self._attention(),
             sparse=self.sparse or None,
             text_encoders=self.text_encoders,
+            offload=self.offload or None,
             timeout_s=self.timeout_s,
         )
 
@@ -152,8 +160,9 @@ class Plan:
     @property
     def changes_nothing(self) -> bool:
         """Whether the model runs as it is."""
-        extras = self.cache or self.quantize or self.compile or self.rewrites or self.sparse or self.attention != TORCH
-        return self.world_size == 1 and not extras and not encoding_of(self.text_encoders).kept
+        extras = (self.cache, self.quantize, self.compile, self.rewrites, self.sparse, self.offload)
+        is_plain = self.attention == TORCH and not encoding_of(self.text_encoders).kept
+        return self.world_size == 1 and not any(extras) and is_plain
 
     def without_replay(self) -> Plan:
         """The same, where the cache decides."""
@@ -170,6 +179,7 @@ class Plan:
         more += f", attention {self.attention}" if self.attention != TORCH else ""
         more += f", sparse {self.sparse}" if self.sparse else ""
         more += f", text encoders {self.text_encoders}" if encoding_of(self.text_encoders).acts else ""
+        more += f", offload {self.offload}" if self.offload else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""
         return f"{ranks}: {axes}, {self.dtype} on {self.device}{more}{again}" + (f" ({self.why})" if self.why else "")
 

@@ -15,6 +15,7 @@ from parafuse.engine.quantize.settle import TEXT_ENCODERS, capability_here, sett
 from parafuse.engine.timings import resolved
 from parafuse.errors import ConfigError
 from parafuse.hardware import num_cuda_devices
+from parafuse.offload import offload_of, settled_on
 from parafuse.quantization import Quantize, quantize_of
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
         attention=attention.backend,
         sparse=str(config.sparse or ""),
         text_encoders=str(config.text_encoders),
+        offload=str(settled_on(offload_of(config.offload), device) or ""),
         attention_timings=attention.timings.to_dict() if attention.timings is not None else None,
         calibration=calibration.to_dict() if calibration is not None else None,
         why=why,

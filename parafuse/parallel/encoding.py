@@ -11,6 +11,7 @@ import io
 import pickle
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,10 @@ class TextEncoder:
         self._results: OrderedDict[tuple[str, str], Apart] = OrderedDict()
         self._held = Held(module)
         self._versions = self._weights()
-        self._inside = False
+        self.inside = False
+        """Whether this rank computes now."""
+        self.around: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Of what is computed here."""
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -94,7 +98,7 @@ class TextEncoder:
 
     def _shared(self, name: str, original: Forward) -> Forward:
         def shared(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:
+            if self.inside:
                 return original(*args, **kwargs)
             key = self._key(name, args, kwargs)
             if key in self._results:
@@ -147,11 +151,12 @@ class TextEncoder:
         return result
 
     def _own(self, original: Forward, args: Any, kwargs: Any) -> Any:
-        self._inside = True
+        self.inside = True
         try:
-            return original(*args, **kwargs)
+            with self.around():
+                return original(*args, **kwargs)
         finally:
-            self._inside = False
+            self.inside = False
 
     def _send(self, found: Apart, device: torch.device, *, failed: bool = False) -> None:
         sizes = [x.nbytes for x in found.tensors]

@@ -312,3 +312,28 @@ def test_texts() -> None:
     assert str(encoding_of("one-rank")) == "one-rank:kept=0"
     assert encoding_of("one-rank:kept=3") == OneRank(kept=3)
     assert OneRank(kept=3).brief == "one-rank:kept=3"
+
+
+def offloaded(text: str) -> list[tuple[int, dict[str, int]]]:
+    """Bytes of text encoders that came to this rank in each of two requests, and what they did."""
+    pipeline = emoji()
+    handle = apply(pipeline, Config(parallel=Parallel(ulysses=2), text_encoders=text, offload="model:to=disk"))
+    parts = ("text_encoder", "text_encoder_2")
+    of_encoders = sum(p.nbytes for name in parts for p in getattr(pipeline, name).parameters())
+    found: list[tuple[int, dict[str, int]]] = []
+    for _ in range(2):
+        with handle.request():
+            pipeline.encode_prompt(["a cat"], prompt_2=None, device="cpu")
+        came = handle.offloading.ledger.moved_bytes if handle.offloading else -1
+        found.append((came * 100 // of_encoders, dict(handle.encoders()["text_encoder"].seen)))
+    handle.remove()
+    return found
+
+
+def test_offloaded_weights_come_to_the_rank_that_computes_alone() -> None:
+    """In percent of both text encoders."""
+    first, second = run_ranks(offloaded, 2, "one-rank:kept=1")
+    assert first[0][0] + second[0][0] == pytest.approx(100, abs=3)
+    assert 30 < second[0][0] < 50 < first[0][0] < 70
+    assert first[1] == (0, {"kept": 1})
+    assert second[1] == (0, {"kept": 1})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from parafuse.attention import attention_of
 from parafuse.cache import cache_of, calibration_of, with_calibration
 from parafuse.config import Axis, Config
-from parafuse.engine.memory import check_memory
+from parafuse.engine.memory.check import check_memory
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.saved import saved_by
 from parafuse.engine.quantize.settle import TEXT_ENCODERS, capability_here, settled

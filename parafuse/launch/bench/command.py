@@ -84,7 +84,7 @@ class BenchJob:
 
 def prepare(bench: Bench, options: list[Option], typed: dict[str, object]) -> BenchJob:
     """Checks the request without loading weights. Raises ConfigError at the first fault."""
-    from parafuse.engine.memory import check_memory
+    from parafuse.engine.memory.check import check_memory
     from parafuse.engine.source import locate
 
     check_packages("bench")

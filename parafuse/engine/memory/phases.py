@@ -1,0 +1,109 @@
+"""The phases of a request, met at the components: encode, denoise, decode. What a component gives leaves it as a real
+tensor, so that the pipeline's own code goes on as with values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from parafuse.engine.memory.fake_pipeline import components
+from parafuse.engine.memory.ledger import ACTIVATIONS, Ledger
+from parafuse.engine.targets import DENOISERS
+from parafuse.parallel.hooks import Forward, override
+from parafuse.parallel.placeholder import settled
+
+ENCODE, DENOISE, DECODE = "encode", "denoise", "decode"
+PHASES = (ENCODE, DENOISE, DECODE)
+
+
+def boundaries(pipeline: Any) -> list[tuple[str, nn.Module, str, str]]:
+    """(component, module, method, phase) of everything that a pipeline calls its components by."""
+    found: list[tuple[str, nn.Module, str, str]] = []
+    for name, module in components(pipeline).items():
+        phase = DENOISE if name in DENOISERS else ENCODE
+        found.append((name, module, "forward", phase))
+        if name not in DENOISERS:
+            found += [(name, module, method, by) for method, by in _METHODS.items() if hasattr(module, method)]
+    return found
+
+
+_METHODS = {"encode": ENCODE, "decode": DECODE}
+
+
+@contextmanager
+def met(pipeline: Any, enter: Callable[[str, str], Callable[[Any], Any]]) -> Iterator[None]:
+    """Inside, `enter(component, phase)` is told of each call of a component, and what it returns is given the result.
+
+    Stands on instances, outside of what parafuse has put there, and is gone afterwards."""
+    undo: list[Callable[[], None]] = []
+    depth = 0
+
+    def watched(original: Forward, name: str, phase: str) -> Forward:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            if depth:  # a component that calls itself by another name, as VAEs do
+                return original(*args, **kwargs)
+            leave = enter(name, phase)
+            depth += 1
+            try:
+                result = original(*args, **kwargs)
+            except BaseException:
+                leave(None)
+                raise
+            finally:
+                depth -= 1
+            return leave(result)
+
+        return call
+
+    try:
+        for name, module, method, phase in boundaries(pipeline):
+            undo.append(override(module, method, watched(getattr(module, method), name, phase)))
+        yield
+    finally:
+        for back in reversed(undo):
+            back()
+
+
+def counting(ledger: Ledger) -> Callable[[str, str], Callable[[Any], Any]]:
+    """For `met`: phases and components as the ledger has them, and results as real tensors of zeros."""
+
+    def enter(name: str, phase: str) -> Callable[[Any], Any]:
+        before = ledger.kind, ledger.module
+        ledger.kind, ledger.module = ACTIVATIONS, name
+        ledger.enter(phase)
+
+        def leave(result: Any) -> Any:
+            leaves, spec = tree_flatten(settled(result))
+            del result
+            ledger.kind, ledger.module = before
+            return tree_unflatten(_real(leaves, ledger), spec)
+
+        return leave
+
+    return enter
+
+
+def _real(leaves: list[Any], ledger: Ledger) -> list[Any]:
+    """Fake tensors as real ones of zeros, in memory that is taken when it is written to; views stay views."""
+    made: dict[int, torch.Tensor] = {}
+    for number, x in enumerate(leaves):
+        if not isinstance(x, FakeTensor):
+            continue
+        storage = x.untyped_storage()
+        if storage._cdata not in made:
+            made[storage._cdata] = torch.from_numpy(np.zeros(max(storage.nbytes(), x.itemsize), dtype=np.uint8))
+        whole = made[storage._cdata]
+        del storage
+        flat = whole[: whole.numel() // x.itemsize * x.itemsize].view(x.dtype)
+        leaves[number] = torch.as_strided(flat, x.size(), x.stride(), x.storage_offset())
+    for whole in made.values():
+        ledger.adopt(whole)
+    return leaves

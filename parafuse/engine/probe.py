@@ -107,7 +107,7 @@ def probe(block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec)
     for site, (q, *_) in enumerate(sites):
         alignment.add(Interval(Place("q", site, 2), 0, Node("attention", site, 2), q.shape[2]))
     spread: dict[Node, str] = {}
-    for ends in _argument_ends(examined):
+    for ends in argument_ends(examined):
         _record(alignment, spread, examined, ends)
     alignment.settle_doubtful()
     for ends in _attention_ends(examined, alignment.cuts()):
@@ -147,9 +147,11 @@ class Ends:
     seen: tuple[Seen, Seen]
 
 
-def _argument_ends(examined: Examined) -> Iterator[Ends]:
-    """For every dim of every tensor argument."""
+def argument_ends(examined: Examined, only: int | None = None) -> Iterator[Ends]:
+    """For every dim of every tensor argument, or of that one."""
     for leaf, value in enumerate(examined.leaves):
+        if only is not None and leaf != only:
+            continue
         if not isinstance(value, Tensor) or value.numel() == 0:
             continue
         for dim, length in enumerate(value.shape):

@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec
 
 from parafuse.engine.derive import Failures, on_whole_shapes
 from parafuse.engine.plan_store import key_of, load_plan
-from parafuse.engine.probe import Examined, prove
+from parafuse.engine.probe import Examined, argument_ends, prove
 from parafuse.errors import UnsupportedError, is_out_of_memory
 from parafuse.parallel.block_plan import BlockPlan, Site, TokenDim
 from parafuse.parallel.hooks import Forward
@@ -78,14 +78,13 @@ class ByShape:
 
 
 def _disturb(block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec) -> None:
-    """Takes the memory of a probe at its height: the run as it is, two with an argument changed, and their rows."""
+    """Takes the memory of a probe at its height: the largest argument changed along each of its dims."""
     examined = Examined(block, forward, leaves, spec, blank)
-    leaf = max(range(len(leaves)), key=lambda i: leaves[i].nbytes if isinstance(leaves[i], Tensor) else -1)
-    ends = [examined.changed(leaf, 0, index) for index in (0, -1 + leaves[leaf].shape[0])]
-    for seen in ends:
-        pairs = zip(chain(*examined.base.sites), chain(*seen.sites), strict=True)
-        for base, other in pairs:
-            (base != other) & ~(base.isnan() & other.isnan())
+    largest = max(range(len(leaves)), key=lambda i: leaves[i].nbytes if isinstance(leaves[i], Tensor) else -1)
+    for ends in argument_ends(examined, largest):
+        for seen in ends.seen:
+            for base, other in zip(chain(*examined.base.sites), chain(*seen.sites), strict=True):
+                (base != other) & ~(base.isnan() & other.isnan())
 
 
 def plans(examined: Examined) -> Iterator[BlockPlan]:

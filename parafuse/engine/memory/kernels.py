@@ -47,7 +47,7 @@ class CpuKernels(Allocator):
         if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
             return Workspace(inside=_attention(args[0], args[1]))
         if isinstance(result, Tensor) and result.is_floating_point() and torch.Tag.pointwise in func.tags:
-            return Workspace(inside=_casts(tensors(args), result))
+            return Workspace(inside=_casts(tensors(args[func is aten.where.self :]), result))
         return NOTHING
 
 
@@ -56,7 +56,7 @@ def _convolution(args: Any, result: Tensor) -> int:
     x, weight, stride, dilation, transposed, groups = args[0], args[1], args[3], args[5], args[6], args[8]
     kernel, out = math.prod(weight.shape[2:]), result.nbytes
     half = x.dtype in (torch.bfloat16, torch.float16)
-    is_large = groups > 1 or min(weight.shape[2:]) > 3 or len(x) > 1 or x.numel() > 20480  # noqa: PLR2004
+    is_large = groups > 1 or min(weight.shape[-2:]) > 3 or len(x) > 1 or math.prod(x.shape[:4]) > 20480  # noqa: PLR2004
     is_plain = kernel == 1 and set((*stride, *dilation)) == {1} and len(x) < 16 and torch.get_num_threads() == 1  # noqa: PLR2004
     if not half and (is_plain or not is_large):
         columns = 0 if kernel == 1 or transposed else len(x) * x.shape[1] * kernel * result[0, 0].numel() * x.itemsize
@@ -67,7 +67,8 @@ def _convolution(args: Any, result: Tensor) -> int:
     def blocks(number: int) -> int:
         return -(-number // CHANNELS) * CHANNELS if groups == 1 else number
 
-    given = x.nbytes // x.shape[1] * blocks(x.shape[1])
+    # fewer channels than a block are taken as they are
+    given = x.nbytes // x.shape[1] * blocks(x.shape[1]) if x.shape[1] >= CHANNELS else 0
     made = out // result.shape[1] * blocks(result.shape[1])
     weights = weight.itemsize * kernel * blocks(weight.shape[0]) * blocks(weight.shape[1])
     return max(given + weights + made - out, made)

@@ -101,6 +101,7 @@ def plans(examined: Examined) -> Iterator[BlockPlan]:
         same = [i for i, x in enumerate(leaves) if _is_stream(x) and x.shape == result.shape and i not in arguments]
         if same:
             arguments[same[0]] = results[number] = TokenDim(_token_dim(result), (len(arguments),))
+    _add_read(arguments, examined)
     lengths = {dim.atoms[0]: leaves[i].shape[dim.dim] for i, dim in arguments.items()}
     sites: list[Site] = []
     for q, k, _ in base.sites:
@@ -116,6 +117,19 @@ def plans(examined: Examined) -> Iterator[BlockPlan]:
     for chosen in product(*ways):
         cut = {i: dim for i, dim in zip(others, chosen, strict=True) if dim is not None}
         yield BlockPlan(arguments | cut, tuple(sites), results)
+
+
+def _add_read(arguments: dict[int, TokenDim], examined: Examined) -> None:
+    """Streams that a block reads and does not give back, as the last joint one does with its text: where queries have
+    more rows than the others tell."""
+    leaves = examined.leaves
+    widths = {leaves[i].shape[-1] for i in arguments}
+    read = [i for i, x in enumerate(leaves) if i not in arguments and _is_stream(x) and x.shape[-1] in widths]
+    for q, _, _ in examined.base.sites:
+        lengths = {dim.atoms[0]: leaves[i].shape[dim.dim] for i, dim in arguments.items()}
+        if _atoms(q.shape[2], lengths) is None and read:
+            arguments[read[0]] = TokenDim(_token_dim(leaves[read[0]]), (len(arguments),))
+            read.pop(0)
 
 
 def _atoms(rows: int, lengths: dict[int, int]) -> tuple[int, ...] | None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from parafuse.engine.memory.ledger import EXCHANGE, NOTHING, Allocator, Body, Ledger, Workspace
+from parafuse.engine.memory.ledger import EXCHANGE, Allocator, Body, Ledger
 from parafuse.kernels.attention import attention_of
 from parafuse.parallel import attention as parallel_attention
 from parafuse.parallel import comm
@@ -25,7 +25,9 @@ CONVOLUTIONS = (aten.convolution.default, aten._convolution.default)
 CUDA_BLOCK = 512
 """Bytes to which CUDA's caching allocator rounds a size."""
 CUBLAS = 32 << 20
-"""Workspace that torch gives to cuBLAS on Hopper, kept from the first product on; 8 MiB on older GPUs."""
+"""Bytes of workspace that torch gives to cuBLAS on Hopper, kept from the first product on; 8 MiB on older GPUs."""
+LIBRARIES = {"cuda": CUBLAS}
+"""By device: what libraries keep of torch's memory."""
 
 
 CHANNELS = 16
@@ -41,14 +43,14 @@ class CpuKernels(Allocator):
     """Convolutions copy what they take and give into blocks of channels, or columns; attention has a tile of scores for
     each thread; pointwise operators copy operands of another dtype. Seen in the events of torch 2.13's allocator."""
 
-    def workspace(self, func: Any, args: Any, kwargs: Any, result: Any) -> Workspace:
+    def workspace(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
         if func in CONVOLUTIONS:
-            return Workspace(inside=_convolution(args, result))
+            return _convolution(args, result)
         if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
-            return Workspace(inside=_attention(args[0], args[1]))
+            return _attention(args[0], args[1])
         if isinstance(result, Tensor) and result.is_floating_point() and torch.Tag.pointwise in func.tags:
-            return Workspace(inside=_casts(tensors(args[func is aten.where.self :]), result))
-        return NOTHING
+            return _casts(tensors(args[func is aten.where.self :]), result)
+        return 0
 
 
 def _convolution(args: Any, result: Tensor) -> int:
@@ -89,10 +91,10 @@ class CudaKernels(Allocator):
     def size(self, nbytes: int) -> int:
         return -(-nbytes // CUDA_BLOCK) * CUDA_BLOCK
 
-    def workspace(self, func: Any, args: Any, kwargs: Any, result: Any) -> Workspace:
+    def workspace(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
         if func in CONVOLUTIONS and args[0].dtype in (torch.float16, torch.bfloat16):
-            return Workspace(inside=args[0].nbytes + result.nbytes)
-        return NOTHING
+            return args[0].nbytes + result.nbytes
+        return 0
 
 
 def _casts(given: list[Tensor], result: Tensor) -> int:

@@ -39,25 +39,10 @@ class Peak:
     """Of these, what each kind has at that time."""
     workspace: int = 0
     """Of these, what the operator takes at that time."""
-    outside: int = 0
-    """The most that an operator of the phase takes from the system itself, past torch's allocator."""
     at: str = ""
     """The operator."""
     module: str = ""
     """The component that ran."""
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """What an operator takes beside its results while it runs."""
-
-    inside: int = 0
-    """From torch's allocator."""
-    outside: int = 0
-    """From the system, by a library of its own."""
-
-
-NOTHING = Workspace()
 
 
 class Allocator:
@@ -66,8 +51,9 @@ class Allocator:
     def size(self, nbytes: int) -> int:
         return nbytes
 
-    def workspace(self, func: Any, args: Any, kwargs: Any, result: Any) -> Workspace:
-        return NOTHING
+    def workspace(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+        """Bytes that an operator takes beside its results while it runs."""
+        return 0
 
 
 class Ledger(TorchDispatchMode):
@@ -123,7 +109,7 @@ class Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata not in self._live:
             self._add(storage, storage._cdata)
-        self._mark(NOTHING, "")
+        self._mark(0, "")
 
     def peak(self, phase: str) -> Peak:
         """Of a phase; of a new one what is alive now."""
@@ -134,7 +120,7 @@ class Ledger(TorchDispatchMode):
     def enter(self, phase: str) -> None:
         """What runs from here on belongs to that phase."""
         self.phase = phase
-        self._mark(NOTHING, "")
+        self._mark(0, "")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -191,14 +177,13 @@ class Ledger(TorchDispatchMode):
             return True
         return self._number if x.is_floating_point() else 0
 
-    def _mark(self, workspace: Workspace, at: str) -> None:
+    def _mark(self, workspace: int, at: str) -> None:
         if self._is_silent:
             return
         here = self.peak(self.phase)
-        here.outside = max(here.outside, workspace.outside)
-        total = self._total + workspace.inside
+        total = self._total + workspace
         if total > here.nbytes:
-            here.nbytes, here.workspace, here.at, here.module = total, workspace.inside, at, self.module
+            here.nbytes, here.workspace, here.at, here.module = total, workspace, at, self.module
             here.by_kind = Counter(self._now)
 
 

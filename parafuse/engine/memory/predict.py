@@ -18,13 +18,13 @@ from parafuse.engine.calls import call_keywords, paint
 from parafuse.engine.host_times import host_times
 from parafuse.engine.memory.by_shape import ByShape
 from parafuse.engine.memory.fake_pipeline import components, fake_mode, fake_pipeline, nbytes
-from parafuse.engine.memory.kernels import CudaAttention, bodies, kernels_of
+from parafuse.engine.memory.kernels import LIBRARIES, CudaAttention, bodies, kernels_of
 from parafuse.engine.memory.ledger import ACTIVATIONS, EXCHANGE, PIPELINE, START, Ledger, Peak
 from parafuse.engine.memory.phases import DENOISE, PHASES, counting, met
 from parafuse.engine.modular import takes_generator
 from parafuse.engine.plan import Plan
 from parafuse.engine.source import ModelSource
-from parafuse.errors import ConfigError
+from parafuse.errors import ConfigError, ParafuseError, UnsupportedError
 from parafuse.parallel.mesh import Mesh, make_mesh
 
 STEPS = 2
@@ -48,8 +48,8 @@ class Phase:
     """By caches, from step to step."""
     pipeline: int
     """Of the pipeline's own code: embeddings, latents, pictures."""
-    outside: int
-    """What libraries take past torch's allocator, at most, beside all of these."""
+    libraries: int
+    """Workspaces that libraries keep."""
     at: str = ""
     """Component and operator at that time."""
 
@@ -67,13 +67,15 @@ class Prediction:
     """Phase -> its most memory in the first request of these sizes, in which blocks and batches are examined."""
     later: dict[str, Phase]
     """Phase -> its most memory in a request after that."""
+    host: int = 0
+    """Bytes of the host's memory that loading takes, where the device is another one."""
     notes: list[str] = field(default_factory=list[str])
     """What was taken for granted."""
 
     @property
     def nbytes(self) -> int:
-        """The most of all phases, past torch's allocator too."""
-        return max(phase.nbytes + phase.outside for phase in (*self.first.values(), *self.later.values()))
+        """The most of all phases."""
+        return max(phase.nbytes for phase in (*self.first.values(), *self.later.values()))
 
     def to_dict(self) -> dict[str, Any]:
         values = {name: asdict(getattr(self, name)) if name == "plan" else getattr(self, name) for name in _FIELDS}
@@ -82,7 +84,7 @@ class Prediction:
         return {**values, "nbytes": self.nbytes}
 
 
-_FIELDS = ("plan", "call", "weights", "first", "later", "notes")
+_FIELDS = ("plan", "call", "weights", "first", "later", "host", "notes")
 
 
 def predict(
@@ -97,7 +99,7 @@ def predict(
     pipeline.set_progress_bar_config(disable=True)
     keywords = call_keywords(pipeline, source, plan, (), {"prompt": "a red apple", **(call or {})})
     keywords = _short(pipeline, keywords, plan)
-    found = _Following(pipeline, plan, mesh)
+    found = _Following(pipeline, source, plan, mesh)
     try:
         first = found.request(keywords)
         later = found.request(keywords) if plan.world_size > 1 else first
@@ -105,7 +107,13 @@ def predict(
         found.close()
     shown = {name: value for name, value in keywords.items() if isinstance(value, (str, int, float, list))}
     return Prediction(
-        plan=plan, call=shown, weights=found.weights, first=first, later=later, notes=_notes(plan, keywords)
+        plan=plan,
+        call=shown,
+        weights=found.weights,
+        first=first,
+        later=later,
+        host=found.host,
+        notes=_notes(plan, keywords),
     )
 
 
@@ -119,6 +127,8 @@ def _short(pipeline: Any, keywords: dict[str, Any], plan: Plan) -> dict[str, Any
 
 def _notes(plan: Plan, keywords: Mapping[str, Any]) -> list[str]:
     found: list[str] = []
+    if plan.device == "cuda":
+        found.append("beside this, the CUDA context and its kernels take about 0.5 GB, and NCCL 0.3 GB for each group")
     if plan.compile:
         found.append("compiled blocks are taken as the same blocks uncompiled, which have no less at a time")
     if plan.cuda_graphs:
@@ -129,9 +139,12 @@ def _notes(plan: Plan, keywords: Mapping[str, Any]) -> list[str]:
 class _Following:
     """A pipeline that is followed, and what the plan has put on it."""
 
-    def __init__(self, pipeline: Any, plan: Plan, mesh: Mesh | None):
+    def __init__(self, pipeline: Any, source: ModelSource, plan: Plan, mesh: Mesh | None):
         self.pipeline, self.plan = pipeline, plan
         self.ledger = Ledger(kernels_of(plan.device), bodies(lambda: self.ledger))
+        whole = sum(map(nbytes, components(pipeline).values()))
+        is_loaded = source.kind != "random" and plan.device != "cpu"  # what has random weights is built on its device
+        self.host = whole if is_loaded else 0
         self.handle = self._apply(mesh)
         for one in self.handle.sequence.values():
             one.prober = ByShape(self.ledger.silent, self.ledger.agreeing)
@@ -163,21 +176,34 @@ class _Following:
             inside.enter_context(host_times(self.pipeline))
             inside.enter_context(met(self.pipeline, counting(ledger)))
             inside.enter_context(ledger)
-            paint(self.pipeline, call)
+            self._paint(call)
             kept = sum(memory.most_bytes for memory in memories.values())
         return {name: self._phase(name, kept) for name in PHASES if name in ledger.peaks}
 
+    def _paint(self, call: dict[str, Any]) -> None:
+        """Raises UnsupportedError for a pipeline that cannot do without values."""
+        try:
+            paint(self.pipeline, call)
+        except ParafuseError:
+            raise
+        except Exception as error:
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            raise UnsupportedError(
+                f"memory: {type(self.pipeline).__name__} cannot be followed without values "
+                f"({type(error).__name__}: {first}); run it, and look at what it took."
+            ) from error
+
     def _phase(self, name: str, kept: int) -> Phase:
         peak, weights = self.ledger.peaks[name], sum(self.weights.values())
-        kept = kept if name == DENOISE else 0
+        kept, libraries = kept if name == DENOISE else 0, LIBRARIES.get(self.plan.device, 0)
         return Phase(
-            nbytes=peak.nbytes + weights,
+            nbytes=peak.nbytes + weights + libraries,
             weights=weights,
             activations=max(0, peak.by_kind[ACTIVATIONS] + peak.workspace - kept),
             exchange=peak.by_kind[EXCHANGE],
             kept=kept,
             pipeline=peak.by_kind[PIPELINE],
-            outside=peak.outside,
+            libraries=libraries,
             at=f"{peak.module}: {peak.at}".strip(": "),
         )
 

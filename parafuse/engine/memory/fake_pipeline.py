@@ -112,7 +112,8 @@ def _part(model: str, folder: Path, library: str, name: str, dtype: torch.dtype,
             return kind.from_pretrained(folder)
         if not issubclass(kind, nn.Module) and not name.startswith("AutoModel"):
             return kind.from_pretrained(folder)  # a scheduler
-        return _faked(empty_module(kind, _settings(kind, folder), dtype), folder.name, dtype, mode)
+        module = _faked(empty_module(kind, _settings(kind, folder), dtype), folder.name, dtype, mode)
+        return module.requires_grad_(True)  # as it is loaded: torch takes some products in another way then
     except (OSError, ValueError, TypeError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"{where}: its configuration cannot be read ({first}).") from error

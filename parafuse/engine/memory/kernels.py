@@ -63,7 +63,9 @@ def _convolution(args: Any, result: Tensor) -> int:
     if not half and (is_plain or not is_large):
         columns = 0 if kernel == 1 or transposed else len(x) * x.shape[1] * kernel * result[0, 0].numel() * x.itemsize
         return columns
-    if half:  # channels last
+    if _is_channels_last(x) or _is_channels_last(weight):  # as oneDNN has it
+        return 0 if _is_channels_last(x) else x.nbytes
+    if half:
         return max(x.nbytes + weight.nbytes, 2 * out)
 
     def blocks(number: int) -> int:
@@ -74,6 +76,11 @@ def _convolution(args: Any, result: Tensor) -> int:
     made = out // result.shape[1] * blocks(result.shape[1])
     weights = weight.itemsize * kernel * blocks(weight.shape[0]) * blocks(weight.shape[1])
     return max(given + weights + made - out, made)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous()
 
 
 def _attention(q: Tensor, k: Tensor) -> int:

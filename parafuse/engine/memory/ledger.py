@@ -137,6 +137,8 @@ class Ledger(TorchDispatchMode):
         if func in ASKS and any(isinstance(x, FakeTensor) for x in args):
             return self._answer(func, args[0])
         result = func(*args, **kwargs)
+        if isinstance(result, FakeTensor) and 1 in result.shape:
+            result = _laid_out(func, args, result)
         self._record(func, args, kwargs, result)
         return result
 
@@ -203,6 +205,22 @@ class _Entry(weakref.ref[Any]):
 
 ASKS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default}
 """Operators that give a value to Python."""
+
+
+def _laid_out(func: Any, args: Any, result: FakeTensor) -> Tensor:
+    """The result of a view or a pointwise operator with the strides that torch gives it: fake tensors have others along
+    dims of size 1, and by these a convolution tells whether channels come last."""
+    wanted = result.stride()
+    if func is torch.ops.aten.view.default:
+        x, shape = args
+        wanted = torch.empty_strided(x.size(), x.stride(), device="meta").view(shape).stride()
+    elif torch.Tag.pointwise in func.tags:
+        alike = {x.stride() for x in args if isinstance(x, Tensor) and x.shape == result.shape}
+        wanted = alike.pop() if len(alike) == 1 else wanted
+    sizes = zip(result.shape, result.stride(), wanted, strict=True)
+    if wanted == result.stride() or any(size > 1 and mine != other for size, mine, other in sizes):
+        return result
+    return torch.ops.aten.as_strided.default(result, result.size(), wanted, result.storage_offset())
 
 
 def _is_own(kind: type[Any]) -> bool:

@@ -20,6 +20,7 @@ from parafuse.parallel.hooks import Forward, override
 from parafuse.parallel.placeholder import settled
 
 ENCODE, DENOISE, DECODE = "encode", "denoise", "decode"
+Leave = Callable[[list[Any]], Any]
 PHASES = (ENCODE, DENOISE, DECODE)
 
 
@@ -38,8 +39,9 @@ _METHODS = {"encode": ENCODE, "decode": DECODE}
 
 
 @contextmanager
-def met(pipeline: Any, enter: Callable[[str, str], Callable[[Any], Any]]) -> Iterator[None]:
-    """Inside, `enter(component, phase)` is told of each call of a component, and what it returns is given the result.
+def met(pipeline: Any, enter: Callable[[str, str], Leave]) -> Iterator[None]:
+    """Inside, `enter(component, phase)` is told of each call of a component, and what it returns is given the result, in
+    a list from which it takes it, so that nothing else holds it.
 
     Stands on instances, outside of what parafuse has put there, and is gone afterwards."""
     undo: list[Callable[[], None]] = []
@@ -52,14 +54,12 @@ def met(pipeline: Any, enter: Callable[[str, str], Callable[[Any], Any]]) -> Ite
                 return original(*args, **kwargs)
             leave = enter(name, phase)
             depth += 1
+            results: list[Any] = []
             try:
-                result = original(*args, **kwargs)
-            except BaseException:
-                leave(None)
-                raise
+                results.append(original(*args, **kwargs))
             finally:
                 depth -= 1
-            return leave(result)
+            return leave(results)
 
         return call
 
@@ -72,17 +72,16 @@ def met(pipeline: Any, enter: Callable[[str, str], Callable[[Any], Any]]) -> Ite
             back()
 
 
-def counting(ledger: Ledger) -> Callable[[str, str], Callable[[Any], Any]]:
+def counting(ledger: Ledger) -> Callable[[str, str], Leave]:
     """For `met`: phases and components as the ledger has them, and results as real tensors of zeros."""
 
-    def enter(name: str, phase: str) -> Callable[[Any], Any]:
+    def enter(name: str, phase: str) -> Leave:
         before = ledger.kind, ledger.module
         ledger.kind, ledger.module = ACTIVATIONS, name
         ledger.enter(phase)
 
-        def leave(result: Any) -> Any:
-            leaves, spec = tree_flatten(settled(result))
-            del result
+        def leave(results: list[Any]) -> Any:
+            leaves, spec = tree_flatten(settled(results.pop()))
             ledger.kind, ledger.module = before
             return tree_unflatten(_real(leaves, ledger), spec)
 
@@ -97,6 +96,7 @@ def _real(leaves: list[Any], ledger: Ledger) -> list[Any]:
     for number, x in enumerate(leaves):
         if not isinstance(x, FakeTensor):
             continue
+        leaves[number] = None
         storage = x.untyped_storage()
         if storage._cdata not in made:
             made[storage._cdata] = torch.from_numpy(np.zeros(max(storage.nbytes(), x.itemsize), dtype=np.uint8))

@@ -102,7 +102,7 @@ def predict(
     found = _Following(pipeline, source, plan, mesh)
     try:
         first = found.request(keywords)
-        later = found.request(keywords) if plan.world_size > 1 else first
+        later = found.request(keywords)
     finally:
         found.close()
     shown = {name: value for name, value in keywords.items() if isinstance(value, (str, int, float, list))}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from parafuse.engine.memory.ledger import EXCHANGE, Allocator, Body, Ledger
+from parafuse.engine.memory.ledger import Allocator, Body, Ledger
 from parafuse.kernels.attention import attention_of
 from parafuse.parallel import attention as parallel_attention
 from parafuse.parallel import comm
@@ -41,7 +41,10 @@ def tensors(tree: Any) -> list[Tensor]:
 
 class CpuKernels(Allocator):
     """Convolutions copy what they take and give into blocks of channels, or columns; attention has a tile of scores for
-    each thread; pointwise operators copy operands of another dtype. Seen in the events of torch 2.13's allocator."""
+    each thread; pointwise operators copy operands of another dtype. Seen in the events of torch 2.13's allocator.
+    gloo's threads let go of a buffer when they are scheduled, and ranks share the cores."""
+
+    lets_go_late = True
 
     def workspace(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
         if func in CONVOLUTIONS:
@@ -135,7 +138,7 @@ def bodies(ledger: Callable[[], Ledger]) -> dict[Any, Body]:
 
     def exchanging(body: Body) -> Body:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with ledger().as_kind(EXCHANGE):
+            with ledger().exchanging():
                 return body(*args, **kwargs)
 
         return run

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -21,6 +21,8 @@ from parafuse.parallel.placeholder import settled
 
 ENCODE, DENOISE, DECODE = "encode", "denoise", "decode"
 Leave = Callable[[list[Any]], Any]
+MOST_NOISE = 1 << 24
+"""Values of a result that are drawn."""
 PHASES = (ENCODE, DENOISE, DECODE)
 
 
@@ -91,19 +93,27 @@ def counting(ledger: Ledger) -> Callable[[str, str], Leave]:
 
 
 def _real(leaves: list[Any], ledger: Ledger) -> list[Any]:
-    """Fake tensors as real ones of zeros, in memory that is taken when it is written to; views stay views."""
-    made: dict[int, torch.Tensor] = {}
+    """Fake tensors as real ones; views stay views."""
+    made: dict[int, Tensor] = {}
     for number, x in enumerate(leaves):
         if not isinstance(x, FakeTensor):
             continue
         leaves[number] = None
         storage = x.untyped_storage()
         if storage._cdata not in made:
-            made[storage._cdata] = torch.from_numpy(np.zeros(max(storage.nbytes(), x.itemsize), dtype=np.uint8))
-        whole = made[storage._cdata]
+            made[storage._cdata] = _values(max(1, storage.nbytes() // x.itemsize), x.dtype)
         del storage
-        flat = whole[: whole.numel() // x.itemsize * x.itemsize].view(x.dtype)
-        leaves[number] = torch.as_strided(flat, x.size(), x.stride(), x.storage_offset())
+        whole = made[x.untyped_storage()._cdata]
+        leaves[number] = torch.as_strided(whole, x.size(), x.stride(), x.storage_offset())
     for whole in made.values():
         ledger.adopt(whole)
     return leaves
+
+
+def _values(number: int, dtype: torch.dtype) -> Tensor:
+    """So many values, noise where they are numbers with fractions, so that what is made of them differs from step to
+    step; large ones are zeros, in memory that is taken when it is written to."""
+    if not dtype.is_floating_point or number > MOST_NOISE:
+        return torch.from_numpy(np.zeros(number * dtype.itemsize, dtype=np.uint8)).view(dtype)
+    noise = torch.from_numpy(np.random.default_rng(number).standard_normal(number, dtype=np.float32))
+    return noise if dtype == torch.float32 else noise.to(dtype)

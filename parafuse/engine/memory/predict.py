@@ -26,6 +26,7 @@ from parafuse.engine.plan import Plan
 from parafuse.engine.source import ModelSource
 from parafuse.errors import ConfigError, ParafuseError, UnsupportedError
 from parafuse.parallel.mesh import Mesh, make_mesh
+from parafuse.quantization import Fp8, quantize_of
 
 STEPS = 2
 STEPS_WITH_CACHE = 6
@@ -155,6 +156,9 @@ class _Following:
         if plan.changes_nothing:
             return Handle()
         config = replace(plan.config(), device="auto", dtype="auto", compile=False, cuda_graphs=False)
+        method = quantize_of(config.quantize)
+        if isinstance(method, Fp8) and plan.device != "cpu":
+            config = replace(config, quantize=replace(method, reference=True))  # fake weights say that they are on a CPU
         if plan.world_size > 1 and mesh is None:
             raise ConfigError("predict: a plan of several ranks needs a mesh.")
         mesh = mesh or make_mesh(config.parallel.degrees(1), "cpu", plan.timeout_s)

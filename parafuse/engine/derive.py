@@ -51,13 +51,13 @@ def _derived(
     except Failures as failure:
         if is_out_of_memory(failure):  # of this rank alone: the others would take another way
             raise
-        return _on_whole_shapes(
+        return on_whole_shapes(
             type(block).__name__, forward, leaves, spec, str(failure).partition("\n")[0] or type(failure).__name__
         )
     return (
         plan
         if plan.sites
-        else _on_whole_shapes(type(block).__name__, forward, leaves, spec, "no attention of torch's was seen")
+        else on_whole_shapes(type(block).__name__, forward, leaves, spec, "no attention of torch's was seen")
     )
 
 
@@ -77,7 +77,7 @@ def _kept_or_probed(block: nn.Module, forward: Forward, leaves: list[Any], spec:
     return plan
 
 
-def _on_whole_shapes(name: str, forward: Forward, leaves: list[Any], spec: TreeSpec, why: str) -> BlockPlan:
+def on_whole_shapes(name: str, forward: Forward, leaves: list[Any], spec: TreeSpec, why: str) -> BlockPlan:
     """Splits every argument that comes back in its own shape: the streams of a block."""
     args, kwargs = tree_unflatten([owned(leaf) for leaf in leaves], spec)
     with torch.no_grad():

@@ -35,7 +35,7 @@ def check_folder(name: str, path: Path, index: dict[str, Any], given: Collection
         folder = path / component
         if not folder.is_dir():
             raise ModelError(f"model={name!r}: has no folder {component!r}, which model_index.json names. {WAY_OUT}")
-        for file in _weights(name, component, folder, variant):
+        for file in weight_files(name, component, folder, variant):
             if not file.is_file():
                 raise ModelError(f"model={name!r}: {component}/{file.name} is missing. {WAY_OUT}")
             tensor_shapes(file, f"{name}/{component}/{file.name}")
@@ -56,7 +56,7 @@ def _variant(file: Path) -> str:
     return _SHARD.sub("", file.stem).partition(".")[2]
 
 
-def _weights(name: str, component: str, folder: Path, variant: str) -> Iterator[Path]:
+def weight_files(name: str, component: str, folder: Path, variant: str = "") -> Iterator[Path]:
     """The safetensors files of a component that diffusers loads, those that an index file names included."""
     files = [p for p in sorted(folder.glob("*.safetensors")) if p.is_file()]
     indexes = sorted([*folder.glob("*.safetensors.index.json"), *folder.glob("*.safetensors.index.*.json")])
@@ -88,7 +88,12 @@ def _diffusers_has(pipeline: str) -> bool:
 
 
 def tensor_shapes(path: Path, name: str) -> dict[str, list[int]]:
-    """Shape of every tensor of a safetensors file, from its header: 8 bytes of length, then one JSON object.
+    """Shape of every tensor of a safetensors file. Raises ModelError as `tensor_facts` does."""
+    return {tensor: shape for tensor, (_, shape) in tensor_facts(path, name).items()}
+
+
+def tensor_facts(path: Path, name: str) -> dict[str, tuple[str, list[int]]]:
+    """(dtype, shape) of every tensor of a safetensors file, from its header: 8 bytes of length, then one JSON object.
 
     Raises ModelError for a file that is none, or that was not copied to its end."""
     size = path.stat().st_size
@@ -100,9 +105,9 @@ def tensor_shapes(path: Path, name: str) -> dict[str, list[int]]:
             header = json.loads(file.read(length))
         tensors = {tensor: facts for tensor, facts in header.items() if tensor != "__metadata__"}
         end = 8 + length + max((facts["data_offsets"][1] for facts in tensors.values()), default=0)
-        shapes = {tensor: list(facts["shape"]) for tensor, facts in tensors.items()}
+        found = {tensor: (str(facts["dtype"]), list(facts["shape"])) for tensor, facts in tensors.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ModelError(f"model={name!r}: cannot be read as safetensors ({error}). Download it again.") from error
     if end != size:
         raise ModelError(f"model={name!r}: has {size} bytes instead of {end}. Download it again.")
-    return shapes
+    return found

@@ -18,6 +18,7 @@ from parafuse.engine.quantize.saved import saved_by
 from parafuse.engine.quantize.settle import check_settled
 from parafuse.engine.quantized import check_quantized
 from parafuse.engine.source import ModelSource, read_json
+from parafuse.engine.memory.check import check_files
 from parafuse.errors import ConfigError, reject_unknown
 
 DENOISER = ("transformer", "unet", "prior", "decoder")
@@ -73,6 +74,7 @@ def check_loading(source: ModelSource, plan: Plan, given: dict[str, Any], *, sen
     """What depends on the plan. `sent`: this process starts other ranks, which get all that is given."""
     check_quantized(source, plan, given)
     check_settled(plan, saved_by(source, given))
+    check_files(source, plan, given)
     for name, value in given.items() if sent else ():
         _check_sent(name, value)
 

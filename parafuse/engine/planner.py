@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from parafuse.attention import attention_of
 from parafuse.cache import cache_of, calibration_of, with_calibration
 from parafuse.config import Axis, Config
-from parafuse.engine.memory import check_memory
+from parafuse.engine.memory.check import check_memory
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.saved import saved_by
 from parafuse.engine.quantize.settle import TEXT_ENCODERS, capability_here, settled
@@ -22,20 +22,23 @@ if TYPE_CHECKING:
     from parafuse.engine.source import ModelSource
 
 
-def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
+def resolve(config: Config, source: ModelSource, world_size: int, *, elsewhere: bool = False) -> Plan:
     """The plan for `world_size` ranks. Raises ConfigError when the degrees or the device do not fit, or when the cache
     was calibrated for another model.
 
+    `elsewhere`: it is for another machine, so what this one has does not matter.
+
     Until layouts are chosen by cost, `ulysses="auto"` means all ranks that are left."""
     degrees = config.parallel.degrees(world_size)
-    check_memory(source.name, config, world_size)
+    if not elsewhere:
+        check_memory(source, config, world_size)
     calibration = calibration_of(with_calibration(cache_of(config.cache)))
     if calibration is not None and source.kind != "pipeline":  # of one that is loaded, `apply` looks at the denoiser
         calibration.check(model=source.name, model_id=source.model_id)
     local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
     devices = num_cuda_devices()
     device = config.device if config.device != "auto" else ("cuda" if devices >= local else "cpu")
-    if device == "cuda" and devices < local:
+    if device == "cuda" and devices < local and not elsewhere:
         ranks = "rank" if local == 1 else "ranks"
         raise ConfigError(
             f"device='cuda': {local} {ranks} on this machine, but {devices} CUDA devices are visible. "
@@ -57,7 +60,7 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
         dtype=dtype,
         timeout_s=config.timeout_s,
         cache=str(config.cache or ""),
-        quantize=str(_settled(config, source, device, dtype, world_size) or ""),
+        quantize=str(_settled(config, source, device, dtype, world_size, elsewhere) or ""),
         compile=config.compile,
         cuda_graphs=config.cuda_graphs,
         rewrites=config.rewrites,
@@ -71,12 +74,14 @@ def resolve(config: Config, source: ModelSource, world_size: int) -> Plan:
     )
 
 
-def _settled(config: Config, source: ModelSource, device: str, dtype: str, world_size: int) -> Quantize | None:
+def _settled(
+    config: Config, source: ModelSource, device: str, dtype: str, world_size: int, elsewhere: bool
+) -> Quantize | None:
     """The quantization with nothing left to be told. Raises ConfigError where it cannot be had."""
     method = quantize_of(config.quantize)
     if method is None:
         return None
-    capability = capability_here() if device == "cuda" else None
+    capability = capability_here() if device == "cuda" and not elsewhere else None
     return settled(
         method,
         device=device,

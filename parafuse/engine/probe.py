@@ -9,7 +9,7 @@ that mix tokens outside of attention. Last, the block is run once per simulated 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -28,6 +28,8 @@ from parafuse.parallel.layout import Layout
 from parafuse.parallel.shard import SequenceGroup, Sharded
 
 SIMULATED_DEGREES = (2, 3)
+Noise = Callable[[tuple[int, ...], Tensor, int], Tensor]
+"""(shape, like, seed) -> what stands for the result of an attention."""
 MAX_ERROR = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -44,8 +46,11 @@ class Seen:
 class Examined:
     """One block with one set of real arguments, run again and again with small changes."""
 
-    def __init__(self, block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec):
+    def __init__(
+        self, block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec, noise: Noise | None = None
+    ):
         self.name, self.forward, self.leaves, self.spec = type(block).__name__, forward, leaves, spec
+        self.noise = noise or _noise
         self.names = [leaf_name(i, spec, leaves) for i in range(len(leaves))]
         self.base = self.run(leaves, [])
 
@@ -62,7 +67,7 @@ class Examined:
             seen.calls.append(call)
             shape = (*q.shape[:3], v.shape[-1])
             known = site < len(injected) and injected[site].shape == shape
-            out = injected[site] if known else _noise(shape, v, site)
+            out = injected[site] if known else self.noise(shape, v, site)
             seen.injected.append(out)
             return out
 
@@ -102,7 +107,7 @@ def probe(block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec)
     for site, (q, *_) in enumerate(sites):
         alignment.add(Interval(Place("q", site, 2), 0, Node("attention", site, 2), q.shape[2]))
     spread: dict[Node, str] = {}
-    for ends in _argument_ends(examined):
+    for ends in argument_ends(examined):
         _record(alignment, spread, examined, ends)
     alignment.settle_doubtful()
     for ends in _attention_ends(examined, alignment.cuts()):
@@ -116,9 +121,16 @@ def probe(block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec)
     return plan
 
 
-def prove(plan: BlockPlan, block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec) -> None:
+def prove(
+    plan: BlockPlan,
+    block: nn.Module,
+    forward: Forward,
+    leaves: list[Any],
+    spec: TreeSpec,
+    noise: Noise | None = None,
+) -> None:
     """Raises UnsupportedError unless `plan` gives these arguments' serial result on simulated ranks. Local; 6 runs."""
-    examined = Examined(block, forward, leaves, spec)
+    examined = Examined(block, forward, leaves, spec, noise)
     if len(examined.base.sites) != len(plan.sites):
         raise examined.refusal(f"it makes {len(examined.base.sites)} attention calls, {len(plan.sites)} at other sizes")
     for degree in SIMULATED_DEGREES:
@@ -135,9 +147,11 @@ class Ends:
     seen: tuple[Seen, Seen]
 
 
-def _argument_ends(examined: Examined) -> Iterator[Ends]:
-    """For every dim of every tensor argument."""
+def argument_ends(examined: Examined, only: int | None = None) -> Iterator[Ends]:
+    """For every dim of every tensor argument, or of that one."""
     for leaf, value in enumerate(examined.leaves):
+        if only is not None and leaf != only:
+            continue
         if not isinstance(value, Tensor) or value.numel() == 0:
             continue
         for dim, length in enumerate(value.shape):

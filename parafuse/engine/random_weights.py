@@ -39,7 +39,7 @@ def build_pipeline(architecture: Architecture, *, device: torch.device, dtype: D
         if name in given:
             continue
         if "parts" in part:
-            parts[name] = _processor(part, parts | given)
+            parts[name] = make_processor(part, parts | given)
         else:
             parts[name] = build_part(name, part, device, _dtype_of(name, dtype))
     return getattr(diffusers, architecture.pipeline_class)(**(architecture.keywords | parts | given))
@@ -49,15 +49,16 @@ def build_part(name: str, part: dict[str, Any], device: torch.device, dtype: tor
     """A component: a tokenizer, something with a config alone, or a module in eval mode. `device`: "meta" for none."""
     if "stand_in" in part:
         return make_tokenizer(part["stand_in"], part["config"])
-    found = _class(part)
+    found = class_of(part)
     if not issubclass(found, nn.Module):
         return found(**part["config"])
-    module = _empty(found, part["config"], dtype)
-    _fill(module, name, device, dtype)
+    module = empty_module(found, part["config"], dtype)
+    fill(module, name, device, dtype)
     return module.to(device).eval().requires_grad_(False)
 
 
-def _class(part: dict[str, Any]) -> type[Any]:
+def class_of(part: dict[str, Any]) -> type[Any]:
+    """Of an architecture's component."""
     import diffusers
     import transformers
 
@@ -65,10 +66,11 @@ def _class(part: dict[str, Any]) -> type[Any]:
     return getattr(library, part["class"])
 
 
-def _processor(part: dict[str, Any], made: dict[str, Any]) -> PictureProcessor:
+def make_processor(part: dict[str, Any], made: dict[str, Any]) -> PictureProcessor:
+    """From what has been made of the pipeline so far."""
     inner = part["parts"]["image_processor"]
     return PictureProcessor(
-        made[part["parts"]["tokenizer"]], _class(inner)(**inner["config"]), part["stand_in"]["image_token"]
+        made[part["parts"]["tokenizer"]], class_of(inner)(**inner["config"]), part["stand_in"]["image_token"]
     )
 
 
@@ -80,14 +82,19 @@ def _dtype_of(name: str, dtype: Dtypes) -> torch.dtype:
     return found
 
 
-def _empty(found: type[Any], config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """The module, its parameters on the meta device, its buffers on the CPU."""
+def empty_module(found: type[Any], config: Any, dtype: torch.dtype) -> nn.Module:
+    """The module, its parameters on the meta device, its buffers on the CPU. `config`: its arguments, or a configuration
+    of transformers."""
     from accelerate import init_empty_weights
     from transformers import PreTrainedModel
 
     with _building(dtype), init_empty_weights(include_buffers=False):
         settings: Any = getattr(found, "config_class", None)  # of transformers' models
-        module = found(**config) if settings is None else found(settings(**config))
+        if not isinstance(config, dict):
+            kind: Any = found
+            module = kind.from_config(config) if settings is None else kind(config)  # an AutoModel, or a class
+        else:
+            module = found(**config) if settings is None else found(settings(**config))
     if isinstance(module, PreTrainedModel):
         module.config.dtype = dtype
         module.tie_weights()  # building without memory has made two of each
@@ -106,7 +113,7 @@ def _building(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _fill(module: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
+def fill(module: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Gives every parameter memory and values, and every buffer that is loaded beside them its dtype."""
     in_float32 = _in_float32(module, dtype)
 
@@ -147,7 +154,7 @@ def _in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
 def _draw(values: Tensor, leaf: str, is_embedding: bool, seed: int) -> None:
     """Normal values. A product's keep the size of what goes through (variance 1 / fan-in), a norm's scale is about 1,
     a bias small: nothing grows or dies out with depth, and nothing is zero, so that every part has its effect."""
-    if values.is_meta or values.numel() == 0:
+    if values.is_meta or type(values) is not Tensor or values.numel() == 0:  # fake ones have no values
         return
     generator = torch.Generator(values.device).manual_seed(seed)
     fan_in = values[0].numel() if values.ndim > 1 else 1

@@ -23,6 +23,7 @@ from parafuse.errors import ParafuseError, nearest
 from parafuse.launch import calibrate as calibrating
 from parafuse.launch import export as exporting
 from parafuse.launch import generate as generating
+from parafuse.launch import plan as planning
 from parafuse.launch import prove as proving
 from parafuse.launch import quantize as quantizing
 from parafuse.launch import quiet
@@ -51,6 +52,7 @@ TRIAL_OPTIONS = options_of(verifying.Trial)
 CALIBRATE_OPTIONS = options_of(calibrating.Calibrate)
 PACKING_OPTIONS = [option for option in options_of(quantizing.Packing) if option.name != "ranks"]
 EXPORT_OPTIONS = [option for option in options_of(exporting.Export) if option.name != "ranks"]
+PLANNING_OPTIONS = [option for option in options_of(planning.Planning) if option.name not in ("model", "seed")]
 SCORING_OPTIONS = options_of(scoring.Scoring)
 TUNING_OPTIONS = [option for option in options_of(tuning.Tuning) if option.name != "ranks"]
 EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", "offload")
@@ -184,6 +186,20 @@ def export_plan(
     export = build(exporting.Export(), given(EXPORT_OPTIONS, options))
     _hush(export)
     exporting.run(exporting.prepare(prompt, export, LOADING_OPTIONS, options))
+
+
+@app.command()
+@with_options(*PLANNING_OPTIONS, *CONFIG_OPTIONS)
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for generate --model.")] = "emoji",
+    **options: Any,
+) -> None:
+    """Show the plan that would run on so many ranks; with --memory, what it takes there, phase by phase.
+
+    Nothing is loaded or downloaded, and the hardware need not be here: --device cuda --ranks 8."""
+    asked = build(planning.Planning(), given(PLANNING_OPTIONS, options))
+    _hush(asked)
+    planning.run(planning.prepare(model, asked, CONFIG_OPTIONS, options))
 
 
 bench_app = typer.Typer(invoke_without_command=True, no_args_is_help=False)

@@ -13,7 +13,7 @@ import pytest
 
 import parafuse
 from parafuse.config import Config
-from parafuse.engine import memory
+from parafuse.engine.memory import check
 from parafuse.engine.source import locate
 from parafuse.errors import ConfigError
 from parafuse.launch.bench import command, report
@@ -228,13 +228,13 @@ def test_a_records_name_has_its_hardware(gpu: str, name: str) -> None:
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "memory_bytes", lambda: 24 * 10**9)
+    monkeypatch.setattr(check, "memory_bytes", lambda: 24 * 10**9)
     with pytest.raises(ConfigError, match=r"'random:flux.1-dev': its weights take 6\d GB in float32, and this machine"):
-        memory.check_memory("random:flux.1-dev", Config(device="cpu"), 1)
-    memory.check_memory("tiny:flux.1-dev", Config(device="cpu"), 1)
-    memory.check_memory("emoji", Config(device="cpu"), 1)
-    monkeypatch.setattr(memory, "memory_bytes", lambda: 80 * 10**9)
-    memory.check_memory("random:flux.1-dev", Config(device="cpu"), 1)
+        check.check_memory(locate("random:flux.1-dev"), Config(device="cpu"), 1)
+    check.check_memory(locate("tiny:flux.1-dev"), Config(device="cpu"), 1)
+    check.check_memory(locate("emoji"), Config(device="cpu"), 1)
+    monkeypatch.setattr(check, "memory_bytes", lambda: 80 * 10**9)
+    check.check_memory(locate("random:flux.1-dev"), Config(device="cpu"), 1)
 
 
 def test_a_keyword_that_the_pipeline_does_not_take_is_said(tmp_path: Path) -> None:

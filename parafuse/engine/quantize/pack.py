@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from parafuse.errors import is_out_of_memory
 from parafuse.quantization import CALIBRATED, ROW, TENSOR, Fp8, Fp8Weight, Int8, Int8Weight, Quantize
@@ -84,7 +85,8 @@ def equivalent(method: Quantize) -> Any:
 
 def is_packed(weight: Tensor) -> bool:
     """Whether a library has packed it: its elements are not those of a plain tensor."""
-    return type(weight.data) is not Tensor or type(weight) not in (Tensor, nn.Parameter)
+    plain = (Tensor, nn.Parameter, FakeTensor)  # fake ones stand for plain ones where only sizes are asked for
+    return type(weight.data) not in plain or type(weight) not in plain
 
 
 def method_of(weight: Tensor) -> Quantize | None:

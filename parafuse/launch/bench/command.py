@@ -84,7 +84,7 @@ class BenchJob:
 
 def prepare(bench: Bench, options: list[Option], typed: dict[str, object]) -> BenchJob:
     """Checks the request without loading weights. Raises ConfigError at the first fault."""
-    from parafuse.engine.memory import check_memory
+    from parafuse.engine.memory.check import check_memory
     from parafuse.engine.source import locate
 
     check_packages("bench")
@@ -105,8 +105,8 @@ def prepare(bench: Bench, options: list[Option], typed: dict[str, object]) -> Be
     _check_layouts(case, world_size)
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype=case.dtype)
-    check_memory(case.model, config, world_size)
     source = locate(case.model, allow_pickle=config.allow_pickle)
+    check_memory(source, config, world_size)
     for variant in case.variants:
         refuse_unknown(source, case.call | variant.call)
     first_prompts(source, case.prompts)

@@ -98,7 +98,8 @@ class Share(_ProcessGroup):
         return _done(tensors)
 
     def recv(self, tensors: list[Tensor], *_: Any) -> Any:
-        for x, sent in zip(tensors, self._sent, strict=True):
+        given, self._sent = self._sent, []
+        for x, sent in zip(tensors, given, strict=True):
             x.copy_(sent)
         return _done(tensors)
 

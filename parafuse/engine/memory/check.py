@@ -1,0 +1,110 @@
+"""Whether a model of known size fits, before it is built. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parafuse.config import Config
+from parafuse.engine.architecture import RANDOM, TINY, read_architecture
+from parafuse.engine.folder import SAFE, tensor_facts, weight_files
+from parafuse.errors import ConfigError
+from parafuse.hardware import gpus, memory_bytes, num_cuda_devices
+
+if TYPE_CHECKING:
+    from parafuse.engine.plan import Plan
+    from parafuse.engine.source import ModelSource
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOATS = ("F64", "F32", "BF16", "F16")
+"""safetensors' names of dtypes that a loader casts; others stay as they are in the file."""
+OTHERS = {"I64": 8, "I32": 4, "I16": 2, "U16": 2}
+"""Bytes of others that have more than one."""
+MATRIX = 2
+"""Dims of what may be quantized."""
+
+
+def weight_bytes(
+    source: ModelSource, dtype: str, *, quantized: bool = False, given: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """Component -> bytes of its weights in `dtype`, from an architecture's numbers or the headers of files; empty where
+    they are not at hand. A single file counts as one component, "".
+
+    `quantized`: at the least that a quantization leaves: a byte for each element of a matrix. `given`: the keywords of
+    the loader, with `variant`, and components that are not loaded."""
+    if source.kind == "random":
+        return {
+            name: number * (1 if quantized else BYTES[dtype])
+            for name, number in read_architecture(source.name).parameters.items()
+        }
+    path = Path(source.path)
+    if source.kind == "file":
+        return {"": _of_file(path, dtype, quantized)} if path.suffix in SAFE else {}
+    if source.kind != "folder":
+        return {}
+    variant = str((given or {}).get("variant") or "")
+    found: dict[str, int] = {}
+    for name in source.components or ():
+        if name in (given or {}) or not (path / name).is_dir():
+            continue
+        files = list(weight_files(source.name, name, path / name, variant))
+        if files:
+            found[name] = sum(_of_file(file, dtype, quantized) for file in dict.fromkeys(files))
+    return found
+
+
+def _of_file(path: Path, dtype: str, quantized: bool) -> int:
+    total = 0
+    for kind, shape in tensor_facts(path, path.name).values():
+        each = BYTES[dtype] if kind in FLOATS else OTHERS.get(kind, 1)
+        total += math.prod(shape) * (1 if quantized and len(shape) >= MATRIX else each)
+    return total
+
+
+def check_memory(source: ModelSource, config: Config, world_size: int) -> None:
+    """Raises ConfigError for an architecture whose weights alone are more than a rank's device has."""
+    if source.kind != "random" or source.name.startswith(TINY):
+        return
+    local = _local(world_size)
+    device = "cuda" if config.device == "cuda" or (config.device == "auto" and num_cuda_devices() >= local) else "cpu"
+    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+    _check(source, device, dtype, config.quantize is not None, local, {})
+
+
+def check_files(source: ModelSource, plan: Plan, given: Mapping[str, Any]) -> None:
+    """The same for a folder or a file, by the headers of its files. `given`: the keywords of the loader."""
+    elsewhere = {"device_map", "quantization_config"} & given.keys()  # others place or pack the weights
+    by_part = any(isinstance(given.get(name), dict) for name in ("dtype", "torch_dtype"))
+    if source.kind in ("folder", "file") and not elsewhere and not by_part:
+        _check(source, plan.device, plan.dtype, bool(plan.quantize), _local(plan.world_size), given)
+
+
+def _local(world_size: int) -> int:
+    """Ranks on this machine."""
+    return min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
+
+
+def _check(
+    source: ModelSource, device: str, dtype: str, quantized: bool, local: int, given: Mapping[str, Any]
+) -> None:
+    needs = sum(weight_bytes(source, dtype, quantized=quantized, given=given).values())
+    where, there = device_memory(device, local)
+    if there and needs > there:
+        least = "at least " if quantized else ""
+        tiny = f", or try it with tiny parts: {TINY}{source.name.removeprefix(RANDOM)} (bench: --tiny)"
+        raise ConfigError(
+            f"model={source.name!r}: its weights take {least}{needs / 1e9:.0f} GB in {dtype}, and {where} has "
+            f"{there / 1e9:.0f} GB; take a larger device, or quantize it"
+            f"{tiny if source.kind == 'random' else ''}. parafuse plan --memory shows what takes how much."
+        )
+
+
+def device_memory(device: str, ranks: int) -> tuple[str, int]:
+    """(a rank's device in words, its bytes) of this machine; 0 bytes where that is unknown."""
+    if device == "cpu":
+        return "this machine, for each rank,", memory_bytes() // ranks
+    found = gpus()[1]
+    return (found[0].name if found else "no GPU here"), min((gpu.memory_bytes for gpu in found), default=0)

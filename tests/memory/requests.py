@@ -1,0 +1,71 @@
+"""Requests that are measured and predicted: pipelines, layouts and options as data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from parafuse import Config, Engine, Parallel
+from parafuse.config import Axis
+from parafuse.engine.memory.predict import Prediction, predict
+from parafuse.engine.planner import resolve
+from parafuse.engine.source import locate
+from parafuse.launch.bench import share
+from tests.memory.measure import Meter, weights
+
+PROMPT = "a red apple"
+Figures = dict[str, dict[str, int]]
+
+
+def config_of(options: dict[str, Any]) -> Config:
+    """Degrees and all else, flat."""
+    axes = {name: value for name, value in options.items() if name in set(Axis)}
+    rest = {name: value for name, value in options.items() if name not in axes}
+    return Config(parallel=Parallel(**axes), device="cpu", **rest)
+
+
+def measured(model: str, options: dict[str, Any], call: dict[str, Any]) -> tuple[Figures, int]:
+    """(request -> phase -> most bytes beside weights, bytes of weights) of this rank. On every rank of a world."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        engine = Engine.from_pretrained(model, config_of(options))
+        meter = Meter()
+        held = {
+            request: meter.peaks(engine.pipeline, lambda: engine(seed=0, prompt=PROMPT, **call))
+            for request in ("first", "later")
+        }
+        have = sum(weights(engine.pipeline).values())
+        engine.close()
+        return held, have
+    finally:
+        torch.set_num_threads(before)
+
+
+def predicted(model: str, options: dict[str, Any], call: dict[str, Any], ranks: int) -> Prediction:
+    """The same request, followed in this process."""
+    config, source = config_of(options), locate(model)
+    plan = resolve(config, source, ranks)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if ranks == 1:
+            return predict(source, plan, call)
+        share.enter(ranks, 60.0)
+        try:
+            return predict(source, plan, call, mesh=share.mesh_of(config.parallel.degrees(ranks), "cpu", 60.0))
+        finally:
+            share.leave()
+    finally:
+        torch.set_num_threads(before)
+
+
+def beside(prediction: Prediction, figures: Figures) -> list[tuple[str, str, int, int]]:
+    """(request, phase, predicted, measured), both without weights."""
+    found: list[tuple[str, str, int, int]] = []
+    for request, phases in figures.items():
+        for phase, most in phases.items():
+            one = getattr(prediction, request)[phase]
+            found.append((request, phase, one.nbytes - one.weights, most))
+    return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal, cast
 from parafuse.attention import Attention, attention_of
 from parafuse.cache import Cache, cache_of
 from parafuse.errors import ConfigError, reject_unknown
+from parafuse.placement import MaxMemory, Placement, max_memory_of, placement_of
 from parafuse.quantization import Quantize, quantize_of
 from parafuse.sparse import Sparse, sparse_of
 
@@ -131,6 +133,14 @@ class Config:
     """Leaves pairs of a video's tokens out of attention: window:2,8,8 (frames, rows and columns around), radial:0.5
     (less of a frame the further in time), content:0.9 (what matters most, head by head), with fields after a comma
     (dense_steps=4); docs/attention.md has them all."""
+    placement: Placement | Mapping[str, Any] | str | None = None
+    """Where the parts of the model are: balanced (components and blocks over the devices of each rank, by bytes, the
+    host and a disk as last resorts), auto (so, if it does not fit on one), a map of modules to devices as JSON or a
+    .json file, or rank (all together on the rank's device); docs/placement.md."""
+    max_memory: MaxMemory | Mapping[Any, Any] | str | None = None
+    """Weights that a placement may keep in each place, devices counted within the rank: 0=40GiB,1=40GiB,cpu=60GiB."""
+    offload_folder: str | None = None
+    """Folder for weights that a placement keeps on the disk."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for another one before the request fails on all of them."""
     allow_pickle: bool = False
@@ -153,6 +163,7 @@ class Config:
         if self.cuda_graphs and not self.compile:
             raise ConfigError("cuda_graphs=True: captures what is compiled; give compile=True too.")
         self._check_rewrites()
+        self._check_placement()
         number = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
         if not number or not 1 <= self.timeout_s <= 86_400:
             raise ConfigError(f"timeout_s={self.timeout_s!r}: must be from 1 to 86400 seconds.")
@@ -179,9 +190,21 @@ class Config:
             )
         object.__setattr__(self, "rewrites", ",".join(name for name in REWRITES if name in names))
 
+    def _check_placement(self) -> None:
+        object.__setattr__(self, "placement", placement_of(self.placement))
+        object.__setattr__(self, "max_memory", max_memory_of(self.max_memory))
+        folder = self.offload_folder
+        if folder is not None and (not isinstance(folder, str) or not folder):
+            raise ConfigError(f"offload_folder={folder!r}: must be the name of a folder.")
+        for name, value in (("max_memory", self.max_memory), ("offload_folder", folder)):
+            if value is not None and self.placement is None:
+                raise ConfigError(f"{name}={str(value)!r}: is for a placement; give placement='balanced' or a map too.")
+
     def to_dict(self) -> dict[str, Any]:
-        lossy = {"cache": self.cache, "quantize": self.quantize, "sparse": self.sparse}
-        texts = {name: str(one) if one else None for name, one in lossy.items()}
+        texts = {
+            name: str(one) if (one := getattr(self, name)) else None
+            for name in ("cache", "quantize", "sparse", "placement", "max_memory")
+        }
         return dataclasses.asdict(self) | texts | {"attention": str(self.attention)}
 
     @classmethod

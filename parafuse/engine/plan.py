@@ -17,6 +17,7 @@ from parafuse.cache import Cache, CalibratedCache, cache_of
 from parafuse.calibration import Calibration
 from parafuse.config import Axis, Config, Parallel
 from parafuse.errors import ConfigError, reject_unknown
+from parafuse.placement import DISK, placement_of
 from parafuse.quantization import AUTO, Fp8, quantize_of
 
 SCHEMA = 1
@@ -29,6 +30,9 @@ OPTIONAL = (
     "attention",
     "attention_timings",
     "sparse",
+    "placement",
+    "devices_per_rank",
+    "offload_folder",
     "calibration",
     "replay",
     "why",
@@ -69,6 +73,13 @@ class Plan:
     """What computes attention in repeated blocks."""
     sparse: str = ""
     """Which pairs of a video's tokens attention leaves out, as its text with every field; empty: none."""
+    placement: dict[str, str] | None = None
+    """Path of a component or of a module of it -> "0", "1", ... (devices as counted within the rank), "cpu" or "disk";
+    the longest path decides. None: all parts together on the rank's device."""
+    devices_per_rank: int = 1
+    """Of a node's devices, rank n there has so many from n times as many on."""
+    offload_folder: str = ""
+    """For what is on the disk."""
     attention_timings: dict[str, Any] | None = None
     """For `timed`: what was timed on the device, so that every rank takes the same backend."""
     calibration: dict[str, Any] | None = None
@@ -94,12 +105,27 @@ class Plan:
         if self.replay is not None and not self.cache:
             raise ConfigError("plan.replay: holds decisions of a cache, but plan.cache is empty.")
         parallel.degrees(self.world_size)
+        self._check_placement()
         if self.attention == AUTO_ATTENTION:
             raise ConfigError("plan.attention='auto': a plan is explicit; only a Config may say 'auto'.")
         self.cache_with_calibration()
         method = quantize_of(self.quantize or None)
         if isinstance(method, Fp8) and method.scale == AUTO:
             raise ConfigError("plan.quantize: scale=auto: a plan is explicit; only a Config may say 'auto'.")
+
+    def _check_placement(self) -> None:
+        each = self.devices_per_rank
+        if not isinstance(each, int) or isinstance(each, bool) or each < 1:
+            raise ConfigError(f"plan.devices_per_rank={each!r}: must be a whole number of at least 1.")
+        if self.placement is None:
+            return
+        asked = placement_of(self.placement)
+        for path, home in asked.homes if asked is not None else ():
+            if home.isdigit() and (self.device == "cpu" or int(home) >= each):
+                there = "computes on the CPU" if self.device == "cpu" else f"has {each} (plan.devices_per_rank)"
+                raise ConfigError(f"plan.placement[{path!r}]={home!r}: each rank {there}.")
+            if home == DISK and not self.offload_folder:
+                raise ConfigError(f"plan.placement[{path!r}]={home!r}: plan.offload_folder is missing.")
 
     def cache_with_calibration(self) -> Cache | None:
         """The cache, with what was measured for it. Raises ConfigError where that is missing, or not asked for."""
@@ -128,6 +154,8 @@ class Plan:
             rewrites=self.rewrites,
             attention=self._attention(),
             sparse=self.sparse or None,
+            placement=self.placement or None,
+            offload_folder=(self.offload_folder or None) if self.placement else None,
             timeout_s=self.timeout_s,
         )
 
@@ -164,8 +192,14 @@ class Plan:
         more += f", rewrites {self.rewrites}" if self.rewrites else ""
         more += f", attention {self.attention}" if self.attention != TORCH else ""
         more += f", sparse {self.sparse}" if self.sparse else ""
+        more += f", {self._placement_line()}" if self.placement else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""
         return f"{ranks}: {axes}, {self.dtype} on {self.device}{more}{again}" + (f" ({self.why})" if self.why else "")
+
+    def _placement_line(self) -> str:
+        homes = dict.fromkeys((self.placement or {}).values())
+        names = [f"device {home}" if home.isdigit() else home for home in sorted(homes)]
+        return f"placed on {', '.join(names)} of each rank"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -12,7 +12,7 @@ from parafuse.cache import Cache, cache_of
 from parafuse.config import Axis, Config
 from parafuse.errors import ConfigError
 from parafuse.launch import quiet
-from parafuse.launch.asked import Asked, number_of_ranks, refuse_extras
+from parafuse.launch.asked import PLACING, Asked, number_of_ranks, refuse_extras
 from parafuse.launch.bench.case import ALONE, REPLICATED, WAYS, Case, Variant
 from parafuse.launch.bench.command import check_packages
 from parafuse.launch.bench.record import save_beside
@@ -69,7 +69,7 @@ def prepare(prompt: str | None, proof: Proof, options: list[Option], typed: dict
     config = build(Config.from_file(proof.config) if proof.config else Config(), given(options, typed))
     refuse_extras("prove", config, ("compile",), "ways with compiled blocks are timed beside the others; leave it out.")
     refuse_extras(
-        "prove", config, ("cuda_graphs", "rewrites", "attention", "sparse"), "is not timed here; leave it out."
+        "prove", config, ("cuda_graphs", "rewrites", "attention", "sparse", *PLACING), "is not timed here; leave it out."
     )
     world_size = number_of_ranks(proof)
     source = locate(proof.model, allow_pickle=config.allow_pickle)

@@ -119,6 +119,8 @@ class Plan:
             raise ConfigError(f"plan.devices_per_rank={each!r}: must be a whole number of at least 1.")
         if self.placement is None:
             return
+        if not isinstance(self.placement, dict):
+            raise ConfigError(f"plan.placement={self.placement!r}: must be a map of modules to devices.")
         asked = placement_of(self.placement)
         for path, home in asked.homes if asked is not None else ():
             if home.isdigit() and (self.device == "cpu" or int(home) >= each):

@@ -26,6 +26,8 @@ Assigned = list[int | None]
 
 def pack(sizes: Sequence[int], groups: Sequence[int], rooms: Sequence[int]) -> Assigned:
     """The room of each piece. `groups`: pieces of one component have one number, and stand in order of execution."""
+    if not sizes:
+        return []
     best, is_best = _balanced(sizes, rooms)
     left = sum(size for size, room in zip(sizes, best, strict=True) if room is None)
     fullest = _fullest(sizes, best, rooms)
@@ -54,7 +56,7 @@ def _in_order(sizes: Sequence[int], assigned: Assigned, groups: Sequence[int]) -
 
 def _balanced(sizes: Sequence[int], rooms: Sequence[int]) -> tuple[Assigned, bool]:
     """Without a look at cuts; and whether it is known to be the best."""
-    if not rooms or not sizes:
+    if not any(rooms):
         return [None] * len(sizes), True
     found = [_emptiest_first(sizes, rooms), _filled(sizes, rooms, rooms), _filled(sizes, rooms, rooms[::-1])]
     found = [_improved(sizes, one, rooms) for one in found]

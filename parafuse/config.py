@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 from parafuse.attention import Attention, attention_of
 from parafuse.cache import Cache, cache_of
 from parafuse.errors import ConfigError, reject_unknown
+from parafuse.offload import Offload, offload_of
 from parafuse.placement import MaxMemory, Placement, max_memory_of, placement_of
 from parafuse.quantization import Quantize, quantize_of
 from parafuse.sparse import Sparse, sparse_of
@@ -141,6 +142,10 @@ class Config:
     """Weights that a placement may keep in each place, devices counted within the rank: 0=40GiB,1=40GiB,cpu=60GiB."""
     offload_folder: str | None = None
     """Folder for weights that a placement keeps on the disk."""
+    offload: Offload | str | None = None
+    """Keeps weights elsewhere while they are not used: model (a component at a time is on the device), group (a block
+    at a time, group:level=leaf a layer), sequential, with fields after a colon (group:to=disk,prefetch=2);
+    docs/offload.md has them all."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for another one before the request fails on all of them."""
     allow_pickle: bool = False
@@ -157,6 +162,7 @@ class Config:
         object.__setattr__(self, "quantize", quantize_of(self.quantize))
         object.__setattr__(self, "attention", attention_of(self.attention))
         object.__setattr__(self, "sparse", sparse_of(self.sparse))
+        object.__setattr__(self, "offload", offload_of(self.offload))
         for name in ("compile", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be true or false.")
@@ -164,6 +170,7 @@ class Config:
             raise ConfigError("cuda_graphs=True: captures what is compiled; give compile=True too.")
         self._check_rewrites()
         self._check_placement()
+        self._check_offload()
         number = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
         if not number or not 1 <= self.timeout_s <= 86_400:
             raise ConfigError(f"timeout_s={self.timeout_s!r}: must be from 1 to 86400 seconds.")
@@ -199,11 +206,37 @@ class Config:
         for name, value in (("max_memory", self.max_memory), ("offload_folder", folder)):
             if value is not None and self.placement is None:
                 raise ConfigError(f"{name}={str(value)!r}: is for a placement; give placement='balanced' or a map too.")
+        if self.placement is not None and self.offload is not None:
+            raise ConfigError(
+                f"placement={str(self.placement)!r}: not with offload={str(self.offload)!r}, which keeps all weights "
+                "elsewhere; leave one of both out (a placement keeps on the host or a disk what finds no room)."
+            )
+
+    def _check_offload(self) -> None:
+        """Raises ConfigError for what needs weights that stay where they are."""
+        if not isinstance(self.offload, Offload):
+            return
+        said = f"offload={self.offload.brief}"
+        if self.cuda_graphs:
+            raise ConfigError(
+                f"{said}: not with cuda_graphs=True, whose graphs read weights where they were captured; leave one of "
+                "both out (compile=True works)."
+            )
+        if self.offload.is_fine and self.compile:
+            raise ConfigError(
+                f"{said}: not with compile=True, which runs a block as one graph, inside of which no layer can come by "
+                "itself; use offload='group' (by blocks) or 'model', or leave compile out."
+            )
+        if self.offload.is_fine and "qkv" in self.rewrites:
+            raise ConfigError(
+                f"{said}: not with rewrites='qkv', which joins weights of layers that come one by one; use "
+                "offload='group' (by blocks) or 'model', or leave qkv out."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         texts = {
             name: str(one) if (one := getattr(self, name)) else None
-            for name in ("cache", "quantize", "sparse", "placement", "max_memory")
+            for name in ("cache", "quantize", "sparse", "placement", "max_memory", "offload")
         }
         return dataclasses.asdict(self) | texts | {"attention": str(self.attention)}
 

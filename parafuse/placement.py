@@ -1,6 +1,6 @@
-"""Where the parts of a model are to be, as it is asked for, in the forms of diffusers and accelerate: frozen, torch-free.
+"""Where the parts of a model are to be, as people ask for it, in diffusers' and accelerate's forms. Frozen, torch-free.
 
-A device is a number, counted within the rank: where each rank has two, 0 and 1 are the rank's own. `cpu` and `disk` keep
+A device is a number, counted within the rank: where each has two, 0 and 1 are the rank's own. `cpu` and `disk` keep
 weights that are brought to device 0 when they are used.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from parafuse.engine.devices import remove_offload
 from parafuse.engine.extras import Extras
 from parafuse.engine.following import Component, follow
 from parafuse.engine.host_times import host_times
+from parafuse.engine.offload.pipeline import Offloading, device_for, offloading
 from parafuse.engine.plan import Plan
 from parafuse.engine.plan_store import key_for
 from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, existing, quantize
@@ -35,6 +36,7 @@ from parafuse.engine.video import SparseVideo
 from parafuse.errors import ConfigError
 from parafuse.kernels.attention import Choice
 from parafuse.log import note
+from parafuse.offload import offload_of
 from parafuse.parallel.block_plan import BlockPlan
 from parafuse.parallel.comm import Count, counters, since
 from parafuse.parallel.compiled import Regional
@@ -70,6 +72,8 @@ class Handle:
     """Component -> what was done to its layers."""
     compiled: dict[str, Regional] = field(default_factory=dict[str, Regional])
     """Component -> its compiled blocks."""
+    offloading: Offloading | None = None
+    """Where weights are while they are not used."""
     _replaced: list[Quantized] = field(default_factory=list[Quantized])
     """Of components that are others by now."""
     rounds: Rounds = field(default_factory=Rounds)
@@ -98,6 +102,8 @@ class Handle:
         while self._on or self._stuck:
             (self._stuck or [one for _, one in self._on])[-1].leave(self)
             (self._stuck or self._on).pop()
+        if self.offloading is not None:
+            self.offloading.leave(self)
         self._put_weights_back(quietly=quietly)
         self._tell()
         self.clock.drop(self.target)
@@ -149,7 +155,7 @@ class Handle:
         for name, module, method in wanted:
             one = standing_on(module, method)
             if one is None:
-                one = Standing(module, method, mesh, extras[module, method], name=name)
+                one = Standing(module, method, mesh, extras[module, method], name=name, offloading=self.offloading)
                 one.install(self.rounds, self.clock)
             if not any(one is other for _, other in self._on):
                 self._on.append((name, one))
@@ -165,6 +171,8 @@ class Handle:
                 except RuntimeError:  # another library stands on it: kept for remove()
                     self._stuck.append(one)
         self._on[:] = kept
+        if self.offloading is not None:
+            self.offloading.put_on(self, self.target, _whole(wanted))
         self._tell()
 
     def follow(self, target: Any) -> None:
@@ -174,7 +182,8 @@ class Handle:
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Inside, weights are as a pipeline loads them: rewrites that change them are off. Local."""
-        with ExitStack() as off:
+        changes = any(one.rewrites for _, one in self._on)
+        with self.offloading.turn.at_home(changes=changes) if self.offloading else nullcontext(), ExitStack() as off:
             for _, one in self._on:
                 for rewrite in one.rewrites:
                     off.enter_context(rewrite.set_aside())
@@ -190,6 +199,7 @@ class Handle:
         self.applied[:] = [
             *lines(self.quantized.values()),
             *(line for name, one in self._on for line in one.lines(name)),
+            *(self.offloading.lines(self) if self.offloading else ()),
         ]
 
     @property
@@ -205,13 +215,16 @@ class Handle:
         ):
             return self._is_off
         wanted = [] if self.mesh is None else wanted_of(target, self.mesh.degree)
+        if self.offloading is not None and not self.offloading.covers(self, target, _whole(wanted)):
+            return False
         return [(module, method) for _, module, method in wanted] == [(one.module, one.method) for _, one in self._on]
 
     def renew(self, target: Any, arriving: Sequence[Component] = ()) -> None:
         """Puts it on what the target has now or is about to get, and takes it off what that has no more. Local. Raises
         ConfigError before anything is changed."""
         mesh = self.mesh
-        checked(self.quantize, *weighty(target, arriving), mesh.num_ranks if mesh else 1)
+        device = self.offloading.device.type if self.offloading else None
+        checked(self.quantize, *weighty(target, arriving), mesh.num_ranks if mesh else 1, device)
         if mesh is None:
             self.quantize_weights(target, arriving)
             return
@@ -284,6 +297,8 @@ class Handle:
         with ExitStack() as open_ones:
             memories = {name: open_ones.enter_context(one.request()) for name, one in self.skipping.items()}
             open_ones.enter_context(self.clock.anew(self.target))
+            if self.offloading is not None:
+                open_ones.enter_context(self.offloading.request())
             for _, one in self._on:
                 one.begin()
             yield memories
@@ -306,6 +321,11 @@ def check_components(source: ModelSource, plan: Plan, given: Mapping[str, Any] |
     splits = plan.sequence_degree > 1
     there = {name for name in source.components or () if (given or {}).get(name, source) is not None}
     cache = cache_of(plan.cache or None)
+    if plan.offload and source.components is not None and not there & set(DENOISERS):
+        raise ConfigError(
+            f"model={source.name!r}: has no denoiser, and offload={plan.offload!r} is put on with what runs one; leave "
+            "offload out, and call enable_model_cpu_offload() on the engine."
+        )
     if cache is not None and there <= {*STACKS, *KINDS[UNET]} | (there - set(DENOISERS)):
         refuse_kind(cache, {kind for kind, names in KINDS.items() if there & set(names)}, source.name)
     if not splits or set(STACKS) & there or not set(DENOISERS) & there:
@@ -350,9 +370,9 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
     ranks = world_size if mesh is None else mesh.num_ranks
-    device = device_of(target)
+    device = device_for(offload_of(config.offload), device_of(target))
     extras = Extras.of(config, device)
-    method = checked(config.quantize, *weighty(target), ranks)
+    method = checked(config.quantize, *weighty(target), ranks, device if extras.offload else None)
     if world_size == 1 and not extras:
         return _without_mesh(target, method)
     if mesh is not None:
@@ -379,6 +399,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         if mesh.sequence_degree > 1 and config.parallel.ulysses == "auto":
             note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
     handle = Handle(mesh=mesh, extras=extras, quantize=method, target=target)
+    handle.offloading = next((one.offloading for one in shared if one.offloading), None) or offloading(extras, target)
     known = next((one.guidance for one in shared if one.guidance), None)
     handle.rounds = known.rounds if known else handle.rounds
     handle.clock = next((one.clock for one in shared if one.clock), handle.clock)
@@ -387,6 +408,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         handle.quantize_weights(target)
         handle.put_on(wanted)
         handle.follow(target)
+        handle._undo += handle.offloading.on_pipeline(target) if handle.offloading else []
         times = ExitStack()
         times.enter_context(host_times(target))
         handle._undo.append(times.close)
@@ -455,6 +477,11 @@ def _check(name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int
         if extras.compile:
             repeated_blocks(module)
     return None
+
+
+def _whole(wanted: list[Wanted]) -> list[nn.Module]:
+    """Components on whose forward something stands."""
+    return [module for _, module, method in wanted if method == "forward"]
 
 
 def _layout(degree: Callable[[Axis], int]) -> str:

@@ -24,6 +24,7 @@ from parafuse.engine.host_times import host_times
 from parafuse.engine.loader import load_pipeline
 from parafuse.engine.loading_checks import check_loading, own_config, taken
 from parafuse.engine.modular import continues, hush, takes_generator
+from parafuse.engine.offload.pipeline import device_for
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
 from parafuse.engine.quantize.put_on import Quantized, checked, quantize_loaded
@@ -40,6 +41,7 @@ from parafuse.engine.workers import Workers
 from parafuse.engine.world_size import asked_size, launched_size, refuse_ignored, refuse_several
 from parafuse.errors import ConfigError, RankError, RankMismatchError
 from parafuse.log import note
+from parafuse.offload import offload_of
 from parafuse.parallel.mesh import make_mesh
 from parafuse.parallel.placeholder import settled
 from parafuse.parallel.world import AGREE_S, SAME_ARGUMENTS, World, join_world, launched
@@ -170,7 +172,7 @@ class Engine(Surface):
         found = denoisers(pipeline, DENOISERS, required=False)
         first = next(found[0][1].parameters()) if found else pipeline
         dtype = (compute_dtype(found[0][1]) if found else str(first.dtype).removeprefix("torch.")) or "auto"
-        device = first.device.type
+        device = device_for(offload_of(config.offload), first.device.type)
         plan = resolve(replace(config, device=device, dtype=dtype), source, size)
         check_components(source, plan)
         world = join_world(plan.device, plan.timeout_s, size, num_devices=plan.devices_per_rank)
@@ -234,9 +236,10 @@ class Engine(Surface):
         keywords = {"dtype": plan.dtype} | settings["pipeline_kwargs"]  # dtypes by component may be among them
         done: list[Quantized] = []
         if pipeline is None:
-            pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], device=world.device, **keywords)
+            place = world.device if not plan.offload else torch.device("cpu")  # weights come when they are used
+            pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], device=place, **keywords)
             done = quantize_loaded(plan, *weighty(pipeline), world.device)
-            pipeline.to(world.device)
+            pipeline.to(place)
         hush(pipeline)
         engine = cls(pipeline, source, plan, Handle(), world, progress)
         engine._put_on(done)

@@ -12,6 +12,7 @@ from parafuse.engine.rewrites.choose import Choice
 from parafuse.engine.timings import resolved
 from parafuse.errors import ConfigError
 from parafuse.kernels.backends import REGISTRY
+from parafuse.offload import Offload, offload_of, settled_on
 from parafuse.parallel import captured
 from parafuse.sparse import Sparse, sparse_of
 
@@ -31,6 +32,8 @@ class Extras:
     """What computes attention in repeated blocks."""
     sparse: Sparse | None = None
     """Which pairs of a video's tokens attention leaves out."""
+    offload: Offload | None = None
+    """Where weights are while they are not used."""
     chosen: Choice | None = None
     """What of them one denoiser gets; None until that is known."""
 
@@ -40,6 +43,7 @@ class Extras:
         return cls(
             attention=resolved(attention_of(config.attention), device),
             sparse=sparse_of(config.sparse),
+            offload=settled_on(offload_of(config.offload), device),
             cache=with_calibration(cache_of(config.cache)),
             compile=config.compile,
             cuda_graphs=config.cuda_graphs,
@@ -107,6 +111,7 @@ class Extras:
         found = [f"cache {self.cache}"] if self.cache else []
         found += ["compiled blocks"] if self.compile else []
         found += ["CUDA graphs"] if self.cuda_graphs else []
+        found += [f"offload {self.offload.brief}"] if self.offload else []
         if self.chosen is not None:
             return found + list(self.chosen.left_off)  # each rewrite says itself what it does
         return found + ([f"rewrites {','.join(self.rewrites)}"] if self.rewrites else [])

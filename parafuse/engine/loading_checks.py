@@ -231,7 +231,9 @@ def _placement(config: Config, plan: Plan | None, device_map: Any, beside: dict[
     for name, value in given.items():
         if getattr(config, name) is not None:
             shown = "device_map" if name == "placement" else name
-            raise ConfigError(f"{shown}={value!r}: the Config says {name}={str(getattr(config, name))!r}; leave one out.")
+            raise ConfigError(
+                f"{shown}={value!r}: the Config says {name}={str(getattr(config, name))!r}; leave one out."
+            )
     try:
         return replace(config, **given)
     except ConfigError as error:

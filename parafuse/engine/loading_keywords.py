@@ -52,8 +52,8 @@ FROM_PRETRAINED: dict[str, Keyword] = {
     "output_loading_info": Keyword(REFUSED, "diffusers' pipelines give none; leave it out", "code"),
     "device_map": Keyword(
         WORKS,
-        "'cpu' and 'cuda' are taken for Config(device=...); 'balanced', 'auto' and maps for Config(placement=...), with "
-        "devices counted within the rank",
+        "'cpu' and 'cuda' are taken for Config(device=...); 'balanced', 'auto' and maps for Config(placement=...), "
+        "whose devices are counted within the rank",
         "place",
     ),
     "max_memory": Keyword(WORKS, "taken for Config(max_memory=...), beside a device_map", "place"),

@@ -10,6 +10,7 @@ from enum import Enum
 
 from parafuse.config import Axis
 from parafuse.engine.plan import Plan
+from parafuse.offload import Offload, offload_of
 
 
 class Way(Enum):
@@ -40,6 +41,10 @@ OTHER_WAYS = {
 }
 XFORMERS = ("enable_xformers_memory_efficient_attention", "set_use_memory_efficient_attention_xformers")
 MOVES = ("enable_model_cpu_offload", "enable_group_offload")
+OFFLOADS = (
+    "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload", "enable_layerwise_casting",
+)  # fmt: skip
+"""diffusers' own ways to keep weights elsewhere, or in another dtype."""
 FUSES = ("fuse_lora", "unfuse_lora", "fuse_qkv_projections", "unfuse_qkv_projections")
 PARTS = {
     "enable_vae_slicing": ("vae", "enable_slicing"),
@@ -57,6 +62,19 @@ def way_of(name: str) -> Way:
     return Way.HERE if name in HERE else Way.EVERYWHERE
 
 
+def beside_offload(name: str, offload: Offload) -> str:
+    """Why one of `OFFLOADS` cannot be called beside an offload of parafuse."""
+    if name == "enable_layerwise_casting":
+        return (
+            f"it casts weights before and after each layer runs, and offload={offload.brief} moves them then; use "
+            "quantize='fp8-weight' beside offload, or leave offload out"
+        )
+    return (
+        f"offload={offload.brief} keeps the weights elsewhere already; leave one of both out (where the Config has no "
+        "offload, this call is diffusers' own)"
+    )
+
+
 def refusal(name: str, plan: Plan, args: tuple[object, ...] = (), *, part: str = "", packed: str = "") -> str | None:
     """Why a method of the pipeline, or of a part of it, cannot be called under this plan, and the way out; None where
     it can. `packed`: the
@@ -68,6 +86,9 @@ def refusal(name: str, plan: Plan, args: tuple[object, ...] = (), *, part: str =
             f"accelerate moves weights one by one, and cannot move those in {packed}; use "
             "enable_model_cpu_offload, or enable_group_offload of the parts"
         )
+    offload = offload_of(plan.offload or None)
+    if name in OFFLOADS and offload is not None:
+        return beside_offload(name, offload)
     if name in MOVES and packed and plan.compile:
         return (
             f"torch moves weights in {packed} by swapping tensors, which it cannot where compiled blocks watch them; "

@@ -17,6 +17,7 @@ from parafuse.cache import Cache, CalibratedCache, cache_of
 from parafuse.calibration import Calibration
 from parafuse.config import Axis, Config, Parallel
 from parafuse.errors import ConfigError, reject_unknown
+from parafuse.offload import offload_of
 from parafuse.placement import DISK, placement_of
 from parafuse.quantization import AUTO, Fp8, quantize_of
 
@@ -33,6 +34,7 @@ OPTIONAL = (
     "placement",
     "devices_per_rank",
     "offload_folder",
+    "offload",
     "calibration",
     "replay",
     "why",
@@ -80,6 +82,8 @@ class Plan:
     """Of a node's devices, rank n there has so many from n times as many on."""
     offload_folder: str = ""
     """For what is on the disk."""
+    offload: str = ""
+    """Where weights are while they are not used, as its text with every field; empty: where they are loaded."""
     attention_timings: dict[str, Any] | None = None
     """For `timed`: what was timed on the device, so that every rank takes the same backend."""
     calibration: dict[str, Any] | None = None
@@ -109,6 +113,9 @@ class Plan:
         if self.attention == AUTO_ATTENTION:
             raise ConfigError("plan.attention='auto': a plan is explicit; only a Config may say 'auto'.")
         self.cache_with_calibration()
+        offload = offload_of(self.offload or None)
+        if offload is not None and offload.device != self.device:
+            raise ConfigError(f"plan.offload: device={offload.device}: must be the plan's, {self.device}.")
         method = quantize_of(self.quantize or None)
         if isinstance(method, Fp8) and method.scale == AUTO:
             raise ConfigError("plan.quantize: scale=auto: a plan is explicit; only a Config may say 'auto'.")
@@ -158,6 +165,7 @@ class Plan:
             sparse=self.sparse or None,
             placement=self.placement or None,
             offload_folder=(self.offload_folder or None) if self.placement else None,
+            offload=self.offload or None,
             timeout_s=self.timeout_s,
         )
 
@@ -177,8 +185,8 @@ class Plan:
     @property
     def changes_nothing(self) -> bool:
         """Whether the model runs as it is."""
-        extras = self.cache or self.quantize or self.compile or self.rewrites or self.sparse or self.attention != TORCH
-        return self.world_size == 1 and not extras
+        extras = (self.cache, self.quantize, self.compile, self.rewrites, self.sparse, self.offload)
+        return self.world_size == 1 and not any(extras) and self.attention == TORCH
 
     def without_replay(self) -> Plan:
         """The same, where the cache decides."""
@@ -195,6 +203,7 @@ class Plan:
         more += f", attention {self.attention}" if self.attention != TORCH else ""
         more += f", sparse {self.sparse}" if self.sparse else ""
         more += f", {self._placement_line()}" if self.placement else ""
+        more += f", offload {self.offload}" if self.offload else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""
         return f"{ranks}: {axes}, {self.dtype} on {self.device}{more}{again}" + (f" ({self.why})" if self.why else "")
 

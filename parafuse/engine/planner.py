@@ -17,6 +17,7 @@ from parafuse.engine.quantize.settle import TEXT_ENCODERS, capability_here, sett
 from parafuse.engine.timings import resolved
 from parafuse.errors import ConfigError
 from parafuse.hardware import num_cuda_devices
+from parafuse.offload import offload_of, settled_on
 from parafuse.quantization import Quantize, quantize_of
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 
 def resolve(config: Config, source: ModelSource, world_size: int, given: Mapping[str, Any] | None = None) -> Plan:
-    """The plan for `world_size` ranks. `given`: keywords of the loader, components among them. Raises ConfigError when the degrees or the device do not fit, or when the cache
-    was calibrated for another model.
+    """The plan for `world_size` ranks. Raises ConfigError when the degrees or the device do not fit, when the cache
+    was calibrated for another model, or when a placement cannot be had. `given`: the loader's keywords, with components
+    that the user brings himself.
 
     Until layouts are chosen by cost, `ulysses="auto"` means all ranks that are left."""
     degrees = config.parallel.degrees(world_size)
@@ -72,6 +74,7 @@ def resolve(config: Config, source: ModelSource, world_size: int, given: Mapping
         placement=where.homes,
         devices_per_rank=where.num_devices,
         offload_folder=(config.offload_folder or "") if where.homes else "",
+        offload=str(settled_on(offload_of(config.offload), device) or ""),
         attention_timings=attention.timings.to_dict() if attention.timings is not None else None,
         calibration=calibration.to_dict() if calibration is not None else None,
         why=why,

@@ -23,7 +23,9 @@ from parafuse.engine.caches.token_merging import Merging
 from parafuse.engine.caches.units import skeleton_of
 from parafuse.engine.derive import derive
 from parafuse.engine.extras import Extras
+from parafuse.engine.offload.pipeline import OffloadedDenoiser, Offloading, line_of
 from parafuse.engine.rewrites.choose import make
+from parafuse.engine.rewrites.qkv import FusedProjections
 from parafuse.engine.rewrites.rewrite import Rewrite, Site
 from parafuse.engine.stack import attending_parts, block_stack, repeated_blocks
 from parafuse.engine.video import SparseVideo
@@ -69,6 +71,10 @@ class Standing:
     """What leaves pairs of its video's tokens out."""
     regional: Regional | None = None
     """Its compiled blocks."""
+    offloading: Offloading | None = None
+    """Of the pipeline, where weights are offloaded."""
+    weights: OffloadedDenoiser | None = None
+    """Its own weights, where they are."""
     captured: list[CapturedCalls] = field(default_factory=list[CapturedCalls])
     """What runs as CUDA graphs."""
     users: list[Any] = field(default_factory=list[Any])
@@ -92,16 +98,18 @@ class Standing:
         if isinstance(cache, StackCache) and cache.branches == JOINT:
             context.led = Led(self.mesh.group_name(Axis.CFG))
         self._rewrite(clock, context)
+        self._offload(context)
         parts = self._parts(clock, context)
         self._share_tokens(parts, clock, context)
         self._cache(parts, clock, context)
         self.clock = self.skipping.clock if self.skipping else self.clock
         if cache is None and self.extras.cuda_graphs:
             self._capture([self.module])
-        self._put_on(self.skipping)
+        self._put_on_units()
         for one in reversed(self.rewrites):  # those that come first see a call first
             for each in one.at_boundary():
                 self._put_on(each)
+        self._put_on(self.weights.calls if self.weights else None)
         if _makes_branches(parts):
             self._put_on(LeadingRows(self.module, context, self.mesh))
         if degree(Axis.DATA) > 1:
@@ -141,6 +149,35 @@ class Standing:
             self.rewrites = make(self.extras.chosen, Site(self.module, self.mesh, clock, context, self.name))
         for one in self.rewrites:
             self._put_on(one)
+
+    def _offload(self, context: CallContext) -> None:
+        """Sends the weights home, once what changes layers is on. Single layers are met inside of all else."""
+        if self.offloading is None or self.method != "forward":
+            return
+        self.weights = weights = self.offloading.denoiser(self.name, self.module)
+        context.present = weights.residence.present
+        self._put_on(weights)
+        self._put_on(weights.summons)
+        if weights.method.is_fine:
+            self._put_on(weights.units)
+        for one in self.rewrites:
+            if isinstance(one, FusedProjections):
+                one.is_offloaded, one.at_home = True, weights.residence.at_home
+
+    def _put_on_units(self) -> None:
+        """The cache, and what lets blocks come for their calls: inside of a cache that leaves blocks out, so that none
+        comes for nothing, and outside of one that looks into them."""
+        weights = self.weights
+        units = weights.units if weights is not None and not weights.method.is_fine else None
+        if weights is not None and weights.method.is_fine:
+            self._undo += [refuse_compile(block, BY_LAYERS) for block in weights.blocks]
+        if not isinstance(self.skipping, StackSkipping):
+            self._put_on(self.skipping)
+        self._put_on(units)
+        if isinstance(self.skipping, StackSkipping):
+            self._put_on(self.skipping)
+            if weights is not None:
+                weights.residence.will_run = self.skipping.will_run
 
     def _share_tokens(self, parts: PartReuse | None, clock: Clock, context: CallContext) -> None:
         is_met = self.mesh.sequence_degree > 1 or self.extras.sparse is not None
@@ -274,7 +311,7 @@ class Standing:
             found.append(f"data parallel (data {degree(Axis.DATA)}) on {name}")
         if self.guidance:
             found.append(f"guidance parallel (cfg {degree(Axis.CFG)}) on {name}")
-        found += [f"{line} on {name}" for line in replace(self.extras, compile=False).lines()]
+        found += [f"{line} on {name}" for line in replace(self.extras, compile=False, offload=None).lines()]
         chosen = self.choice if self.choice is not None and self.choice.acts else None
         found += [] if chosen is None else [f"attention on {name}: {line}" for line in chosen.lines()]
         if self.sparse:
@@ -283,7 +320,13 @@ class Standing:
             kinds = ", ".join(f"{number} {kind}" for kind, number in self.regional.compiled.num_compiled.items())
             found.append(f"compiled blocks on {name}: {kinds}")
         found += [line.replace(":", f" on {name}:", 1) for one in self.rewrites for line in one.lines()]
+        found += [line_of(self.weights)] if self.weights else []
         return found
+
+
+BY_LAYERS = (
+    "its layers are offloaded one by one, and no compiled block can wait for them; use offload='group' (by blocks)."
+)
 
 
 def _makes_branches(parts: PartReuse | None) -> bool:

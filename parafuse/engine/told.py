@@ -29,6 +29,7 @@ def told_by(handle: Handle, seen: Seen, exchanged: Mapping[str, Count]) -> dict[
         "sparse": {name: one.attention.report() for name, one in handle.sparse().items()},
         "guidance": {name: one.report(seen[one]) for name, one in handle.guidance.items()},
         "data": {name: one.report(seen[one]) for name, one in handle.data.items()},
+        "offload": handle.offloading.ledger.report() if handle.offloading is not None else None,
         "exchanged": {
             name: vars(count) for name, count in since(handle.exchanged(), dict(exchanged)).items() if count.calls
         },

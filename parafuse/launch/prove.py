@@ -69,7 +69,10 @@ def prepare(prompt: str | None, proof: Proof, options: list[Option], typed: dict
     config = build(Config.from_file(proof.config) if proof.config else Config(), given(options, typed))
     refuse_extras("prove", config, ("compile",), "ways with compiled blocks are timed beside the others; leave it out.")
     refuse_extras(
-        "prove", config, ("cuda_graphs", "rewrites", "attention", "sparse", *PLACING), "is not timed here; leave it out."
+        "prove",
+        config,
+        ("cuda_graphs", "rewrites", "attention", "sparse", *PLACING),
+        "is not timed here; leave it out.",
     )
     world_size = number_of_ranks(proof)
     source = locate(proof.model, allow_pickle=config.allow_pickle)

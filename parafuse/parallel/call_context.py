@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+
+from torch import nn
 
 from parafuse.parallel.led import Led
 
@@ -40,6 +42,8 @@ class CallContext:
     """Groups whose ranks make parts of this very call."""
     batch: int | None = None
     """Rows of the whole batch, where only some are at hand."""
+    present: Callable[[Iterable[nn.Module]], AbstractContextManager[None]] = lambda modules: nullcontext()
+    """Inside of it the weights of some parts are there: where they are offloaded, they are away between calls."""
 
     @property
     def leads_only(self) -> bool:

@@ -53,6 +53,8 @@ def hooks_in(parts: list[nn.Module]) -> tuple[Any, ...]:
         if hooks:
             found += [(index, name, repr(_fact(hook, 1))) for name, hook in hooks.items() if name not in _PLACING]
         elif hooks is None and "forward" in state and "_hf_hook" not in state and not is_part(part):
+            if getattr(state["forward"], "parafuse_weights", False):
+                continue  # it lets weights come, and changes nothing else
             found.append((index, id(state["forward"])))
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             if state[kind]:

@@ -90,8 +90,8 @@ def _rendezvous(deadline_s: float) -> dist.Store:
 def join_world(
     device: str, timeout_s: float, size: int, store: dist.Store | None = None, num_devices: int = 1
 ) -> World:
-    """This rank's place in a world of `size` ranks, each with `num_devices` of the node's devices, of which the first is
-    its own main one. Collective when `size` is above 1."""
+    """This rank's place in a world of `size` ranks. Each has `num_devices` of the node's devices, the first of them its
+    main one. Collective when `size` is above 1."""
     first = int(os.environ.get("LOCAL_RANK", "0")) * num_devices
     where = torch.device(device, first) if device == "cuda" else torch.device(device)
     if device == "cuda":

@@ -45,9 +45,7 @@ def worth_of(one: Instance, assigned: Sequence[int | None]) -> tuple[int, float,
     ]
     assert all(load <= room for load, room in zip(loads, one.rooms, strict=True))
     fullest = max((round(load / room, 12) for load, room in zip(loads, one.rooms, strict=True) if room), default=0.0)
-    cuts = sum(
-        assigned[i] != assigned[i + 1] and one.groups[i] == one.groups[i + 1] for i in range(len(one.sizes) - 1)
-    )
+    cuts = sum(assigned[i] != assigned[i + 1] and one.groups[i] == one.groups[i + 1] for i in range(len(one.sizes) - 1))
     left = sum(size for size, at in zip(one.sizes, assigned, strict=True) if at is None)
     return left, fullest, cuts
 

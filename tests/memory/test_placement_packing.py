@@ -115,9 +115,7 @@ def test_a_large_model_over_many_devices(rooms: tuple[int, ...], most_cuts: int)
 def test_what_does_not_fit_is_as_little_as_can_be() -> None:
     model = flux()
     rooms = (8_000 << 20, 8_000 << 20)
-    left, _, _ = worth_of(
-        Instance(model.sizes, model.groups, rooms), pack(model.sizes, model.groups, rooms)
-    )
+    left, _, _ = worth_of(Instance(model.sizes, model.groups, rooms), pack(model.sizes, model.groups, rooms))
     assert left <= 1.01 * (sum(model.sizes) - sum(rooms))
 
 

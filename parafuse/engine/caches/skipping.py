@@ -64,6 +64,7 @@ class StackSkipping(Caching):
         super().__init__(root, clock, context)
         self.skeleton, self.cache, self.rule, self.group = skeleton, cache, rule, group
         self.observer, self.flatten = Observer(), Flattener()
+        self._containing = {part: unit for unit in skeleton.units for part in unit.modules()}
         self._said: set[str] = set()
         self.witness: Callable[[Witnessed], None] | None = None
         """Is told of computed calls, where the rule measures the modulated input."""
@@ -73,6 +74,17 @@ class StackSkipping(Caching):
         super().install()
         for unit in self.skeleton.units:
             self._undo.append(override_forward(unit, lambda original, unit=unit: self._unit(unit, original)))
+
+    def will_run(self, module: nn.Module, in_next: bool) -> bool | None:
+        """Whether a unit, or a part of one, runs yet in the call at hand (or in the next); None: it is not decided."""
+        call = self._call
+        span = call.kept.span if call is not None else None
+        if call is None or span is None or call.is_first or call.is_lost:
+            return True
+        middle = [one.unit for one in call.kept.seen[span.start : span.end]]
+        if not any(self._containing.get(module) is unit for unit in middle):
+            return True
+        return None if in_next or call.skipped is None else not all(call.skipped)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -322,7 +334,8 @@ class _Call:
         stream = seen.main_argument(leaves)
         if stream is None:
             raise UnsupportedError(f"{type(block).__name__}: goes on from none of its arguments; use interval.")
-        found = modulated_input(block, leaves, spec, stream, seen.stream_numbers)
+        with self.owner.context.present([block]):
+            found = modulated_input(block, leaves, spec, stream, seen.stream_numbers)
         self.measured = self._own_share(found)
 
     def _own_share(self, stream: Tensor) -> Tensor:

@@ -81,7 +81,9 @@ def _of_component(
 def _home_of_weight(path: str, component: str, given: Mapping[str, str]) -> str:
     home = home_in(given, path)
     if home is None:
-        out = next(above for above in reversed(_with_above(path)) if not any(f"{p}.".startswith(f"{above}.") for p in given))
+        out = next(
+            above for above in reversed(_with_above(path)) if not any(f"{p}.".startswith(f"{above}.") for p in given)
+        )
         raise ConfigError(f"placement: leaves out {out}; give {component!r} a place, or '' for all that is not named.")
     return home
 

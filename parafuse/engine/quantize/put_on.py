@@ -68,41 +68,48 @@ def existing(parts: Parts) -> dict[str, Quantized]:
     return found
 
 
-def checked(method: Quantize | str | None, denoisers: Parts, encoders: Parts, world_size: int) -> Quantize | None:
-    """The method with nothing left to be told, for where the models are. Raises ConfigError for what cannot be had, and
-    for what is quantized already and cannot be used."""
+def checked(
+    method: Quantize | str | None, denoisers: Parts, encoders: Parts, world_size: int, device: str | None = None
+) -> Quantize | None:
+    """The method with nothing left to be told, for where the models are, or where they compute (`device`). Raises
+    ConfigError for what cannot be had, and for what is quantized already and cannot be used."""
     method = quantize_of(method)
     there = existing([*denoisers, *encoders])
     for name, one in there.items():
-        _check_existing(name, one, method, world_size)
+        _check_existing(name, one, method, world_size, device)
     if method is None:
         return None
     asked = asked_of(denoisers, encoders, method)
     if not asked:
         raise ConfigError(f"quantize {method.method}: there is no denoiser to quantize; leave quantize out.")
-    done = [_settled(one.method, one.model, world_size, is_saved=one.name in there) for one in asked]
+    done = [_settled(one.method, one.model, world_size, device, is_saved=one.name in there) for one in asked]
     method = replace(done[0], text_encoders=method.text_encoders)
     chosen(asked_of(denoisers, encoders, method), method)
     return method
 
 
-def _check_existing(name: str, one: Quantized, method: Quantize | None, world_size: int) -> None:
+def _check_existing(
+    name: str, one: Quantized, method: Quantize | None, world_size: int, device: str | None = None
+) -> None:
     """Raises ConfigError for fp8 weights that are there and cannot be used here, or would give another picture."""
     is_allowed = isinstance(method, Fp8) and method.reference
     for found in {it.brief: it for it in one.choice.there.values()}.values():
         if isinstance(found, Fp8):
             try:
-                _settled(replace(found, reference=is_allowed), one.model, world_size, is_saved=True)
+                _settled(replace(found, reference=is_allowed), one.model, world_size, device, is_saved=True)
             except ConfigError as error:
                 raise ConfigError(f"{name}: is quantized already: {error}") from error
 
 
-def _settled(method: Quantize, model: nn.Module, world_size: int, *, is_saved: bool) -> Quantize:
+def _settled(
+    method: Quantize, model: nn.Module, world_size: int, device: str | None = None, *, is_saved: bool
+) -> Quantize:
     first: Any = next(iter(model.parameters()))
+    where: Any = first.device if device is None else torch.device(device)
     return settled(
         replace(method, text_encoders=NONE),
-        device=first.device.type,
-        capability=torch.cuda.get_device_capability(first.device) if first.is_cuda else None,
+        device=where.type,
+        capability=torch.cuda.get_device_capability(where) if where.type == "cuda" else None,
         dtype=compute_dtype(model) or "packed",
         world_size=world_size,
         saved=is_saved,

@@ -4,6 +4,7 @@ runs. A dependence is of values, never of shapes alone; what Python decides by a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,10 +155,16 @@ def _is_by_value(func: Any, given: list[Tensor]) -> bool:
 
 class Slice:
     """The operators that lead to some tensors, to be run again with other arguments. Weights are those that `module`
-    has then: offloading puts others in their places."""
+    has then: offloading puts others in their places. `present`: lets the weights of modules come."""
 
-    def __init__(self, flow: Flow, targets: list[Tensor], module: nn.Module):
-        self._targets = targets
+    def __init__(
+        self,
+        flow: Flow,
+        targets: list[Tensor],
+        module: nn.Module,
+        present: Callable[[list[nn.Module]], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ):
+        self._targets, self._present = targets, present
         needed = {storage_of(x) for x in targets}
         self._ops: list[Op] = []
         for op in reversed(flow.ops):
@@ -176,7 +183,13 @@ class Slice:
             for name, x in holder.items()
             if x is not None and id(x) in used
         }
+        holders = {id(holder) for holder, _ in self._weights.values()}
+        self._parts = [part for part in module.modules() if {id(part._parameters), id(part._buffers)} & holders]
         self.is_pure = self._writes_to_its_own()
+
+    def weights(self) -> AbstractContextManager[None]:
+        """Inside, the weights that it reads are there."""
+        return self._present(self._parts)
 
     def _writes_to_its_own(self) -> bool:
         """Whether what is written in place was made by an operator before: not an argument, nor a weight."""

@@ -263,7 +263,14 @@ class StepModulation(Rewrite):
             return self._leave(leaves, spec, "several arguments are times, and differ")
         facts = facts_of(leaves, uses)
         learned = Learned(
-            spec, facts, list(like), like, Slice(flow, list(like.values()), self.module), uses, moving, rows
+            spec,
+            facts,
+            list(like),
+            like,
+            Slice(flow, list(like.values()), self.module, self.site.context.present),
+            uses,
+            moving,
+            rows,
         )
         why_not = self._why_not_worth_it(learned) or self._why_not_right(learned, leaves)
         if why_not:
@@ -342,7 +349,8 @@ class StepModulation(Rewrite):
         if found is None:
             return False
         like, _ = found
-        rows = learned.slice({i: leaves[i] for i in learned.uses})
+        with learned.slice.weights():
+            rows = learned.slice({i: leaves[i] for i in learned.uses})
         same = all(
             layer in like and like[layer].shape == x.shape and is_close(x, like[layer])
             for layer, x in zip(learned.layers, rows, strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,6 +48,9 @@ class FusedProjections(Rewrite):
         self._said: set[str] = set()
         self._undo: list[Callable[[], None]] = []
         self._is_aside = False
+        self.is_offloaded = False
+        self.at_home: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Inside of it weights have their values, where they are offloaded."""
 
     def install(self) -> None:
         """Raises ConfigError where no attention can have one."""
@@ -136,12 +139,14 @@ class FusedProjections(Rewrite):
         """Takes it off what was changed since, and puts it on again where that is gone."""
         if self._is_aside or torch.compiler.is_compiling():  # the model was compiled as a whole, with this in it
             return
-        is_placed = hasattr(self.module, "_hf_hook") or hasattr(self.module, "_diffusers_hook")
+        is_placed = hasattr(self.module, "_hf_hook") or hasattr(self.module, "_diffusers_hook") or self.is_offloaded
         changed = [one for one in self._fused.values() if not one.holds() or not (is_placed or one.is_tied())]
-        for one in changed:
-            one.remove()
-            del self._fused[one.attention]
-        if changed or self._may_fit():
+        if not (changed or self._may_fit()):
+            return
+        with self.at_home():
+            for one in changed:
+                one.remove()
+                del self._fused[one.attention]
             self._renew()
 
     def _may_fit(self) -> bool:

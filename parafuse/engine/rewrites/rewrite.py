@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +90,9 @@ class Boundary(OnForward):
 @contextmanager
 def bare(module: nn.Module) -> Iterator[Any]:
     """Inside, the model is as its classes have it, on this rank alone: nothing of parafuse stands on forwards, nothing
-    is compiled. Gives its forward. For calls that are made to learn something; without any exchange."""
+    is compiled. Gives its forward. For calls that are made to learn something; without any exchange. Weights that are
+    offloaded come for its calls."""
+    weights: Any = getattr(getattr(module.forward, "standing", None), "weights", None)
     hidden: list[tuple[dict[str, Any], str, Any]] = []
     for part in module.modules():
         state = vars(part)
@@ -100,7 +102,8 @@ def bare(module: nn.Module) -> Iterator[Any]:
             hidden.append((state, "_compiled_call_impl", state["_compiled_call_impl"]))
             state["_compiled_call_impl"] = None
     try:
-        yield module.forward
+        with weights.bare() if weights is not None else nullcontext():
+            yield module.forward
     finally:
         for state, name, value in hidden:
             state[name] = value

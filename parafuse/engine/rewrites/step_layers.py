@@ -52,7 +52,7 @@ class Learned:
             given = {i: time.to(leaves[i].dtype).expand(leaves[i].shape) for i in self.times}
             return tuple(self.slice({**held, **given}))
 
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self.slice.weights():
             try:
                 found = torch.func.vmap(at)(times_N)
             except Exception as error:

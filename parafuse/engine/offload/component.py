@@ -1,0 +1,225 @@
+"""Offload on one component: what meets its calls, and what meets the methods that read or change its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from parafuse.engine.members import OFFLOADS, beside_offload
+from parafuse.errors import ConfigError, UnsupportedError
+from parafuse.offload import Offload
+from parafuse.parallel.hooks import Forward, OnForward, override, override_forward
+from parafuse.parallel.residence import Residence
+
+READS = ("state_dict", "save_pretrained", "push_to_hub", "save_lora_adapter", "save_attn_procs")
+CHANGES = (
+    "_apply", "load_state_dict", "load_lora_adapter", "load_attn_procs", "load_adapter", "add_adapter", "fuse_lora",
+    "unfuse_lora", "unload_lora", "delete_adapters", "fuse_qkv_projections", "unfuse_qkv_projections", "tie_weights",
+    "resize_token_embeddings", "dequantize", "_load_ip_adapter_weights",
+)  # fmt: skip
+MOVES = ("to", "cuda", "cpu")
+
+
+class OffloadedComponent:
+    """Its weights are at home, and come for its calls. `install` before all that is put on calls of it."""
+
+    def __init__(self, name: str, module: nn.Module, method: Offload, residence: Residence):
+        self.name, self.module, self.method, self.residence = name, module, method, residence
+        self._undo: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        self.residence.settle()
+        self._undo.append(self.residence.close)
+        for names, changes in ((READS, False), (CHANGES, True)):
+            for name in names:
+                if callable(getattr(self.module, name, None)):
+                    self._undo.append(override(self.module, name, self._at_home(name, changes=changes)))
+        for name in MOVES:
+            self._undo.append(override(self.module, name, self._moved(name)))
+        for name in OFFLOADS:
+            if callable(getattr(self.module, name, None)):
+                self._undo.append(override(self.module, name, self._refused(name)))
+
+    def remove(self) -> None:
+        """Puts weights and methods back. Goes on where it was left. No communication."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+    def _at_home(self, name: str, *, changes: bool) -> Callable[..., Any]:
+        original = getattr(self.module, name)
+
+        def at_home(*args: Any, **kwargs: Any) -> Any:
+            with self.residence.at_home(changes=changes):
+                return original(*args, **kwargs)
+
+        return at_home
+
+    def _moved(self, name: str) -> Callable[..., Any]:
+        """Another dtype is given to the weights at home; another device is refused."""
+        original, here = getattr(self.module, name), self.residence.device
+
+        def moved(*args: Any, **kwargs: Any) -> Any:
+            device, dtype = _asked(name, args, kwargs)
+            if device is not None and device.type != here.type:
+                raise ConfigError(
+                    f"{name}: device={str(device)!r}: {self.name} is offloaded (offload={self.method.brief}), and its "
+                    f"weights come to {here.type!r} by themselves when it is called; take parafuse off first "
+                    "(remove(), or close() of an engine)."
+                )
+            return self.module if dtype is None else original(dtype)
+
+        return moved
+
+    def _refused(self, name: str) -> Callable[..., Any]:
+        def refused(*_: Any, **__: Any) -> None:
+            raise ConfigError(f"{name}: {beside_offload(name, self.method)}.")
+
+        return refused
+
+
+class Summons:
+    """For parts of a component that are called by themselves, as pipelines do with encoders, decoders and embeddings:
+    hooks that are always there, so that nothing that watches the component sees a change."""
+
+    def __init__(
+        self, residence: Residence, modules: list[nn.Module], *, enters: bool, quiet: Iterable[nn.Module] = ()
+    ):
+        """`modules`: whose calls units come for. `enters`: whether that is met here; else somebody else does, and only
+        what stays is summoned, by no part of those that are `quiet`."""
+        self._residence, self._modules, self._enters = residence, modules, enters
+        self._quiet = {part for one in quiet for part in one.modules()}
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        inside = {part: one for one in self._modules for part in one.modules()}
+        for part in self._residence.root.modules():
+            if part in self._modules:
+                if self._enters:
+                    self._handles.append(part.register_forward_pre_hook(self._enter))
+                    self._handles.append(part.register_forward_hook(self._leave, always_call=True))
+            elif part is not self._residence.root and part not in self._quiet and part._parameters:
+                self._handles.append(part.register_forward_pre_hook(self._summoning(inside.get(part))))
+        if self._enters:
+            root = self._residence.root
+            self._handles.append(root.register_forward_pre_hook(self._begin))
+            self._handles.append(root.register_forward_hook(self._end, always_call=True))
+
+    def remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _summoning(self, module: nn.Module | None) -> Callable[..., None]:
+        @torch.compiler.disable
+        def summon(part: nn.Module, args: Any) -> None:
+            self._residence.summon(module)
+
+        return summon
+
+    @torch.compiler.disable
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._residence.summon()
+        self._residence.enter(module)
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        self._residence.leave(module)
+
+    @torch.compiler.disable
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._residence.begin_call()
+
+    @torch.compiler.disable
+    def _end(self, module: nn.Module, args: Any, result: Any) -> None:
+        self._residence.end_call()
+
+
+class UnitCalls:
+    """What meets the calls of units of a denoiser: outside of what splits or compiles them, inside of what leaves them
+    out."""
+
+    def __init__(self, residence: Residence, modules: list[nn.Module]):
+        self._residence, self._modules = residence, modules
+        self._undo: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        for module in self._modules:
+            self._undo.append(override_forward(module, lambda original, module=module: self.around(module, original)))
+            vars(module)["forward"].parafuse_weights = True
+
+    def remove(self) -> None:
+        """Puts every forward back as it was."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+    def around(self, module: nn.Module, original: Forward) -> Forward:
+        residence = self._residence
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with residence.unit(module):
+                return original(*args, **kwargs)
+
+        return forward
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside, these modules are as their classes have them, with nothing around but this."""
+        plain = [(module, vars(module)) for module in self._modules if "forward" not in vars(module)]
+        for module, state in plain:
+            state["forward"] = self.around(module, type(module).forward.__get__(module))
+        try:
+            yield
+        finally:
+            for _, state in plain:
+                del state["forward"]
+
+
+class RootCalls(OnForward):
+    """What meets whole calls of a denoiser: outside of all that computes, inside of what shares calls between ranks."""
+
+    def __init__(self, residence: Residence, *, checks: bool):
+        """`checks`: whether the first result is looked at, for weights that were read where they were not there."""
+        super().__init__(residence.root)
+        self._residence, self._checks = residence, checks
+
+    def _forward(self, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._residence.call():
+                result = original(*args, **kwargs)
+            if self._checks:
+                self._check(result)
+            return result
+
+        return forward
+
+    def _check(self, result: Any) -> None:
+        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
+        if any(bool(x.isnan().any()) for x in tensors):
+            raise UnsupportedError(
+                f"offload: {type(self.module).__name__}: its first result is not a number. Either it is none without "
+                "offload too, or it reads weights of a layer without calling that layer, so that they cannot come one "
+                "by one; use offload='group' (by blocks) or 'model'."
+            )
+        self._checks = False
+
+
+def _asked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and dtype that `to`, `cuda` or `cpu` is asked for."""
+    if name != "to":
+        return torch.device(name), None
+    device: Any = None
+    dtype: Any = None
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, torch.dtype):
+            dtype = x
+        elif isinstance(x, Tensor):
+            device, dtype = x.device, x.dtype
+        elif isinstance(x, (str, torch.device)) or (isinstance(x, int) and not isinstance(x, bool)):
+            device = torch.device("cuda", x) if isinstance(x, int) else torch.device(x)
+    return device, dtype

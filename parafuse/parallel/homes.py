@@ -1,0 +1,252 @@
+"""Where the images of units are at home: in the host's memory, or in a file that the ranks of a node share."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from parafuse.errors import ConfigError, MemoryLimitError
+from parafuse.parallel.image import Image
+
+PAGE = 4096
+ENDING = ".weights"
+LOCK = ".lock"
+
+
+class Home(Protocol):
+    """Keeps the images of one component, by number."""
+
+    def keep(self, images: Sequence[Image]) -> None:
+        """Takes the bytes of all of them, in the place of what it had."""
+        ...
+
+    def read(self, number: int, out: Tensor) -> None:
+        """Writes an image into `out` (nbytes,) of bytes."""
+        ...
+
+    def runs(self, number: int) -> list[Tensor]:
+        """The runs of an image as tensors in the host's memory, each with a storage of its own. What is written into
+        them may be kept or not: `keep` tells."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class HostHome:
+    """The host's memory, pinned where a GPU reads it."""
+
+    def __init__(self, *, pinned: bool):
+        self._pinned = pinned
+        self._kept: list[tuple[Image, Tensor]] = []
+
+    def keep(self, images: Sequence[Image]) -> None:
+        before = {whole.data_ptr(): whole for _, whole in self._kept}
+        self._kept = []
+        for image in images:
+            sources = image.sources()
+            whole = before.get(sources[0].data_ptr()) if sources else None
+            if whole is None or not _lies_in(whole, image, sources):
+                whole = torch.empty(image.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+                for part, source in zip(image.split(whole), sources, strict=True):
+                    part.copy_(source)
+            image.put_away()  # what was there is let go one by one
+            self._kept.append((image, whole))
+
+    def read(self, number: int, out: Tensor) -> None:
+        out.copy_(self._kept[number][1], non_blocking=True)
+
+    def runs(self, number: int) -> list[Tensor]:
+        image, whole = self._kept[number]
+        return [torch.frombuffer(part.numpy(), dtype=torch.uint8) for part in image.split(whole)]
+
+    def close(self) -> None:
+        self._kept = []
+
+
+class DiskHome:
+    """A file, named by what is in it: processes with the same weights share it. It goes with the last one that uses it,
+    or stays where the user has named the folder."""
+
+    def __init__(self, folder: str | None):
+        self._stays = folder is not None
+        self.folder = Path(folder) if folder is not None else temporary_folder()
+        try:
+            self.folder.mkdir(mode=0o700 if folder is None else 0o777, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"offload: folder={str(self.folder)!r}: cannot be made ({error.strerror}).") from error
+        self._images: list[Image] = []
+        self._starts: list[int] = []
+        self._file: _SharedFile | None = None
+        if not self._stays:
+            with _locked(self.folder):
+                _sweep(self.folder)
+
+    def keep(self, images: Sequence[Image]) -> None:
+        starts, total = list[int](), 0
+        for image in images:
+            starts.append(total)
+            total += -(-image.nbytes // PAGE) * PAGE
+        sources = [image.sources() for image in images]
+        name = _digest(images, sources)
+        before = self._file
+        if before is None or before.path.stem != name:
+            with _locked(self.folder):
+                path = self.folder / f"{name}{ENDING}"
+                if not path.exists() or path.stat().st_size != total:
+                    self._write(path, images, sources, starts, total)
+                self._file = _SharedFile(path, stays=self._stays)
+        for image in images:
+            image.put_away()
+        self._images, self._starts = list(images), starts
+        if before is not None and before is not self._file:
+            before.close()
+
+    def _write(
+        self, path: Path, images: Sequence[Image], sources: list[list[Tensor]], starts: list[int], total: int
+    ) -> None:
+        """Whole or not at all. Raises ConfigError where the disk has too little room."""
+        status = os.statvfs(self.folder)
+        free = status.f_bavail * status.f_frsize
+        full = f"offload: folder={str(self.folder)!r}: needs {total / 1e9:.3f} GB, and the disk has "
+        if free < total:
+            raise ConfigError(f"{full}{free / 1e9:.3f} GB free; give folder=... on another disk, or use to=cpu.")
+        part = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                file.truncate(total)
+                for image, parts, start in zip(images, sources, starts, strict=True):
+                    for run, source in zip(image.runs, parts, strict=True):
+                        file.seek(start + run.start)
+                        file.write(memoryview(source.cpu().numpy()))
+            part.replace(path)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise MemoryLimitError(
+                    f"offload: folder={str(self.folder)!r}: cannot be written ({error.strerror}); give another folder."
+                ) from error
+            raise MemoryLimitError(f"{full}no more; give folder=... on another disk, or use to=cpu.") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def read(self, number: int, out: Tensor) -> None:
+        if self._file is None:
+            raise RuntimeError("nothing is kept")
+        self._file.read(self._starts[number], memoryview(out.numpy()))
+
+    def runs(self, number: int) -> list[Tensor]:
+        """Pages of the file as they are needed; what is written into them is this process's alone."""
+        image = self._images[number]
+        if self._file is None or not image.nbytes:
+            return []
+        pages = mmap.mmap(
+            self._file.descriptor, image.nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=self._starts[number],
+        )  # fmt: skip
+        return [torch.frombuffer(pages, dtype=torch.uint8, offset=run.start, count=run.nbytes) for run in image.runs]
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file, self._images, self._starts = None, [], []
+
+
+class _SharedFile:
+    """An open file that others see is used, by a lock that ends with the process."""
+
+    def __init__(self, path: Path, *, stays: bool):
+        import fcntl
+
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+        self._end = weakref.finalize(self, _let_go, self.descriptor, path, stays)  # also when the process ends
+
+    def read(self, start: int, out: memoryview) -> None:
+        """Raises MemoryLimitError where the file is shorter than it was."""
+        done = 0
+        while done < len(out):
+            got = os.preadv(self.descriptor, [out[done:]], start + done)
+            if not got:
+                raise MemoryLimitError(
+                    f"offload: {str(self.path)!r} is shorter than it was; did somebody change it? Load the model again."
+                )
+            done += got
+
+    def close(self) -> None:
+        self._end()
+
+
+def _let_go(descriptor: int, path: Path, stays: bool) -> None:
+    """Closes a file, and removes it where nobody else uses it."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        if not stays:
+            with _locked(path.parent), contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes have left that were killed."""
+    import fcntl
+
+    for path in (*folder.glob(f"*{ENDING}"), *folder.glob("*.part")):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
+
+
+def temporary_folder() -> Path:
+    """Of this user; the same for all processes, so that ranks share files."""
+    return Path(tempfile.gettempdir()) / f"parafuse-offload-{os.getuid()}"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; a process that dies lets go."""
+    import fcntl
+
+    try:
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"offload: folder={str(folder)!r}: cannot be written ({error.strerror}); give another folder."
+        ) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _lies_in(whole: Tensor, image: Image, sources: list[Tensor]) -> bool:
+    """Whether the bytes of an image are in a home already."""
+    at = whole.data_ptr()
+    return len(whole) == image.nbytes and all(
+        source.data_ptr() == at + run.start for run, source in zip(image.runs, sources, strict=True)
+    )
+
+
+def _digest(images: Sequence[Image], sources: list[list[Tensor]]) -> str:
+    """Of all bytes and how they lie."""
+    found = hashlib.sha256()
+    for image, parts in zip(images, sources, strict=True):
+        found.update(repr((image.nbytes, image.runs)).encode())
+        for source in parts:
+            found.update(memoryview(source.cpu().numpy()))
+    return found.hexdigest()[:32]

@@ -47,6 +47,11 @@ class Offload(Spelled):
             raise ConfigError(f"{self._named('folder')}: is for weights on a disk; give to=disk too, or leave it out.")
 
     @property
+    def said(self) -> str:
+        """In messages."""
+        return f"offload={self.brief}"
+
+    @property
     def is_fine(self) -> bool:
         """Whether single layers come and go, also inside of a block."""
         return False

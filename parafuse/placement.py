@@ -9,14 +9,16 @@ weights that are brought to device 0 when they are used.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from parafuse.errors import ConfigError, nearest
+from parafuse.offload import Offload
 
 RANK, BALANCED, AUTO, MAP = "rank", "balanced", "auto", "map"
 WORDS = (RANK, BALANCED, AUTO)
@@ -39,6 +41,8 @@ class Placement:
     homes: tuple[tuple[str, str], ...] = ()
     """Of a map: path of a component or of a module of it, and "0", "1", ..., "cpu" or "disk". The longest path that a
     module's begins with decides; the empty one stands for all of them."""
+    device: str = ""
+    """cpu or cuda: of a plan, whose devices are there. Empty: as it is asked for."""
 
     @property
     def is_together(self) -> bool:
@@ -183,3 +187,47 @@ def _unique(where: str) -> Any:
         return dict(pairs)
 
     return checked
+
+
+@dataclass(frozen=True)
+class PlacedWeights(Offload):
+    """What a resolved map makes of weights, put on like an offload: those on the host or a disk come and go."""
+
+    method: ClassVar[str] = "placement"
+
+    homes: tuple[tuple[str, str], ...] = dataclasses.field(default=(), kw_only=True)
+    """As in a `Placement`, resolved: the longest path decides."""
+
+    @property
+    def brief(self) -> str:
+        return self.method
+
+    @property
+    def ahead(self) -> int:
+        return 1
+
+    @property
+    def said(self) -> str:
+        return "the placement"
+
+    @property
+    def is_together(self) -> bool:
+        """Whether all weights are on the main device."""
+        return {home for _, home in self.homes} <= {CPU if self.device == CPU else "0"}
+
+
+def placed_weights(placement: Placement | None, folder: str | None, device: str) -> PlacedWeights | None:
+    """For a map on a device of this type. Raises ConfigError for a placement that is not resolved."""
+    if placement is None:
+        return None
+    if placement.how != MAP or not placement.device:
+        raise ConfigError(
+            f"placement={str(placement)!r}: is held against the machine before weights are moved; use parafuse.Engine "
+            "(Engine.from_pipeline takes a pipeline that is loaded)."
+        )
+    has_disk = any(home == DISK for _, home in placement.homes)
+    if has_disk and folder is None:
+        raise ConfigError("placement: 'disk' needs a folder; give offload_folder.")
+    return PlacedWeights(
+        to=DISK if has_disk else CPU, folder=folder if has_disk else None, device=device, homes=placement.homes
+    )

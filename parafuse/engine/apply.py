@@ -46,6 +46,7 @@ from parafuse.parallel.hooks import is_overridden
 from parafuse.parallel.mesh import Mesh, hold, make_mesh, release
 from parafuse.parallel.sequence import SequenceParallel
 from parafuse.parallel.world import ensure_world
+from parafuse.placement import placement_of
 from parafuse.quantization import Quantize
 
 
@@ -321,10 +322,11 @@ def check_components(source: ModelSource, plan: Plan, given: Mapping[str, Any] |
     splits = plan.sequence_degree > 1
     there = {name for name in source.components or () if (given or {}).get(name, source) is not None}
     cache = cache_of(plan.cache or None)
-    if plan.offload and source.components is not None and not there & set(DENOISERS):
+    if (plan.offload or plan.placement) and source.components is not None and not there & set(DENOISERS):
+        asked = f"offload={plan.offload!r}" if plan.offload else "placement"
         raise ConfigError(
-            f"model={source.name!r}: has no denoiser, and offload={plan.offload!r} is put on with what runs one; leave "
-            "offload out, and call enable_model_cpu_offload() on the engine."
+            f"model={source.name!r}: has no denoiser, and {asked} is put on with what runs one; leave "
+            "it out, and call enable_model_cpu_offload() on the engine."
         )
     if cache is not None and there <= {*STACKS, *KINDS[UNET]} | (there - set(DENOISERS)):
         refuse_kind(cache, {kind for kind, names in KINDS.items() if there & set(names)}, source.name)
@@ -370,7 +372,8 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
     ranks = world_size if mesh is None else mesh.num_ranks
-    device = device_for(offload_of(config.offload), device_of(target))
+    where = placement_of(config.placement)
+    device = where.device if where else device_for(offload_of(config.offload), device_of(target))
     extras = Extras.of(config, device)
     method = checked(config.quantize, *weighty(target), ranks, device if extras.offload else None)
     if world_size == 1 and not extras:

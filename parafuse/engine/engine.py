@@ -172,8 +172,8 @@ class Engine(Surface):
         found = denoisers(pipeline, DENOISERS, required=False)
         first = next(found[0][1].parameters()) if found else pipeline
         dtype = (compute_dtype(found[0][1]) if found else str(first.dtype).removeprefix("torch.")) or "auto"
-        device = device_for(offload_of(config.offload), first.device.type)
-        plan = resolve(replace(config, device=device, dtype=dtype), source, size)
+        device = "auto" if config.placement else device_for(offload_of(config.offload), first.device.type)
+        plan = resolve(replace(config, device=device, dtype=dtype), source, size, pipeline.components)
         check_components(source, plan)
         world = join_world(plan.device, plan.timeout_s, size, num_devices=plan.devices_per_rank)
         settings = {"plan": plan, "pipeline_kwargs": {}, "agree_on": None}
@@ -236,9 +236,9 @@ class Engine(Surface):
         keywords = {"dtype": plan.dtype} | settings["pipeline_kwargs"]  # dtypes by component may be among them
         done: list[Quantized] = []
         if pipeline is None:
-            place = world.device if not plan.offload else torch.device("cpu")  # weights come when they are used
+            place = torch.device("cpu") if plan.offload or plan.placement else world.device
             pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], device=place, **keywords)
-            done = quantize_loaded(plan, *weighty(pipeline), world.device)
+            done = quantize_loaded(plan, *weighty(pipeline), place if plan.placement else world.device)
             pipeline.to(place)
         hush(pipeline)
         engine = cls(pipeline, source, plan, Handle(), world, progress)

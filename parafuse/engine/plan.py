@@ -18,7 +18,7 @@ from parafuse.calibration import Calibration
 from parafuse.config import Axis, Config, Parallel
 from parafuse.errors import ConfigError, reject_unknown
 from parafuse.offload import offload_of
-from parafuse.placement import DISK, placement_of
+from parafuse.placement import DISK, Placement, placement_of
 from parafuse.quantization import AUTO, Fp8, quantize_of
 
 SCHEMA = 1
@@ -163,7 +163,7 @@ class Plan:
             rewrites=self.rewrites,
             attention=self._attention(),
             sparse=self.sparse or None,
-            placement=self.placement or None,
+            placement=self._placed(),
             offload_folder=(self.offload_folder or None) if self.placement else None,
             offload=self.offload or None,
             timeout_s=self.timeout_s,
@@ -186,7 +186,7 @@ class Plan:
     def changes_nothing(self) -> bool:
         """Whether the model runs as it is."""
         extras = (self.cache, self.quantize, self.compile, self.rewrites, self.sparse, self.offload)
-        return self.world_size == 1 and not any(extras) and self.attention == TORCH
+        return self.world_size == 1 and not self.placement and not any(extras) and self.attention == TORCH
 
     def without_replay(self) -> Plan:
         """The same, where the cache decides."""
@@ -206,6 +206,10 @@ class Plan:
         more += f", offload {self.offload}" if self.offload else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""
         return f"{ranks}: {axes}, {self.dtype} on {self.device}{more}{again}" + (f" ({self.why})" if self.why else "")
+
+    def _placed(self) -> Placement | None:
+        found = placement_of(self.placement or None)
+        return None if found is None else dataclasses.replace(found, device=self.device)
 
     def _placement_line(self) -> str:
         homes = dict.fromkeys((self.placement or {}).values())

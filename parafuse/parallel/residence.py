@@ -99,6 +99,8 @@ class Residence:
     turn: Turn
     prefetch: int = 0
     in_order: bool = True
+    buffers: Callable[[], Iterable[Tensor]] | None = None
+    """Those that are to be on the device; None: all of the component."""
     will_run: WillRun = lambda module, in_next: True
     """Set by what may leave units out: these are not fetched ahead for nothing."""
     units: list[Unit] = field(default_factory=list[Unit])
@@ -139,7 +141,7 @@ class Residence:
             unit.image.put([run.to(self._was or self.device) for run in runs])
         self.units = []
         self._forget()
-        for x in self.root.buffers():
+        for x in self._own_buffers():
             if self._was is not None and x.device != self._was:
                 x.data = x.data.to(self._was)
         self.home.close()
@@ -161,10 +163,13 @@ class Residence:
                 self._slots[id(weight)] = (unit, [slots[id(x)] for x in carriers(weight) if id(x) in slots])
         streamed = [unit for unit in units if not unit.stays]
         self._next = dict(zip(streamed, (*streamed[1:], *streamed[:1]), strict=True))
-        for x in self.root.buffers():
+        for x in self._own_buffers():
             if x.device != self.device:
                 x.data = x.data.to(self.device)
         self._made_of = [(part._modules, tuple(part._modules.values())) for part in self.root.modules()]
+
+    def _own_buffers(self) -> Iterable[Tensor]:
+        return self.root.buffers() if self.buffers is None else self.buffers()
 
     def _forget(self) -> None:
         self._of, self._slots, self._next, self._first, self._last = {}, {}, {}, None, None

@@ -68,7 +68,7 @@ class OffloadedComponent:
             device, dtype = _asked(name, args, kwargs)
             if device is not None and device.type != here.type:
                 raise ConfigError(
-                    f"{name}: device={str(device)!r}: {self.name} is offloaded (offload={self.method.brief}), and its "
+                    f"{name}: device={str(device)!r}: {self.name} is where {self.method.said} keeps it, and its "
                     f"weights come to {here.type!r} by themselves when it is called; take parafuse off first "
                     "(remove(), or close() of an engine)."
                 )

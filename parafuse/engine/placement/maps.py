@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from parafuse.engine.placement.homes import Homes, home_in, with_above
 from parafuse.engine.placement.inventory import Inventory
 from parafuse.engine.placement.pieces import Owner, Piece
 from parafuse.engine.placement.unbuilt import Unbuilt
 from parafuse.errors import ConfigError, nearest
 from parafuse.placement import CPU, DISK, Placement
-
-Homes = dict[str, str]
-"""Path of a component or of a module of it -> "0", "1", ..., "cpu" or "disk". The longest path decides."""
-
-
-def home_in(homes: Mapping[str, str], path: str) -> str | None:
-    """Of what stands at a path; None where the map leaves it out."""
-    found = next((homes[above] for above in _with_above(path) if above in homes), None)
-    return homes.get("") if found is None else found
-
-
-def _with_above(path: str) -> list[str]:
-    """The path and all that it is in, longest first."""
-    parts = path.split(".")
-    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-
 
 def taken(placement: Placement, found: Unbuilt, owners: Sequence[Owner], there: Inventory) -> Homes:
     """Path of each component, and of each module that is elsewhere -> its home. Raises ConfigError for modules or
@@ -45,7 +30,7 @@ def units(owners: Sequence[Owner], homes: Mapping[str, str]) -> list[Piece]:
     """What a map makes of a model: blocks, the modules that it names, and the rest of each component."""
     sizes: dict[str, tuple[str, int]] = {}
     for one in owners:
-        path = one.block or next(above for above in _with_above(one.path) if above in homes)
+        path = one.block or next(above for above in with_above(one.path) if above in homes)
         sizes[path] = (one.component, sizes.get(path, ("", 0))[1] + one.num_bytes)
     return [Piece(path=path, component=component, num_bytes=size) for path, (component, size) in sizes.items()]
 
@@ -82,7 +67,7 @@ def _home_of_weight(path: str, component: str, given: Mapping[str, str]) -> str:
     home = home_in(given, path)
     if home is None:
         out = next(
-            above for above in reversed(_with_above(path)) if not any(f"{p}.".startswith(f"{above}.") for p in given)
+            above for above in reversed(with_above(path)) if not any(f"{p}.".startswith(f"{above}.") for p in given)
         )
         raise ConfigError(f"placement: leaves out {out}; give {component!r} a place, or '' for all that is not named.")
     return home
@@ -109,7 +94,7 @@ def _check_path(path: str, names: Mapping[str, bool], owners: Sequence[Owner]) -
         raise ConfigError(
             f"placement: {path!r}: the modules of {component} are known only after loading; give {component!r} itself."
         )
-    deepest = next(above for above in _with_above(path) if above in names)
+    deepest = next(above for above in with_above(path) if above in names)
     hint = nearest(path, inside) or f"; {deepest} is the last of it that is there."
     raise ConfigError(f"placement: {path!r}: {component} has no such module{hint}")
 

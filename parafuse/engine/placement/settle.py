@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from parafuse.config import Config
 from parafuse.engine.placement.balance import balanced, check_fits
+from parafuse.engine.placement.homes import home_in
 from parafuse.engine.placement.inventory import Inventory, inventory
 from parafuse.hardware import memory_bytes, num_cuda_devices, visible_gpus
 from parafuse.placement import AUTO, MAP, max_memory_of, placement_of
@@ -86,8 +87,6 @@ def placed(
 
 def _shortest(homes: Mapping[str, str]) -> dict[str, str]:
     """The same without what is where all around it is."""
-    from parafuse.engine.placement.maps import home_in
-
     return {
         path: home
         for path, home in homes.items()

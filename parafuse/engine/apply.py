@@ -100,17 +100,28 @@ class Handle:
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
-        while self._on or self._stuck:
-            (self._stuck or [one for _, one in self._on])[-1].leave(self)
-            (self._stuck or self._on).pop()
-        if self.offloading is not None:
-            self.offloading.leave(self)
+        self._let_go()
         self._put_weights_back(quietly=quietly)
         self._tell()
         self.clock.drop(self.target)
         if self.mesh is not None and not self._is_off:
             release(self.mesh)
         self._is_off = True
+
+    def _let_go(self) -> None:
+        while self._on or self._stuck:
+            (self._stuck or [one for _, one in self._on])[-1].leave(self)
+            (self._stuck or self._on).pop()
+        if self.offloading is not None:
+            self.offloading.leave(self)
+
+    def unplace(self, then: Callable[[], None]) -> None:
+        """Takes off where weights are, does `then`, and puts on all else again. Local."""
+        self._let_go()
+        self.offloading, self.extras = None, replace(self.extras, offload=None)
+        then()
+        if self.mesh is not None:
+            self.put_on(wanted_of(self.target, self.mesh.degree))
 
     def quantize_weights(self, target: Any, arriving: Sequence[Component] = ()) -> None:
         """Quantizes what is to be and is not yet, and sees what is already. Local. Raises ConfigError before anything
@@ -323,11 +334,9 @@ def check_components(source: ModelSource, plan: Plan, given: Mapping[str, Any] |
     there = {name for name in source.components or () if (given or {}).get(name, source) is not None}
     cache = cache_of(plan.cache or None)
     if (plan.offload or plan.placement) and source.components is not None and not there & set(DENOISERS):
-        asked = f"offload={plan.offload!r}" if plan.offload else "placement"
-        raise ConfigError(
-            f"model={source.name!r}: has no denoiser, and {asked} is put on with what runs one; leave "
-            "it out, and call enable_model_cpu_offload() on the engine."
-        )
+        what = f"offload={plan.offload!r}" if plan.offload else "a placement"
+        way_out = "leave it out, and call enable_model_cpu_offload() on the engine."
+        raise ConfigError(f"model={source.name!r}: has no denoiser, with which {what} is put on; {way_out}")
     if cache is not None and there <= {*STACKS, *KINDS[UNET]} | (there - set(DENOISERS)):
         refuse_kind(cache, {kind for kind, names in KINDS.items() if there & set(names)}, source.name)
     if not splits or set(STACKS) & there or not set(DENOISERS) & there:
@@ -372,8 +381,8 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
     ranks = world_size if mesh is None else mesh.num_ranks
-    where = placement_of(config.placement)
-    device = where.device if where else device_for(offload_of(config.offload), device_of(target))
+    placement = placement_of(config.placement)
+    device = placement.device if placement else device_for(offload_of(config.offload), device_of(target))
     extras = Extras.of(config, device)
     method = checked(config.quantize, *weighty(target), ranks, device if extras.offload else None)
     if world_size == 1 and not extras:

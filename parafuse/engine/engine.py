@@ -136,8 +136,7 @@ class Engine(Surface):
         try:
             if workers:
                 workers.await_start(plan.timeout_s)
-            store = workers.store if workers else None
-            world = join_world(plan.device, plan.timeout_s, size, store, plan.devices_per_rank)
+            world = join_world(plan.device, plan.timeout_s, size, workers and workers.store, plan.devices_per_rank)
             world.watch = workers.watch if workers else None
             engine = cls._on_rank(source, settings, world, progress)
         except BaseException as error:

@@ -88,7 +88,7 @@ def refusal(name: str, plan: Plan, args: tuple[object, ...] = (), *, part: str =
             "enable_model_cpu_offload, or enable_group_offload of the parts"
         )
     offload = offload_of(plan.offload or None) or placed_weights(
-        placement_of(plan.placement or None), plan.offload_folder or None, plan.device
+        placement_of(plan.config().placement), plan.offload_folder or None, plan.device
     )
     if name in OFFLOADS and offload is not None:
         return beside_offload(name, offload)

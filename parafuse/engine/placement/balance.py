@@ -12,7 +12,7 @@ from parafuse.errors import ConfigError
 from parafuse.placement import DISK
 
 STAGED = 2
-"""Pieces from the host or a disk that are on the main device at once: one runs, the next one arrives."""
+"""Blocks from the host or a disk that are on the main device at once: one runs, the next one arrives."""
 
 
 class Sized(Protocol):
@@ -31,12 +31,16 @@ def balanced(pieces: Sequence[Sized], there: Inventory, asked: str) -> dict[str,
     message names.
 
     Where not all of them fit, the main device keeps space for those that come from the host or a disk."""
-    largest = max((piece.num_bytes for piece in pieces), default=0)
     homes = _packed(pieces, there.rooms)
-    if len(homes) < len(pieces):
-        first, *others = there.rooms
-        smaller = replace(first, num_bytes=max(0, first.num_bytes - STAGED * largest))
-        homes = _packed(pieces, [smaller, *others])
+    first, *others = there.rooms
+    kept_free = 0
+    while len(homes) < len(pieces) and kept_free < first.num_bytes:
+        needs = _passing(pieces, {piece.path for piece in pieces if piece.path not in homes})
+        stays = sum(piece.num_bytes for piece in pieces if homes.get(piece.path) == first.home)
+        if stays + needs <= first.num_bytes:
+            break
+        kept_free = min(first.num_bytes, needs)  # more than before, when that was not enough
+        homes = _packed(pieces, [replace(first, num_bytes=first.num_bytes - kept_free), *others])
     for room in there.spare:
         homes |= _packed([piece for piece in pieces if piece.path not in homes], [room])
     left = [piece for piece in pieces if piece.path not in homes]
@@ -61,6 +65,18 @@ def check_fits(pieces: Sequence[Sized], homes: Mapping[str, str], there: Invento
     _check_space(pieces, where, there, "placement")
 
 
+def _passing(pieces: Sequence[Sized], away: set[str]) -> int:
+    """Space on the main device for what comes and goes: one component at a time, of which blocks pass, and the rest
+    stays as long as it runs."""
+    found = 0
+    for component in dict.fromkeys(piece.component for piece in pieces if piece.path in away):
+        mine = [piece for piece in pieces if piece.component == component and piece.path in away]
+        rest = sum(piece.num_bytes for piece in mine if piece.path == component)
+        blocks = sorted((piece.num_bytes for piece in mine if piece.path != component), reverse=True)
+        found = max(found, rest + sum(blocks[:STAGED]))
+    return found
+
+
 def _home(path: str, homes: Mapping[str, str]) -> str:
     while path not in homes:
         path = path.rpartition(".")[0]
@@ -82,23 +98,23 @@ def _packed(pieces: Sequence[Sized], rooms: Sequence[Room]) -> dict[str, str]:
 def _check_space(pieces: Sequence[Sized], homes: Mapping[str, str], there: Inventory, where: str) -> None:
     """Raises ConfigError where what comes from the host or a disk has no space on the main device to run there."""
     main, spare = there.rooms[0], {room.home for room in there.spare}
-    away = [piece for piece in pieces if homes[piece.path] in spare]
-    largest = max(away, key=lambda piece: piece.num_bytes, default=None)
+    away = {piece.path for piece in pieces if homes[piece.path] in spare}
     stays = sum(piece.num_bytes for piece in pieces if homes[piece.path] == main.home)
-    if largest is not None and stays + largest.num_bytes > _all_of(main):
+    needs = _passing(pieces, away)
+    if away and stays + needs > _all_of(main):
         raise ConfigError(
-            f"{where}: {largest.path} ({gigabytes(largest.num_bytes)}) is kept on {homes[largest.path]} and runs on "
-            f"{main.name}, where {gigabytes(stays)} stay and {gigabytes(_all_of(main))} are to be had; give that more "
-            "room, or put less on it."
+            f"{where}: what is kept on {' and '.join(sorted({homes[path] for path in away}))} comes to {main.name} to "
+            f"run, and needs {gigabytes(needs)} there beside the {gigabytes(stays)} that stay; it has "
+            f"{gigabytes(_all_of(main))}. Give it more room, or put less on it."
         )
 
 
 def _too_large(asked: str, pieces: Sequence[Sized], left: Sequence[Sized], there: Inventory) -> str:
     total, over = sum(piece.num_bytes for piece in pieces), sum(piece.num_bytes for piece in left)
     disk = "" if any(room.home == DISK for room in there.spare) else "give offload_folder to keep the rest on a disk, "
-    staged = gigabytes(STAGED * max(piece.num_bytes for piece in pieces))
+    passing = gigabytes(_passing(pieces, {piece.path for piece in pieces}))
     return (
         f"placement={asked!r}: the weights need {gigabytes(total)} of each rank, and {gigabytes(over)} of them, from "
-        f"{left[0].path} on, find no room. There is {there}; {staged} of {there.rooms[0].name} are for pieces that "
-        f"come and go. Use more devices, {disk}quantize, or raise max_memory."
+        f"{left[0].path} on, find no room. There is {there}; up to {passing} of {there.rooms[0].name} are for pieces "
+        f"that come and go. Use more devices, {disk}quantize, or raise max_memory."
     )

@@ -11,6 +11,7 @@ from parafuse.engine.placement.unbuilt import Unbuilt
 from parafuse.errors import ConfigError, nearest
 from parafuse.placement import CPU, DISK, Placement
 
+
 def taken(placement: Placement, found: Unbuilt, owners: Sequence[Owner], there: Inventory) -> Homes:
     """Path of each component, and of each module that is elsewhere -> its home. Raises ConfigError for modules or
     devices that are not there, for what is left out, and for what runs as one and is in several places."""

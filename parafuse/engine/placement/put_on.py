@@ -15,6 +15,8 @@ from parafuse.engine.offload.pipeline import OffloadedDenoiser, OffloadedOther, 
 from parafuse.engine.offload.units import blocks_of, groups_of
 from parafuse.engine.placement.homes import home_in
 from parafuse.engine.targets import DECODERS, DENOISERS
+from parafuse.errors import ConfigError
+from parafuse.log import note
 from parafuse.parallel.carry import carrier_for
 from parafuse.parallel.homes import DiskHome, Home, HostHome, MixedHome
 from parafuse.parallel.hooks import Forward, override
@@ -36,8 +38,8 @@ class Placing(Offloading):
         super().__init__(method, devices("0"), target)
         self.homes, self._devices = dict(method.homes), devices
         self._stay = frozenset()
-        self._targets: dict[int, list[Any]] = {}
-        """By a user's identity: its pipeline and what that consists of."""
+        self._targets: list[tuple[Any, Any, list[Any]]] = []
+        """(user, its pipeline, what that consists of)."""
         self._moved: dict[nn.Module, list[tuple[Tensor, torch.device]]] = {}
         self._marked: dict[int, tuple[Any, bool, Any]] = {}
         """By identity: what has a `hf_device_map`, whether it had one, and which."""
@@ -121,7 +123,6 @@ class Placing(Offloading):
             self.ledger,
             self.turn,
             prefetch=self.method.ahead,
-            in_order=not self._order or name.partition(" ")[0] in self._order,
             buffers=lambda: (x for path, x in module.named_buffers() if self.is_away(self.home(name, path))),
         )
 
@@ -141,18 +142,19 @@ class Placing(Offloading):
         for name, module in parts:
             self._settle(name, module)
         super().put_on(user, target, standing)
-        self._targets[id(user)] = [target, *(module for _, module in parts)]
+        self._targets = [one for one in self._targets if one[0] is not user]
+        self._targets.append((user, target, [target, *(module for _, module in parts)]))
         self._forget_others()
         self._mark(target)
 
     def leave(self, user: Any) -> None:
         super().leave(user)
-        self._targets.pop(id(user), None)
+        self._targets = [one for one in self._targets if one[0] is not user]
         self._forget_others()
 
     def _forget_others(self) -> None:
         """What no target has any more is as it was: weights that were moved, and marks."""
-        there = [one for owners in self._targets.values() for one in owners]
+        there = [one for _, _, owners in self._targets for one in owners]
         for module in [one for one in self._moved if not any(one is other for other in there)]:
             for x, device in self._moved.pop(module):
                 x.data = x.data.to(device)
@@ -187,7 +189,31 @@ class Placing(Offloading):
         self._marked.setdefault(id(owner), (owner, "hf_device_map" in state, state.get("hf_device_map")))
         owner.hf_device_map = homes
 
+    def on_pipeline(self, pipeline: Any) -> list[Callable[[], None]]:
+        undo = super().on_pipeline(pipeline)
+
+        def take_off() -> None:
+            while undo:
+                undo[-1]()
+                undo.pop()
+
+        def reset() -> None:
+            user = next(user for user, target, _ in self._targets if target is pipeline)
+            if len(self._targets) > 1:
+                raise ConfigError(
+                    "reset_device_map: another pipeline has the same components, placed; close its engine first."
+                )
+            take_off()
+            user.unplace(lambda: [module.to("cpu") for _, module in modules_in(pipeline)])
+            note("the placement was taken off: all weights are in the host's memory; .to(device) moves them")
+
+        if callable(getattr(pipeline, "reset_device_map", None)):
+            undo.append(override(pipeline, "reset_device_map", reset))
+        return [take_off]
+
     def lines(self, user: Any) -> list[str]:
+        if not any(one is user for one, _, _ in self._targets):
+            return []
         homes = sorted(set(self.homes.values()))
         names = ", ".join(f"device {home}" if home.isdigit() else home for home in homes)
         return [f"placement: weights on {names}", *super().lines(user)]

@@ -14,41 +14,42 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from parafuse.parallel.hooks import Forward, override
 
-Move = Callable[[Tensor, torch.device], Tensor]
-
-
-def move(x: Tensor, device: torch.device) -> Tensor:
-    """By the streams of both devices: the host does not wait."""
-    return x.to(device, non_blocking=x.device.type == device.type)
-
 
 class Hop:
     """To one device and back."""
 
-    def __init__(self, there: torch.device, move: Move = move):
-        self.there, self._move = there, move
+    def __init__(self, there: torch.device):
+        self.there = there
 
     def around(self, original: Forward) -> Forward:
         """The same call, made there."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            here = next((x.device for x in tensors if x.dim()), None)
-            if here is None or all(x.device == self.there for x in tensors):
-                with _on(self.there):
-                    return original(*args, **kwargs)
-            brought = {id(x): self._move(x, self.there) for x in tensors}
-            back = {id(moved): x for x in tensors if (moved := brought[id(x)]) is not x}
+            tensors = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            here = next((self.where(x) for x in tensors.values() if x.dim()), self.there)
+            brought = {key: self.move(x, self.there) for key, x in tensors.items()}
+            unchanged = {id(moved): tensors[key] for key, moved in brought.items()}
             args, kwargs = tree_map(lambda x: brought.get(id(x), x), (args, kwargs))
-            with _on(self.there):
+            with self.on():
                 result = original(*args, **kwargs)
-            return carried(result, lambda x: back[id(x)] if id(x) in back else self._move(x, here))
+            return carried(result, lambda x: unchanged[id(x)] if id(x) in unchanged else self.move(x, here))
 
         return call
 
     def bring(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """A pre-hook, for parts that are called by themselves: what they give stays there."""
-        return carried((args, kwargs), lambda x: self._move(x, self.there))
+        return carried((args, kwargs), lambda x: self.move(x, self.there))
+
+    def where(self, x: Tensor) -> torch.device:
+        return x.device
+
+    def move(self, x: Tensor, device: torch.device) -> Tensor:
+        """Itself where it is there. By the streams of both devices: the host does not wait."""
+        return x.to(device, non_blocking=x.device.type == device.type)
+
+    def on(self) -> AbstractContextManager[Any]:
+        """Kernels that are not torch's own start on the current device."""
+        return torch.cuda.device(self.there) if self.there.type == "cuda" else nullcontext()
 
 
 def carried(tree: Any, moved: Callable[[Tensor], Tensor]) -> Any:
@@ -67,11 +68,6 @@ def carried(tree: Any, moved: Callable[[Tensor], Tensor]) -> Any:
         return other
 
     return tree_map(leaf, tree)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels that are not torch's own start on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Hops:

@@ -72,7 +72,7 @@ RUNS: list[tuple[int, dict[str, Any]]] = [
     (3, {"cache": "taylorseer:3"}),
     (2, {"cache": "fora:2"}),
     (2, {"quantize": "int8-weight:min_features=64"}),
-    (1, {"rewrites": "modulation,text"}),
+    (1, {"rewrites": "modulation"}),
 ]
 
 

@@ -135,7 +135,14 @@ class Placing(Offloading):
             home = self.home(name, path)
             if not self.is_away(home) and x.device != self.device_of(home):
                 before.append((x, x.device))
-                x.data = x.data.to(self.device_of(home))
+                self.send(x, self.device_of(home))
+
+    def send(self, x: Tensor, device: torch.device) -> None:
+        """A weight, to stay there."""
+        x.data = x.data.to(device)
+
+    def hop(self, device: torch.device) -> Hop:
+        return Hop(device)
 
     def put_on(self, user: Any, target: Any, standing: list[nn.Module]) -> None:
         parts = modules_in(target)
@@ -157,7 +164,7 @@ class Placing(Offloading):
         there = [one for _, _, owners in self._targets for one in owners]
         for module in [one for one in self._moved if not any(one is other for other in there)]:
             for x, device in self._moved.pop(module):
-                x.data = x.data.to(device)
+                self.send(x, device)
         for key, (owner, had, before) in list(self._marked.items()):
             if not any(owner is other for other in there):
                 del self._marked[key]
@@ -260,8 +267,8 @@ def _hops(placing: Placing, name: str, module: nn.Module) -> dict[nn.Module, Hop
     for path, home in placing.places(name, module).items():
         around = placing.device_of(placing.home(name, path.rpartition(".")[0]))
         if has_forward(parts[path]) and placing.device_of(home) != around:
-            found[parts[path]] = Hop(placing.device_of(home))
-    return {module: Hop(main), **found} if main != placing.device or found else {}
+            found[parts[path]] = placing.hop(placing.device_of(home))
+    return {module: placing.hop(main), **found} if main != placing.device or found else {}
 
 
 class _Bringing:
@@ -277,7 +284,7 @@ class _Bringing:
         for path, part in self._module.named_modules():
             device = self._placing.device_of(self._placing.home(self._name, path))
             if part._parameters and part not in self._quiet and device != self._placing.device:
-                self._handles.append(part.register_forward_pre_hook(Hop(device).bring, with_kwargs=True))
+                self._handles.append(part.register_forward_pre_hook(self._placing.hop(device).bring, with_kwargs=True))
 
     def remove(self) -> None:
         while self._handles:

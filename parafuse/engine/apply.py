@@ -23,6 +23,7 @@ from parafuse.engine.extras import Extras
 from parafuse.engine.following import Component, follow
 from parafuse.engine.host_times import host_times
 from parafuse.engine.offload.pipeline import Offloading, device_for, offloading
+from parafuse.engine.placement.settle import placed_on
 from parafuse.engine.plan import Plan
 from parafuse.engine.plan_store import key_for
 from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, existing, quantize
@@ -46,7 +47,6 @@ from parafuse.parallel.hooks import is_overridden
 from parafuse.parallel.mesh import Mesh, hold, make_mesh, release
 from parafuse.parallel.sequence import SequenceParallel
 from parafuse.parallel.world import ensure_world
-from parafuse.placement import placement_of
 from parafuse.quantization import Quantize
 
 
@@ -381,8 +381,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
     ranks = world_size if mesh is None else mesh.num_ranks
-    placement = placement_of(config.placement)
-    device = placement.device if placement else device_for(offload_of(config.offload), device_of(target))
+    device = placed_on(config) or device_for(offload_of(config.offload), device_of(target))
     extras = Extras.of(config, device)
     method = checked(config.quantize, *weighty(target), ranks, device if extras.offload else None)
     if world_size == 1 and not extras:

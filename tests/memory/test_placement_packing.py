@@ -68,7 +68,8 @@ def test_what_diffusers_loses_is_placed() -> None:
     from diffusers.pipelines.pipeline_loading_utils import _assign_components_to_devices
 
     sizes = {"a": 20 * GB, "b": 20 * GB, "c": 20 * GB, "d": 6 * GB}
-    theirs: Any = _assign_components_to_devices(dict(sizes), {0: 48 * GB, 1: 24 * GB})
+    devices: Any = {0: 48 * GB, 1: 24 * GB}
+    theirs: Any = _assign_components_to_devices(dict(sizes), devices)
     assert sorted(name for names in theirs.values() for name in names) == ["a", "b", "d"], "c is nowhere"
     used = sum(sizes[name] for device in (0, 1) for name in theirs.get(device, ()))
     assert 72 * GB - used >= 28 * GB
@@ -81,13 +82,14 @@ def test_it_forgets_no_component_where_diffusers_does() -> None:
     """Two that do not fit: diffusers' dictionary holds the last of them alone."""
     from diffusers.pipelines.pipeline_loading_utils import _assign_components_to_devices
 
-    theirs: Any = _assign_components_to_devices({"a": 30, "b": 30, "c": 4}, {0: 10})
+    devices: Any = {0: 10}
+    theirs: Any = _assign_components_to_devices({"a": 30, "b": 30, "c": 4}, devices)
     assert sorted(name for names in theirs.values() for name in names) == ["b", "c"]
     assert pack([30, 30, 4], [0, 1, 2], [10]) == [None, None, 0]
 
 
 def flux(unit: int = 1 << 20) -> Instance:
-    """FLUX.1 in bf16: the rest, 19 and 38 blocks; T5 with 24 layers; CLIP and the VAE. In MiB; rooms to be filled in."""
+    """FLUX.1 in bf16, in MiB: the rest, 19 and 38 blocks; T5 with 24 layers; CLIP and the VAE. Without rooms."""
     sizes = [60, *[340] * 19, *[141] * 38, 260, *[385] * 24, 250, 160]
     groups = [0] * 58 + [1] * 25 + [2, 3]
     return Instance(tuple(size * unit for size in sizes), tuple(groups), ())

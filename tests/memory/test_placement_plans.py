@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_what_fits_is_spread_evenly_and_nothing_leaves_the_devices() -> None:
     homes = balanced(MODEL, machine([24, 24]), "balanced")
     assert used(homes) == {"0": 15 * GB, "1": 16 * GB} or used(homes) == {"0": 16 * GB, "1": 15 * GB}
     blocks = [homes[piece.path] for piece in MODEL if piece.component == "transformer"]
-    assert sum(one != other for one, other in zip(blocks, blocks[1:], strict=False)) <= 1
+    assert sum(one != other for one, other in pairwise(blocks)) <= 1
 
 
 def test_the_host_comes_before_the_disk_and_both_come_last() -> None:
@@ -209,7 +210,7 @@ def test_auto_places_where_it_does_not_fit_on_one(gpus: Any) -> None:
 def test_bytes_are_those_after_quantization(gpus: Any) -> None:
     """In 8 bits, FLUX.1 and its text encoder fit on one device of 24 GB; in 16 bits they do not."""
     gpus(1, 24)
-    with pytest.raises(ConfigError, match="placement='balanced': the weights need 33.7 GB of each rank"):
+    with pytest.raises(ConfigError, match=r"placement='balanced': the weights need 33\.7 GB of each rank"):
         resolved("random:flux.1-dev", placement="balanced", max_memory={0: "24GB", "cpu": 0})
     plan = resolved(
         "random:flux.1-dev", placement="balanced", quantize="int8-weight:text_encoders=int8-weight",
@@ -306,9 +307,8 @@ def test_a_map_of_accelerate_is_taken_as_it_is(gpus: Any) -> None:
 
     gpus(2, 24)
     transformer = unbuilt(locate("emoji"), "float32").modules["transformer"]
-    theirs = infer_auto_device_map(
-        transformer, {0: "20MB", 1: "40MB"}, no_split_module_classes=transformer._no_split_modules
-    )
+    whole: Any = transformer._no_split_modules
+    theirs = infer_auto_device_map(transformer, {0: "20MB", 1: "40MB"}, no_split_module_classes=whole)
     assert set(theirs.values()) == {0, 1}
     homes = {f"transformer.{path}": device for path, device in theirs.items()}
     plan = resolved("emoji", placement=homes | dict.fromkeys(("vae", "text_encoder", "text_encoder_2"), 0))

@@ -185,7 +185,8 @@ BEFORE_LOADING: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 def test_what_cannot_be_is_said_before_anything_is_loaded(
     asked: dict[str, Any], given: dict[str, Any], message: str
 ) -> None:
-    for more in ({}, {"parallel": Parallel(ulysses=2)}):
+    several: list[dict[str, Any]] = [{}, {"parallel": Parallel(ulysses=2)}]
+    for more in several:
         with pytest.raises(ConfigError) as caught:
             parafuse.Engine.from_pretrained("emoji", Config(device="cpu", **asked, **more), **given)
         assert message in str(caught.value)
@@ -241,9 +242,8 @@ def test_device_maps_are_written_as_the_ecosystem_reads_them(tmp_path: Path) -> 
         assert pipeline.hf_device_map == engine.hf_device_map
         assert pipeline.hf_device_map["transformer"] in ("cpu", "disk")
         assert "disk" in pipeline.transformer.hf_device_map.values()
-        assert set(pipeline.transformer.hf_device_map) == {
-            "", *(path.removeprefix("transformer.") for path in engine.plan.placement or {} if path[:12] == "transformer.")
-        }  # fmt: skip
+        inside = [path for path in engine.plan.placement or {} if path.startswith("transformer.")]
+        assert set(pipeline.transformer.hf_device_map) == {"", *(path.removeprefix("transformer.") for path in inside)}
         with pytest.raises(ValueError, match="reset_device_map"):
             engine.to("cpu")
         with pytest.raises(ConfigError, match="the placement keeps the weights elsewhere already"):
@@ -297,7 +297,9 @@ def test_a_loaded_pipeline_is_placed_too(tmp_path: Path) -> None:
     with parafuse.Engine.from_pipeline(pipeline, config) as engine:
         assert "disk" in (engine.plan.placement or {}).values()
         assert np.array_equal(painted(engine, **defaults), expected)
-    with pytest.raises(ConfigError, match="is held against the machine before weights are moved; use parafuse.Engine"):
+    with pytest.raises(
+        ConfigError, match=r"is held against the machine before weights are moved; use parafuse\.Engine"
+    ):
         parafuse.apply(pipeline, config)
 
 

@@ -74,7 +74,7 @@ def inventory(
     """Of each of `local` ranks of a node with these GPUs. `gpu_bytes`: 0 for one of unknown size. Raises ConfigError
     for memory given for a device that a rank has not."""
     limit = max_memory or MaxMemory()
-    host = Room(home=CPU, **_room(host_bytes // local, limit.cpu))
+    host = _room(CPU, host_bytes // local, limit.cpu)
     disk = (Room(home=DISK, num_bytes=_NO_LIMIT if limit.disk is None else limit.disk, there=0,
                  is_given=limit.disk is not None),) if has_disk else ()  # fmt: skip
     if device == CPU:
@@ -99,15 +99,15 @@ def inventory(
             "it as well (0: 0 keeps no weights there)."
         )
     used = [k for k in range(each) if not given or k in given]
-    rooms = tuple(Room(home=str(k), **_room(smallest[k], given.get(k))) for k in used)
+    rooms = tuple(_room(str(k), smallest[k], given.get(k)) for k in used)
     return Inventory(device="cuda", num_devices=each, rooms=rooms, spare=(host, *disk))
 
 
-def _room(there: int, given: int | None) -> dict[str, int | bool]:
+def _room(home: str, there: int, given: int | None) -> Room:
     free = int(there * (1 - ACTIVATIONS)) if there else _NO_LIMIT
     if given is None:
-        return {"num_bytes": free, "there": there}
-    return {"num_bytes": min(given, there or given), "there": there, "is_given": True}
+        return Room(home=home, num_bytes=free, there=there)
+    return Room(home=home, num_bytes=min(given, there or given), there=there, is_given=True)
 
 
 _NO_LIMIT = 1 << 62

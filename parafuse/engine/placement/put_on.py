@@ -1,5 +1,5 @@
-"""A placement on a pipeline: each weight goes to its home; what is on another device runs there, and what is on the host
-or a disk comes to the main device when it is used."""
+"""A placement on a pipeline: each weight goes to its home. What is on another device runs there, and what is on the
+host or a disk comes to the main device when it is used."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ class _PlacedResidence(Residence):
 
 
 class _Groups:
-    """Of a component: what comes together, as R's groups, without what stays on a device; and where each is at home."""
+    """Of a component: what comes together, without what stays on a device; and where each is at home."""
 
     def __init__(self, placing: Placing, name: str, module: nn.Module, modules: Callable[[], list[nn.Module]]):
         self._placing, self._name, self._module, self._modules = placing, name, module, modules

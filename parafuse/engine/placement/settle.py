@@ -37,6 +37,12 @@ def computes_on_host(config: Config) -> bool:
     return asked is not None and asked.how == MAP and not any(home.isdigit() for _, home in asked.homes)
 
 
+def placed_on(config: Config) -> str:
+    """cpu or cuda, of a plan's placement; empty where there is none."""
+    asked = placement_of(config.placement)
+    return "" if asked is None else asked.device
+
+
 def here(config: Config, device: str, local: int) -> Inventory:
     """What each of `local` ranks of this machine has."""
     number = num_cuda_devices() if device == "cuda" else 0

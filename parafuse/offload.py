@@ -135,8 +135,8 @@ def settled_on(method: Offload | None, device: str) -> Offload | None:
         return None
     if method.device not in (AUTO, device):
         raise ConfigError(
-            f"offload={method.brief}: device={method.device}: the plan is for {device!r}; give Config(device=...) that, "
-            "or leave it out of offload."
+            f"offload={method.brief}: device={method.device}: the plan is for {device!r}; give Config(device=...) the "
+            "same, or leave it out of offload."
         )
     method.check_on(device)
     return dataclasses.replace(method, device=device)

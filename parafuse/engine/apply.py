@@ -18,7 +18,7 @@ from parafuse.engine.caches.caching import Caching
 from parafuse.engine.caches.choose import KINDS, fitting, refuse_kind
 from parafuse.engine.caches.clock import Clock, schedulers_of
 from parafuse.engine.caches.memory import Memory
-from parafuse.engine.devices import remove_offload
+from parafuse.engine.devices import refuse_wrapped, remove_offload
 from parafuse.engine.extras import Extras
 from parafuse.engine.following import Component, follow
 from parafuse.engine.host_times import host_times
@@ -37,7 +37,6 @@ from parafuse.engine.video import SparseVideo
 from parafuse.errors import ConfigError
 from parafuse.kernels.attention import Choice
 from parafuse.log import note
-from parafuse.offload import offload_of
 from parafuse.parallel.block_plan import BlockPlan
 from parafuse.parallel.comm import Count, counters, since
 from parafuse.parallel.compiled import Regional
@@ -190,6 +189,13 @@ class Handle:
     def follow(self, target: Any) -> None:
         """Puts it on what a modular pipeline or a manager gets later, and takes it off what leaves."""
         self._undo += follow(target, lambda arriving: self.renew(target, arriving))
+
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Inside, offloaded weights are in the host's memory, to be read and written by hand; elsewhere what stands for
+        them is no number, and refuses to be written. Local."""
+        with self.offloading.turn.at_home() if self.offloading else nullcontext():
+            yield
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -347,25 +353,6 @@ def check_components(source: ModelSource, plan: Plan, given: Mapping[str, Any] |
     )
 
 
-def _refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
-    """Raises ConfigError for modules that somebody else has wrapped: the order would decide what is right."""
-    for module in modules:
-        where = f"{name}: {type(module).__name__}"
-        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
-            raise ConfigError(f"{where} is compiled; apply parafuse to the model before it is compiled.")
-        hooks: Any = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
-        if hooks:
-            raise ConfigError(
-                f"{where} carries diffusers hooks ({', '.join(hooks)}), such as a cache, offload or context parallel; "
-                "take them off (disable_cache(), remove_all_hooks()) before parafuse is applied."
-            )
-        if hasattr(module, "_hf_hook"):
-            raise ConfigError(
-                f"{where} is offloaded or placed by accelerate; take that off before parafuse is applied "
-                "(remove_all_hooks(), or a manager's disable_auto_cpu_offload()), and switch it on again after that."
-            )
-
-
 def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None) -> Handle:
     """Makes a pipeline or a transformer run on all ranks. Every rank must call it, with the same config.
 
@@ -381,7 +368,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
     ranks = world_size if mesh is None else mesh.num_ranks
-    device = placed_on(config) or device_for(offload_of(config.offload), device_of(target))
+    device = placed_on(config) or device_for(config.offload, device_of(target))
     extras = Extras.of(config, device)
     method = checked(config.quantize, *weighty(target), ranks, device if extras.offload else None)
     if world_size == 1 and not extras:
@@ -480,7 +467,7 @@ def _check(name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int
             )
         return one
     if method == "forward":
-        _refuse_wrapped(name, list(module.modules()))
+        refuse_wrapped(name, list(module.modules()))
         if is_overridden(module):
             raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
         if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 or extras.sparse is not None:

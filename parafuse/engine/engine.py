@@ -41,7 +41,6 @@ from parafuse.engine.workers import Workers
 from parafuse.engine.world_size import asked_size, launched_size, refuse_ignored, refuse_several
 from parafuse.errors import ConfigError, RankError, RankMismatchError
 from parafuse.log import note
-from parafuse.offload import offload_of
 from parafuse.parallel.mesh import make_mesh
 from parafuse.parallel.placeholder import settled
 from parafuse.parallel.world import AGREE_S, SAME_ARGUMENTS, World, join_world, launched
@@ -171,7 +170,7 @@ class Engine(Surface):
         found = denoisers(pipeline, DENOISERS, required=False)
         first = next(found[0][1].parameters()) if found else pipeline
         dtype = (compute_dtype(found[0][1]) if found else str(first.dtype).removeprefix("torch.")) or "auto"
-        device = "auto" if config.placement else device_for(offload_of(config.offload), first.device.type)
+        device = "auto" if config.placement else device_for(config.offload, first.device.type)
         plan = resolve(replace(config, device=device, dtype=dtype), source, size, pipeline.components)
         check_components(source, plan)
         world = join_world(plan.device, plan.timeout_s, size, num_devices=plan.devices_per_rank)

@@ -6,6 +6,7 @@ for. Named here is what must not follow it. docs/drop-in.md shows what each one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 from parafuse.config import Axis
@@ -65,7 +66,7 @@ def way_of(name: str) -> Way:
 
 def beside_offload(name: str, offload: Offload) -> str:
     """Why one of `OFFLOADS` cannot be called beside an offload of parafuse."""
-    if name == "enable_layerwise_casting":
+    if name == CASTING:
         return (
             f"it casts weights before and after each layer runs, and {offload.said} moves them then; use "
             "quantize='fp8-weight' beside offload, or leave offload out"
@@ -74,6 +75,28 @@ def beside_offload(name: str, offload: Offload) -> str:
         f"{offload.said} keeps the weights elsewhere already; leave one of both out (where the Config has no "
         "offload and no placement, this call is diffusers' own)"
     )
+
+
+CASTING = "enable_layerwise_casting"
+
+
+def beside_casting(*, compile: bool, rewrites: Sequence[str], packed: str) -> str | None:
+    """Why diffusers' layer-wise casting, which casts the weights of a layer before and after it runs, cannot stand
+    beside what a Config asks for; None where it can."""
+    if packed:
+        return f"weights are in {packed} already; leave the call out, or quantize"
+    if compile:
+        return (
+            "it makes new weights for each call of a layer, which no compiled block can look through; use "
+            "quantize='fp8-weight', which keeps weights in 8 bits and compiles, or leave compile out"
+        )
+    reads = ",".join(name for name in rewrites if name in ("modulation", "qkv", "auto"))
+    if reads:
+        return (
+            f"rewrites={reads!r} reads weights of layers between their calls, where these are cast; leave {reads} out, "
+            "or use quantize='fp8-weight'"
+        )
+    return None
 
 
 def refusal(name: str, plan: Plan, args: tuple[object, ...] = (), *, part: str = "", packed: str = "") -> str | None:
@@ -92,6 +115,8 @@ def refusal(name: str, plan: Plan, args: tuple[object, ...] = (), *, part: str =
     )
     if name in OFFLOADS and offload is not None:
         return beside_offload(name, offload)
+    if name == CASTING:
+        return beside_casting(compile=plan.compile, rewrites=plan.rewrites.split(","), packed=packed)
     if name in MOVES and packed and plan.compile:
         return (
             f"torch moves weights in {packed} by swapping tensors, which it cannot where compiled blocks watch them; "

@@ -23,12 +23,14 @@ from parafuse.engine.caches.token_merging import Merging
 from parafuse.engine.caches.units import skeleton_of
 from parafuse.engine.derive import derive
 from parafuse.engine.extras import Extras
+from parafuse.engine.members import CASTING, beside_casting
 from parafuse.engine.offload.pipeline import OffloadedDenoiser, Offloading, line_of
 from parafuse.engine.rewrites.choose import make
 from parafuse.engine.rewrites.qkv import FusedProjections
 from parafuse.engine.rewrites.rewrite import Rewrite, Site
 from parafuse.engine.stack import attending_parts, block_stack, repeated_blocks
 from parafuse.engine.video import SparseVideo
+from parafuse.errors import ConfigError
 from parafuse.kernels.attention import Choice
 from parafuse.parallel.attention_mode import ChoiceHolds, ChosenAttention
 from parafuse.parallel.call_context import CallContext
@@ -36,7 +38,7 @@ from parafuse.parallel.captured import CapturedCalls, make_capture
 from parafuse.parallel.compiled import CompiledUnits, CompiledWhole, Regional, refuse_compile
 from parafuse.parallel.data import DataParallel
 from parafuse.parallel.guidance import GuidanceParallel, Rounds
-from parafuse.parallel.hooks import guard
+from parafuse.parallel.hooks import guard, override
 from parafuse.parallel.leading_rows import LeadingRows
 from parafuse.parallel.led import Led
 from parafuse.parallel.mesh import Mesh, hold, release
@@ -98,6 +100,7 @@ class Standing:
         if isinstance(cache, StackCache) and cache.branches == JOINT:
             context.led = Led(self.mesh.group_name(Axis.CFG))
         self._rewrite(clock, context)
+        self._refuse_casting()
         self._offload(context)
         parts = self._parts(clock, context)
         self._share_tokens(parts, clock, context)
@@ -149,6 +152,19 @@ class Standing:
             self.rewrites = make(self.extras.chosen, Site(self.module, self.mesh, clock, context, self.name))
         for one in self.rewrites:
             self._put_on(one)
+
+    def _refuse_casting(self) -> None:
+        """diffusers' layer-wise casting, which its user may call later, says where it cannot be."""
+        extras, module = self.extras, self.module
+        packed = "8 bits" if extras.quantizes else ""
+        why = beside_casting(compile=extras.compile, rewrites=extras.rewrites, packed=packed)
+        if why is None or self.method != "forward" or not callable(getattr(module, CASTING, None)):
+            return
+
+        def refused(*_: Any, **__: Any) -> None:
+            raise ConfigError(f"{CASTING}: {why}.")
+
+        self._undo.append(override(module, CASTING, refused))
 
     def _offload(self, context: CallContext) -> None:
         """Sends the weights home, once what changes layers is on. Single layers are met inside of all else."""

@@ -78,6 +78,9 @@ class Carrier(ABC):
     def give_back(self, image: Tensor) -> None:
         """What has landed is not used by anything that is computed later."""
 
+    def settle(self) -> None:  # noqa: B027 - a CPU's copies are done when they have landed
+        """Waits until no copy reads a home any more, so that it can be written to."""
+
     def clear(self) -> None:  # noqa: B027 - a CPU keeps no memory
         """Lets memory go that is kept to be used again."""
 
@@ -203,8 +206,11 @@ class StreamCarrier(Carrier):
 
     def give_back(self, image: Tensor) -> None:
         whole = torch.empty(0, dtype=torch.uint8, device=image.device)
-        whole.set_(image.untyped_storage(), 0, (image.untyped_storage().nbytes(),), (1,))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        whole.set_(image.untyped_storage(), 0, (image.untyped_storage().nbytes(),), (1,))
         self._free.append((whole, torch.cuda.current_stream(self._device).record_event()))
+
+    def settle(self) -> None:
+        self._stream.synchronize()
 
     def clear(self) -> None:
         self._free.clear()

@@ -11,7 +11,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ class DiskHome:
                 for image, parts, start in zip(images, sources, starts, strict=True):
                     for run, source in zip(image.runs, parts, strict=True):
                         file.seek(start + run.start)
-                        file.write(memoryview(source.cpu().numpy()))
+                        file.write(_bytes(source))
             part.replace(path)
         except OSError as error:
             if error.errno != errno.ENOSPC:
@@ -142,7 +142,7 @@ class DiskHome:
     def read(self, number: int, out: Tensor) -> None:
         if self._file is None:
             raise RuntimeError("nothing is kept")
-        self._file.read(self._starts[number], memoryview(out.numpy()))
+        self._file.read(self._starts[number], _bytes(out))
 
     def runs(self, number: int) -> list[Tensor]:
         """Pages of the file as they are needed; what is written into them is this process's alone."""
@@ -270,11 +270,17 @@ def _lies_in(whole: Tensor, image: Image, sources: list[Tensor]) -> bool:
     )
 
 
+def _bytes(x: Tensor) -> memoryview:
+    """Of a tensor of bytes; those of a device are copied."""
+    array: Any = x.cpu().numpy()
+    return memoryview(array)
+
+
 def _digest(images: Sequence[Image], sources: list[list[Tensor]]) -> str:
     """Of all bytes and how they lie."""
     found = hashlib.sha256()
     for image, parts in zip(images, sources, strict=True):
         found.update(repr((image.nbytes, image.runs)).encode())
         for source in parts:
-            found.update(memoryview(source.cpu().numpy()))
+            found.update(_bytes(source))
     return found.hexdigest()[:32]

@@ -41,7 +41,7 @@ class Slot:
         """Its data in these bytes."""
         place = (run.storage_offset() + self.start) // self.dtype.itemsize
         found = torch.empty(0, dtype=self.dtype, device=run.device)
-        return found.set_(run.untyped_storage(), place, self.shape, self.stride)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return found.set_(run.untyped_storage(), place, self.shape, self.stride)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Image:
         last = max(map(_end, members))
         whole = members[0].detach()
         source = torch.empty(0, dtype=torch.uint8, device=whole.device)
-        self._sources.append(source.set_(whole.untyped_storage(), first, (last - first,), (1,)))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        self._sources.append(source.set_(whole.untyped_storage(), first, (last - first,), (1,)))
         for x in members:
             number = math.nan if x.dtype.is_floating_point or x.dtype.is_complex else 0
             away = torch.full((), number, dtype=x.dtype, device=device).expand(x.shape)
@@ -137,9 +137,9 @@ def sharing(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _start(x: Tensor) -> int:
-    return x.storage_offset() * x.dtype.itemsize
+    return int(x.storage_offset()) * x.dtype.itemsize
 
 
 def _end(x: Tensor) -> int:
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return _start(x) + (last + 1) * x.dtype.itemsize
+    return _start(x) + int(last + 1) * x.dtype.itemsize

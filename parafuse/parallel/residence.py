@@ -103,6 +103,8 @@ class Residence:
     """Those that are to be on the device; None: all of the component."""
     will_run: WillRun = lambda module, in_next: True
     """Set by what may leave units out: these are not fetched ahead for nothing."""
+    on_renewed: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    """Called when the units are others."""
     units: list[Unit] = field(default_factory=list[Unit])
     _of: dict[nn.Module, Unit] = field(default_factory=dict[nn.Module, Unit])
     _slots: dict[int, tuple[Unit, list[Slot]]] = field(default_factory=dict[int, tuple[Unit, list[Slot]]])
@@ -135,6 +137,7 @@ class Residence:
     def close(self) -> None:
         """Puts all weights back where they were, and lets the home go."""
         self.send_away(even_busy=True)
+        self.carrier.settle()
         self.turn.leave(self)
         for unit in self.units:
             runs = [run.clone() for run in self.home.runs(unit.number)]
@@ -167,6 +170,13 @@ class Residence:
             if x.device != self.device:
                 x.data = x.data.to(self.device)
         self._made_of = [(part._modules, tuple(part._modules.values())) for part in self.root.modules()]
+        for renew in self.on_renewed:
+            renew()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Whose calls units come for."""
+        return list(self._of)
 
     def _own_buffers(self) -> Iterable[Tensor]:
         return self.root.buffers() if self.buffers is None else self.buffers()
@@ -258,9 +268,12 @@ class Residence:
     def _learn(self, unit: Unit) -> None:
         if self._first is None:
             self._first = unit
-        if self._last is not None and self._last is not unit:
-            self._next[self._last] = unit
-            self._followed.add(self._last)
+        last = self._last
+        if last is not None and last is not unit:
+            known = self._next[last].group.module if last in self._followed else None
+            if known is None or self.will_run(known, False) is not False:  # else it was left out in this call alone
+                self._next[last] = unit
+            self._followed.add(last)
         self._last = unit
 
     def _look_ahead(self, unit: Unit) -> None:
@@ -377,8 +390,9 @@ class Residence:
                     self._show(slot, slot.view(runs[slot.run]).to(self.device, copy=True))
 
     def _show(self, slot: Slot, data: Tensor) -> None:
-        self._lent_bytes[id(slot.tensor)] = data.nbytes
-        self.ledger.came(data.nbytes)
+        if id(slot.tensor) not in self._lent_bytes:
+            self._lent_bytes[id(slot.tensor)] = data.nbytes
+            self.ledger.came(data.nbytes)
         slot.tensor.data = data
 
     def _take_back(self, unit: Unit, slots: Sequence[Slot]) -> None:
@@ -401,6 +415,7 @@ class Residence:
         if self._depth:
             raise RuntimeError("weights cannot go home in the middle of a call")
         self.send_away()
+        self.carrier.settle()
         self._at_home = True
         for unit in self.units:
             unit.image.put(self.home.runs(unit.number))

@@ -72,6 +72,7 @@ class Cell:
 
 SPARSE_ACTS = r"sparse attention .*: [1-9]\d* sparse calls"
 SPARSE = "window:0,0,1,tile=1x1x2,dense_steps=1,dense_layers=0"
+OFFLOAD = "group:to=disk"
 OPTIONS: dict[str, Option] = {
     "fp8": Option({"quantize": "fp8:reference=true,min_features=16"}, rounds=True),
     "fp8-weight": Option({"quantize": "fp8-weight:min_features=8"}),
@@ -86,6 +87,13 @@ OPTIONS: dict[str, Option] = {
     "attention math": Option({"attention": "math"}, is_exact=True),
     "sparse": Option({"sparse": SPARSE}),
     "sparse and compile": Option({"sparse": SPARSE, "compile": True}),
+    "offload group": Option({"offload": OFFLOAD}, is_exact=True),
+    "offload model": Option({"offload": "model:to=disk"}, is_exact=True),
+    "offload and compile": Option({"offload": OFFLOAD, "compile": True}, is_exact=True),
+    "offload, quantize and compile": Option(
+        {"offload": OFFLOAD, "quantize": "int8-weight:min_features=8", "compile": True},
+    ),
+    "offload and first-block cache": Option({"offload": OFFLOAD, "cache": "first-block:0.2"}),
     "all of them": Option(
         {"quantize": "int8-weight:min_features=8", "compile": True, "rewrites": "modulation,rope"},
     ),
@@ -174,7 +182,10 @@ def painted(pipeline: str, config: dict[str, Any], setting: Setting) -> tuple[Te
     build, call, denoiser = PIPELINES[pipeline]
     torch.compiler.reset()
     made = build()
-    options = parafuse.Config(parallel=parafuse.Parallel(**setting.parallel), cache=setting.cache, **config)
+    asked: dict[str, Any] = {
+        "cache": setting.cache
+    } | config  # an option that is a cache stands in the place of the setting's
+    options = parafuse.Config(parallel=parafuse.Parallel(**setting.parallel), **asked)
     if setting.lora:
         made.load_lora_weights(adapters.lora(made, (denoiser,), rank=3, seed=1, every=2), adapter_name="a")
     with parafuse.Engine.from_pipeline(made, options) as engine:
@@ -197,7 +208,7 @@ def alone(pipeline: str, texts: tuple[tuple[str, Any], ...], cache: str | None, 
 
 
 def cell_of(pipeline: str, option: Option, setting: Setting) -> Cell:
-    lossy = tuple((name, value) for name, value in option.config.items() if name in ("quantize", "sparse"))
+    lossy = tuple((name, value) for name, value in option.config.items() if name in ("quantize", "sparse", "cache"))
     try:
         want = alone(pipeline, lossy, setting.cache, setting.lora)
         exact = alone(pipeline, (), setting.cache, setting.lora)
@@ -233,6 +244,8 @@ def _idle(config: dict[str, Any], applied: list[str]) -> str:
         re.search(r"sparse attention .*: [1-9]\d* sparse calls", line) for line in applied
     ):
         return f"sparse attention did nothing: {'; '.join(applied)}"
+    if "offload" in config and not any(line.startswith("offload ") for line in applied):
+        return f"offload did nothing: {'; '.join(applied)}"
     wanted = config.get("attention", "")
     if wanted and not any(re.search(rf"attention on .*: {wanted} in [1-9]", line) for line in applied):
         return f"attention {wanted} did nothing: {'; '.join(applied)}"

@@ -10,15 +10,15 @@ from tests.options.cells import OPTIONS, PIPELINES, SETTINGS, Cell
 
 DOCS = Path(__file__).parents[2] / "docs"
 RECORD, PAGE = DOCS / "options-support.json", DOCS / "options-support.md"
-INTRODUCTION = """# Quantization, compile, rewrites and attention beside everything else
+INTRODUCTION = """# Quantization, compile, rewrites, attention and offload beside everything else
 
 Written by `make options`; do not edit. Tiny pipelines with random weights and guidance, fp32, CPU, two prompts, four
 steps, twice in a row. A number is the largest difference of the latents over the largest value: of an option that
-loses nothing (`compile`, `rewrites`, `attention math`) against the same setting without it on one rank, of a
-quantized model against the same quantized on one rank, and so with sparse attention. At most 1e-5 is exact. Where
-layers are given in 8 bits, a difference of 4e-7 can flip a rounding: there at most what quantizing itself changes is
-allowed, and the number is in italics. A rewrite must say in `applied` that it acted; *idle*: it has nothing to do in
-this pipeline, and the note is what it says.
+loses nothing (`compile`, `rewrites`, `attention math`, `offload`, which is to a disk here) against the same setting
+without it on one rank, of a quantized model against the same quantized on one rank, and so with sparse attention and
+caches. At most 1e-5 is exact. Where layers are given in 8 bits, a difference of 4e-7 can flip a rounding: there at most
+what quantizing itself changes is allowed, and the number is in italics. A rewrite must say in `applied` that it acted;
+*idle*: it has nothing to do in this pipeline, and the note is what it says.
 
 """
 

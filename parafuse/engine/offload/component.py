@@ -25,6 +25,9 @@ CHANGES = (
 MOVES = ("to", "cuda", "cpu")
 
 
+Hook = Callable[..., None]
+
+
 class OffloadedComponent:
     """Its weights are at home, and come for its calls. `install` before all that is put on calls of it."""
 
@@ -35,15 +38,9 @@ class OffloadedComponent:
     def install(self) -> None:
         self.residence.settle()
         self._undo.append(self.residence.close)
-        for names, changes in ((READS, False), (CHANGES, True)):
-            for name in names:
-                if callable(getattr(self.module, name, None)):
-                    self._undo.append(override(self.module, name, self._at_home(name, changes=changes)))
-        for name in MOVES:
-            self._undo.append(override(self.module, name, self._moved(name)))
-        for name in OFFLOADS:
-            if callable(getattr(self.module, name, None)):
-                self._undo.append(override(self.module, name, self._refused(name)))
+        there = [name for name in (*READS, *CHANGES, *OFFLOADS) if callable(getattr(self.module, name, None))]
+        for name in (*there, *MOVES):
+            self._undo.append(override(self.module, name, self._instead(name, getattr(self.module, name))))
 
     def remove(self) -> None:
         """Puts weights and methods back. Goes on where it was left. No communication."""
@@ -51,112 +48,127 @@ class OffloadedComponent:
             self._undo[-1]()
             self._undo.pop()
 
-    def _at_home(self, name: str, *, changes: bool) -> Callable[..., Any]:
-        original = getattr(self.module, name)
+    def _instead(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands for a method of the component."""
 
         def at_home(*args: Any, **kwargs: Any) -> Any:
-            with self.residence.at_home(changes=changes):
+            with self.residence.at_home(changes=name in CHANGES):
                 return original(*args, **kwargs)
-
-        return at_home
-
-    def _moved(self, name: str) -> Callable[..., Any]:
-        """Another dtype is given to the weights at home; another device is refused."""
-        original, here = getattr(self.module, name), self.residence.device
 
         def moved(*args: Any, **kwargs: Any) -> Any:
             device, dtype = _asked(name, args, kwargs)
-            if device is not None and device.type != here.type:
+            if device is not None and device.type != self.residence.device.type:
                 raise ConfigError(
                     f"{name}: device={str(device)!r}: {self.name} is where {self.method.said} keeps it, and its "
-                    f"weights come to {here.type!r} by themselves when it is called; take parafuse off first "
-                    "(remove(), or close() of an engine)."
+                    f"weights come to {self.residence.device.type!r} by themselves when it is called; take parafuse "
+                    "off first (remove(), or close() of an engine)."
                 )
             return self.module if dtype is None else original(dtype)
 
-        return moved
-
-    def _refused(self, name: str) -> Callable[..., Any]:
         def refused(*_: Any, **__: Any) -> None:
             raise ConfigError(f"{name}: {beside_offload(name, self.method)}.")
 
-        return refused
+        return refused if name in OFFLOADS else moved if name in MOVES else at_home
 
 
 class Summons:
     """For parts of a component that are called by themselves, as pipelines do with encoders, decoders and embeddings:
     hooks that are always there, so that nothing that watches the component sees a change."""
 
-    def __init__(
-        self, residence: Residence, modules: list[nn.Module], *, enters: bool, quiet: Iterable[nn.Module] = ()
-    ):
-        """`modules`: whose calls units come for. `enters`: whether that is met here; else somebody else does, and only
-        what stays is summoned, by no part of those that are `quiet`."""
-        self._residence, self._modules, self._enters = residence, modules, enters
-        self._quiet = {part for one in quiet for part in one.modules()}
+    def __init__(self, residence: Residence, *, enters: bool, quiet: Iterable[nn.Module] = ()):
+        """`enters`: whether calls that units come for are met here; else somebody else does that, and what stays is
+        summoned, by no part of those that are `quiet`."""
+        self._residence, self._enters = residence, enters
+        self._quiet = list(quiet)
+        self._known: set[nn.Module] = set()
         self._handles: list[Any] = []
 
     def install(self) -> None:
-        inside = {part: one for one in self._modules for part in one.modules()}
-        for part in self._residence.root.modules():
-            if part in self._modules:
-                if self._enters:
-                    self._handles.append(part.register_forward_pre_hook(self._enter))
-                    self._handles.append(part.register_forward_hook(self._leave, always_call=True))
-            elif part is not self._residence.root and part not in self._quiet and part._parameters:
-                self._handles.append(part.register_forward_pre_hook(self._summoning(inside.get(part))))
+        self._residence.on_renewed.append(self._look)
+        self._look()
         if self._enters:
-            root = self._residence.root
-            self._handles.append(root.register_forward_pre_hook(self._begin))
-            self._handles.append(root.register_forward_hook(self._end, always_call=True))
+            self._on(self._residence.root, self._begin, self._end)
 
     def remove(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._known.clear()
+        if self._look in self._residence.on_renewed:
+            self._residence.on_renewed.remove(self._look)
 
-    def _summoning(self, module: nn.Module | None) -> Callable[..., None]:
-        @torch.compiler.disable
-        def summon(part: nn.Module, args: Any) -> None:
-            self._residence.summon(module)
+    def _look(self) -> None:
+        """Meets what is new."""
+        modules = dict.fromkeys(self._residence.modules)
+        inside = {part: one for one in modules for part in one.modules()}
+        quiet = {part for one in self._quiet for part in one.modules()}
+        for part in self._residence.root.modules():
+            if part in self._known or part is self._residence.root:
+                continue
+            if part in modules and self._enters:
+                self._on(part, self._enter, self._leave)
+            elif part not in modules and part not in quiet and part._parameters:
+                self._on(part, self._summoning(inside.get(part)))
+            self._known.add(part)
 
-        return summon
+    def _on(self, part: nn.Module, before: Hook, after: Hook | None = None) -> None:
+        self._handles.append(part.register_forward_pre_hook(_unseen(before)))
+        if after is not None:
+            self._handles.append(part.register_forward_hook(_unseen(after), always_call=True))
 
-    @torch.compiler.disable
+    def _summoning(self, module: nn.Module | None) -> Hook:
+        return lambda part, args: self._residence.summon(module)
+
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._residence.summon()
         self._residence.enter(module)
 
-    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
         self._residence.leave(module)
 
-    @torch.compiler.disable
     def _begin(self, module: nn.Module, args: Any) -> None:
         self._residence.begin_call()
 
-    @torch.compiler.disable
     def _end(self, module: nn.Module, args: Any, result: Any) -> None:
         self._residence.end_call()
+
+
+def _unseen(hook: Callable[..., None]) -> Hook:
+    """A hook that no compiler looks into."""
+    found: Any = torch.compiler.disable(hook)
+    return found
 
 
 class UnitCalls:
     """What meets the calls of units of a denoiser: outside of what splits or compiles them, inside of what leaves them
     out."""
 
-    def __init__(self, residence: Residence, modules: list[nn.Module]):
-        self._residence, self._modules = residence, modules
+    def __init__(self, residence: Residence):
+        self._residence = residence
+        self._on: dict[nn.Module, None] = {}
         self._undo: list[Callable[[], None]] = []
 
     def install(self) -> None:
-        for module in self._modules:
-            self._undo.append(override_forward(module, lambda original, module=module: self.around(module, original)))
-            vars(module)["forward"].parafuse_weights = True
+        self._residence.on_renewed.append(self._look)
+        self._look()
 
     def remove(self) -> None:
         """Puts every forward back as it was."""
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
+        self._on.clear()
+        if self._look in self._residence.on_renewed:
+            self._residence.on_renewed.remove(self._look)
+
+    def _look(self) -> None:
+        """Meets what is new: the layers of an adapter."""
+        for module in self._residence.modules:
+            if module not in self._on:
+                self._on[module] = None
+                self._undo.append(
+                    override_forward(module, lambda original, module=module: self.around(module, original))
+                )
+                vars(module)["forward"].parafuse_weights = True
 
     def around(self, module: nn.Module, original: Forward) -> Forward:
         residence = self._residence
@@ -170,7 +182,7 @@ class UnitCalls:
     @contextmanager
     def bare(self) -> Iterator[None]:
         """Inside, these modules are as their classes have them, with nothing around but this."""
-        plain = [(module, vars(module)) for module in self._modules if "forward" not in vars(module)]
+        plain = [(module, vars(module)) for module in self._on if "forward" not in vars(module)]
         for module, state in plain:
             state["forward"] = self.around(module, type(module).forward.__get__(module))
         try:
@@ -187,6 +199,11 @@ class RootCalls(OnForward):
         """`checks`: whether the first result is looked at, for weights that were read where they were not there."""
         super().__init__(residence.root)
         self._residence, self._checks = residence, checks
+        residence.on_renewed.append(self._renew)
+        self._asks = checks
+
+    def _renew(self) -> None:
+        self._checks = self._asks
 
     def _forward(self, original: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:

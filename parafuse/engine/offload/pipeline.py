@@ -12,13 +12,13 @@ from torch import nn
 
 from parafuse.engine.extras import Extras
 from parafuse.engine.following import is_manager, managed
-from parafuse.engine.offload.component import OffloadedComponent, RootCalls, Summons, UnitCalls
 from parafuse.engine.members import OFFLOADS, beside_offload
+from parafuse.engine.offload.component import OffloadedComponent, RootCalls, Summons, UnitCalls
 from parafuse.engine.offload.units import blocks_of, groups_of, modules_of
 from parafuse.engine.state import components_of
 from parafuse.engine.targets import DECODERS, DENOISERS
 from parafuse.errors import ConfigError
-from parafuse.offload import AUTO, CPU, Offload
+from parafuse.offload import AUTO, CPU, Offload, offload_of
 from parafuse.parallel.carry import Ledger, carrier_for
 from parafuse.parallel.homes import DiskHome, HostHome
 from parafuse.parallel.hooks import override
@@ -34,8 +34,9 @@ CHANGES = (
 """Methods of pipelines that look into components, or change what is in them."""
 
 
-def device_for(method: Offload | None, found: str) -> str:
+def device_for(asked: Offload | str | None, found: str) -> str:
     """cuda or cpu: what computes, where the weights are on `found` now."""
+    method = offload_of(asked)
     if method is None or method.device == AUTO:
         return "cuda" if method is not None and torch.cuda.is_available() else found
     return method.device
@@ -44,12 +45,12 @@ def device_for(method: Offload | None, found: str) -> str:
 class OffloadedDenoiser(OffloadedComponent):
     """A denoiser, whose parts are put on by what stands on it (`Standing`), each in its place."""
 
-    def __init__(self, name: str, module: nn.Module, method: Offload, residence: Residence, modules: list[nn.Module]):
+    def __init__(self, name: str, module: nn.Module, method: Offload, residence: Residence):
         super().__init__(name, module, method, residence)
-        self.units = UnitCalls(residence, modules)
+        self.units = UnitCalls(residence)
         self.calls = RootCalls(residence, checks=method.is_fine)
         self.blocks = blocks_of(module, is_denoiser=True)
-        self.summons = Summons(residence, modules, enters=False, quiet=self.blocks)
+        self.summons = Summons(residence, enters=False, quiet=self.blocks)
 
     @contextmanager
     def bare(self) -> Iterator[None]:
@@ -61,9 +62,9 @@ class OffloadedDenoiser(OffloadedComponent):
 class OffloadedOther(OffloadedComponent):
     """A component that parafuse puts nothing else on: text encoder, VAE, ControlNet."""
 
-    def __init__(self, name: str, module: nn.Module, method: Offload, residence: Residence, modules: list[nn.Module]):
+    def __init__(self, name: str, module: nn.Module, method: Offload, residence: Residence):
         super().__init__(name, module, method, residence)
-        self._summons = Summons(residence, modules, enters=True)
+        self._summons = Summons(residence, enters=True)
         self.users: list[Any] = []
 
     def install(self) -> None:
@@ -85,12 +86,12 @@ class Offloading:
     def denoiser(self, name: str, module: nn.Module) -> OffloadedDenoiser | None:
         """Of a component on which something else stands; None where its weights stay."""
         modules = partial(modules_of, module, self.method, is_denoiser=True, is_decoder=False)
-        return OffloadedDenoiser(name, module, self.method, self._residence(name, module, modules), modules())
+        return OffloadedDenoiser(name, module, self.method, self._residence(name, module, modules))
 
     def _other(self, name: str, module: nn.Module) -> OffloadedOther:
         kind = dict(is_denoiser=name in DENOISERS, is_decoder=name in DECODERS)
         modules = partial(modules_of, module, self.method, **kind)
-        return OffloadedOther(name, module, self.method, self._residence(name, module, modules), modules())
+        return OffloadedOther(name, module, self.method, self._residence(name, module, modules))
 
     def _residence(self, name: str, module: nn.Module, modules: Callable[[], list[nn.Module]]) -> Residence:
         method = self.method
@@ -159,30 +160,23 @@ class Offloading:
         undo that."""
         if isinstance(pipeline, nn.Module) or is_manager(pipeline):
             return []
-        undo: list[Callable[[], None]] = []
-        for names, changes in ((READS, False), (CHANGES, True)):
-            for name in names:
-                if callable(getattr(pipeline, name, None)):
-                    undo.append(override(pipeline, name, self._at_home(getattr(pipeline, name), changes=changes)))
-        for name in OFFLOADS:
-            if callable(getattr(pipeline, name, None)):
-                undo.append(override(pipeline, name, self._refused(name)))
+        there = [name for name in (*READS, *CHANGES, *OFFLOADS) if callable(getattr(pipeline, name, None))]
+        undo = [override(pipeline, name, self._instead(name, getattr(pipeline, name))) for name in there]
         if callable(getattr(pipeline, "maybe_free_model_hooks", None)):
             undo.append(override(pipeline, "maybe_free_model_hooks", self._freed(pipeline.maybe_free_model_hooks)))
         return undo
 
-    def _at_home(self, original: Callable[..., Any], *, changes: bool) -> Callable[..., Any]:
+    def _instead(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands for a method of the pipeline."""
+
         def at_home(*args: Any, **kwargs: Any) -> Any:
-            with self.turn.at_home(changes=changes):
+            with self.turn.at_home(changes=name in CHANGES):
                 return original(*args, **kwargs)
 
-        return at_home
-
-    def _refused(self, name: str) -> Callable[..., Any]:
         def refused(*_: Any, **__: Any) -> None:
             raise ConfigError(f"{name}: {beside_offload(name, self.method)}.")
 
-        return refused
+        return refused if name in OFFLOADS else at_home
 
     def _freed(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def freed() -> Any:

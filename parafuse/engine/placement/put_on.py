@@ -3,7 +3,8 @@ host or a disk comes to the main device when it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from parafuse.errors import ConfigError
 from parafuse.log import note
 from parafuse.parallel.carry import carrier_for
 from parafuse.parallel.homes import DiskHome, Home, HostHome, MixedHome
-from parafuse.parallel.hooks import Forward, override
+from parafuse.parallel.hooks import Forward, override, override_forward
 from parafuse.parallel.hops import Hop, Hops
 from parafuse.parallel.residence import Group, Residence
 from parafuse.placement import CPU, DISK, PlacedWeights
@@ -291,16 +292,39 @@ class _Bringing:
             self._handles.pop().remove()
 
 
-class _HoppingUnits(UnitCalls):
-    """Units that come, and units that run on another device."""
+class _Units:
+    """Of a denoiser: units that come, and outside of that, modules that run on another device."""
 
-    def __init__(self, residence: Residence, away: list[nn.Module], hops: dict[nn.Module, Hop]):
-        super().__init__(residence, list(dict.fromkeys((*away, *hops))))
-        self._hops = hops
+    def __init__(self, residence: Residence, hops: dict[nn.Module, Hop]):
+        self._coming, self._hops = UnitCalls(residence), hops
+        self._undo: list[Callable[[], None]] = []
 
-    def around(self, module: nn.Module, original: Forward) -> Forward:
-        inside = super().around(module, original)
-        return self._hops[module].around(inside) if module in self._hops else inside
+    def install(self) -> None:
+        self._coming.install()
+        for module, hop in self._hops.items():
+            self._undo.append(override_forward(module, hop.around))
+            vars(module)["forward"].parafuse_weights = True
+
+    def remove(self) -> None:
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+        self._coming.remove()
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside, these modules are as their classes have them, with nothing around but this."""
+        with self._coming.bare():
+            before = {module: vars(module).get("forward") for module in self._hops}
+            for module, hop in self._hops.items():
+                vars(module)["forward"] = hop.around(before[module] or type(module).forward.__get__(module))
+            try:
+                yield
+            finally:
+                for module, forward in before.items():
+                    vars(module).pop("forward")
+                    if forward is not None:
+                        vars(module)["forward"] = forward
 
 
 class _HoppingRoot(RootCalls):
@@ -317,12 +341,10 @@ class PlacedDenoiser(OffloadedDenoiser):
     """A denoiser, whose parts are put on by what stands on it."""
 
     def __init__(self, placing: Placing, name: str, module: nn.Module, residence: Residence):
-        away = placing.units(name, module)
-        super().__init__(name, module, placing.method, residence, away)
+        super().__init__(name, module, placing.method, residence)
         hops = _hops(placing, name, module)
-        root = hops.pop(module, None)
-        self.units = _HoppingUnits(residence, away, hops)
-        self.calls = _HoppingRoot(residence, root)
+        self.calls = _HoppingRoot(residence, hops.pop(module, None))
+        self.units: Any = _Units(residence, hops)
         self._bringing = _Bringing(placing, name, module, self.blocks)
 
     def install(self) -> None:
@@ -335,7 +357,7 @@ class PlacedOther(OffloadedOther):
     """A component that nothing else is put on: text encoder, VAE, ControlNet."""
 
     def __init__(self, placing: Placing, name: str, module: nn.Module, residence: Residence):
-        super().__init__(name, module, placing.method, residence, placing.units(name, module))
+        super().__init__(name, module, placing.method, residence)
         self._on = [Hops(part, METHODS if part is module else ("forward",), hop)
                     for part, hop in _hops(placing, name, module).items()]  # fmt: skip
         self._on += [_Bringing(placing, name, module, ())]

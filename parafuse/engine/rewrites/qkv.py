@@ -100,6 +100,8 @@ class FusedProjections(Rewrite):
 
     def extra_bytes(self) -> int:
         """Of weights that are there twice: none, unless something has moved them since."""
+        if self.is_offloaded:  # away they cannot be told; what shares memory comes as one (parallel/image.py)
+            return 0
         return sum(one.extra_bytes() for one in self._fused.values())
 
     @contextmanager

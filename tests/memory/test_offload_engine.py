@@ -1,0 +1,294 @@
+"""A pipeline whose weights are offloaded, and what its user calls: pictures, adapters, files and devices are those of a
+pipeline with all weights in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import parafuse
+from parafuse.errors import ConfigError
+from parafuse.parallel.residence import Residence, Turn
+from tests import adapters
+from tests.dist.ranks import run_ranks
+from tests.guided import flux, sdxl
+from tests.options.cells import PIPELINES
+
+EMOJI: dict[str, Any] = dict(num_inference_steps=3, width=64, height=64, output_type="np")
+CALL: dict[str, Any] = flux.call(1) | {"num_inference_steps": 2}
+LEVELS = ("model:to=disk", "group:to=disk", "group:level=leaf,to=disk", "sequential:to=disk")
+
+
+def made() -> Any:
+    return flux.build("FluxPipeline")
+
+
+def engine(offload: str | None, **more: Any) -> parafuse.Engine:
+    return parafuse.Engine.from_pipeline(made(), parafuse.Config(offload=offload, **more))
+
+
+def plain_emoji() -> np.ndarray[Any, Any]:
+    from tests.dist.test_emoji import MODEL
+
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(str(MODEL), dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    more = dict(true_cfg_scale=2.0, negative_prompt="", max_sequence_length=16)
+    return pipeline("a cat", generator=torch.Generator().manual_seed(5), **EMOJI, **more).images
+
+
+@pytest.mark.parametrize("offload", LEVELS)
+def test_the_picture_is_that_of_plain_diffusers(offload: str) -> None:
+    want = plain_emoji()
+    with parafuse.Engine.from_pretrained("emoji", parafuse.Config(offload=offload)) as one:
+        for _ in range(2):
+            assert np.array_equal(one("a cat", seed=5, **EMOJI).images, want)
+        moved = one.receipt["offload"]
+        assert moved["moved_bytes"] > 0
+        whole = sum(p.nbytes for name in ("transformer",) for p in getattr(one.pipeline, name).parameters())
+        assert moved["most_resident_bytes"] < whole * (1.01 if offload.startswith("model") else 0.5)
+        names = ("transformer", "vae", "text_encoder", "text_encoder_2")
+        assert all(any(f" on {name}: " in line for line in one.receipt["applied"]) for name in names)
+
+
+COMBINED: list[dict[str, Any]] = [
+    dict(offload="group:to=disk", compile=True),
+    dict(offload="group:to=disk", quantize="int8:min_features=8", compile=True),
+    dict(offload="group:to=disk,prefetch=2", quantize="fp8:reference=true,min_features=16"),
+    dict(offload="group:to=disk", cache="first-block:0.2"),
+    dict(offload="group:to=disk", rewrites="modulation"),
+    dict(offload="model:to=disk", rewrites="modulation"),
+    dict(offload="group:level=leaf,to=disk", rewrites="modulation"),
+    dict(offload="group:to=disk", rewrites="qkv"),
+    dict(offload="group:to=disk", rewrites="qkv", compile=True),
+    dict(offload="group:to=disk", rewrites="modulation,rope", compile=True),
+]
+
+
+OTHERWISE = ("offload", "rewrite rope")
+"""Lines that may differ; the second says whether torch had the graphs already."""
+
+
+@pytest.mark.parametrize("asked", COMBINED, ids=lambda asked: " ".join(map(str, asked.values())))
+def test_beside_other_options(asked: dict[str, Any]) -> None:
+    values = CALL | {"num_inference_steps": 4, "seed": 1}
+
+    def found(**asked: Any) -> tuple[Tensor, list[str]]:
+        torch.compiler.reset()
+        with engine(**asked) as one:
+            images = one(**values).images
+            assert torch.equal(one(**values).images, images)
+            return images, one.receipt["applied"]
+
+    want, said = found(**asked | {"offload": None})
+    got, says = found(**asked)
+    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+    assert [x for x in says if not x.startswith(OTHERWISE)] == [x for x in said if not x.startswith(OTHERWISE)]
+
+
+@pytest.mark.parametrize("offload", ["group:to=disk", "sequential:to=disk"])
+def test_a_rewrite_that_tries_calls(offload: str) -> None:
+    """Padded prompts of a video model, cut."""
+    build, call, _ = PIPELINES["HunyuanVideo"]
+
+    def found(offload: str | None) -> tuple[Tensor, list[str]]:
+        with parafuse.Engine.from_pipeline(build(), parafuse.Config(offload=offload, rewrites="text")) as one:
+            return one(**call(2) | {"num_inference_steps": 3}, seed=[1, 2]).frames, one.receipt["applied"]
+
+    want, said = found(None)
+    got, says = found(offload)
+    assert any("calls cut" in line for line in said)
+    assert [line for line in says if not line.startswith("offload")] == said
+    assert torch.equal(got, want)
+
+
+def test_a_unet_and_its_encoders() -> None:
+    def found(offload: str | None) -> Tensor:
+        pipeline = sdxl.build()
+        with parafuse.Engine.from_pipeline(pipeline, parafuse.Config(offload=offload)) as one:
+            return one(**sdxl.call_text(2) | {"num_inference_steps": 2}, seed=[1, 2]).images
+
+    want = found(None)
+    for offload in LEVELS:
+        assert torch.equal(found(offload), want)
+
+
+# what a user calls
+
+
+def story(one: parafuse.Engine, folder: Path) -> list[tuple[str, Tensor]]:
+    """Pictures and weights after each change."""
+    found: list[tuple[str, Tensor]] = []
+
+    def picture(name: str) -> None:
+        found.append((name, one(**CALL, seed=1).images.clone()))
+
+    picture("first")
+    one.load_lora_weights(adapters.lora(one.pipeline, ("transformer",), rank=3, seed=1, every=2), adapter_name="a")
+    picture("adapter")
+    one.set_adapters("a", 0.4)
+    picture("scaled")
+    one.fuse_lora()
+    picture("fused")
+    one.unfuse_lora()
+    picture("unfused")
+    one.fuse_lora()
+    one.unload_lora_weights()
+    picture("fused, unloaded")
+    one.save(folder)
+    with parafuse.Engine.from_pretrained(str(folder), parafuse.Config(dtype="float32")) as saved:
+        found.append(("saved", saved(**CALL, seed=1).images))
+    found += sorted(one.transformer.state_dict().items())
+    one.transformer = made().transformer
+    picture("replaced")
+    one.text_encoder = made().text_encoder
+    picture("encoder replaced")
+    other = one.from_pipe(diffusers.FluxPipeline)
+    found.append(("another", other(**CALL, seed=1).images.clone()))
+    one.to(torch.bfloat16)
+    picture("bfloat16")
+    one.to(torch.float32)
+    picture("float32")
+    one.maybe_free_model_hooks()
+    one.remove_all_hooks()
+    one.reset_device_map()
+    picture("hooks removed")
+    return found
+
+
+@pytest.mark.parametrize("offload", LEVELS)
+def test_changes_are_those_of_a_pipeline_in_place(offload: str, tmp_path: Path) -> None:
+    with engine(None) as one:
+        want = story(one, tmp_path / "plain")
+    with engine(offload) as one:
+        got = story(one, tmp_path / "offloaded")
+        weights = list(one.pipeline.transformer.parameters())
+        assert all(bool(p.isnan().all()) for p in weights)
+    assert not any(bool(p.isnan().any()) for p in weights)
+    for (name, a), (other, b) in zip(want, got, strict=True):
+        assert (name, True) == (other, torch.equal(a, b))
+
+
+def test_methods_that_meet_placeholders_fail_without_going_home(tmp_path: Path) -> None:
+    """The comparison would see it: fused into what stands for weights, or saved from that."""
+    with engine("group:to=disk") as one:
+        lora = adapters.lora(one.pipeline, ("transformer",), rank=3, seed=1, every=2)
+        with mock.patch.object(Residence, "at_home", return_value=mock.MagicMock()):
+            state = one.transformer.state_dict()
+            assert all(bool(x.isnan().all()) for x in state.values())
+        one.load_lora_weights(lora, adapter_name="a")
+        with (
+            mock.patch.object(Turn, "at_home", return_value=mock.MagicMock()),
+            mock.patch.object(Residence, "at_home", return_value=mock.MagicMock()),
+            pytest.raises(RuntimeError, match="more than one element of the written-to tensor"),
+        ):
+            one.fuse_lora()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda one: one.enable_model_cpu_offload(device="cpu"), "keeps the weights elsewhere already"),
+        (lambda one: one.enable_sequential_cpu_offload(device="cpu"), "keeps the weights elsewhere already"),
+        (lambda one: one.enable_group_offload(onload_device=torch.device("cpu")), "keeps the weights elsewhere"),
+        (lambda one: one.transformer.enable_group_offload(torch.device("cpu")), "keeps the weights elsewhere"),
+        (lambda one: one.transformer.enable_layerwise_casting(torch.float8_e4m3fn), "casts weights before and after"),
+        (lambda one: one.transformer.to("meta"), "come to 'cpu' by themselves"),
+        (lambda one: one.vae.cuda(), "is offloaded"),
+    ],
+)
+def test_what_cannot_be_beside_it_is_said_and_the_engine_goes_on(call: Any, words: str) -> None:
+    with engine("group:to=disk") as one:
+        want = one(**CALL, seed=1).images
+        with pytest.raises(ConfigError, match=words):
+            call(one)
+        assert torch.equal(one(**CALL, seed=1).images, want)
+
+
+def test_a_pipeline_of_the_user_goes_home_after_each_call() -> None:
+    pipeline = made()
+    values = CALL | {"generator": torch.Generator().manual_seed(1)}
+    want = pipeline(**values).images
+    with parafuse.apply(pipeline, parafuse.Config(offload="model:to=disk")) as handle:
+        with pytest.raises(ConfigError, match="keeps the weights elsewhere already"):
+            pipeline.enable_model_cpu_offload(device="cpu")
+        got = pipeline(**values | {"generator": torch.Generator().manual_seed(1)}).images
+        assert torch.equal(got, want)
+        assert handle.offloading is not None
+        assert handle.offloading.ledger.resident_bytes == 0
+        assert pipeline.device == torch.device("cpu")
+        assert pipeline.dtype == torch.float32
+    again = pipeline(**values | {"generator": torch.Generator().manual_seed(1)}).images
+    assert torch.equal(again, want)
+
+
+def test_parts_that_are_called_by_themselves_have_their_weights() -> None:
+    pipeline = made()
+    latents = torch.randn(1, 1, 4, 4)
+    latents = torch.randn(1, pipeline.vae.config.latent_channels, 4, 4)
+    with torch.no_grad():
+        want = pipeline.vae.decode(latents).sample
+        ids = torch.arange(7)[None]
+        words = pipeline.text_encoder_2.encoder(ids)[0]
+        embedded = pipeline.text_encoder_2.shared(ids)
+        for offload in LEVELS:
+            with parafuse.apply(pipeline, parafuse.Config(offload=offload)):
+                assert torch.equal(pipeline.vae.decode(latents).sample, want)
+                assert torch.equal(pipeline.text_encoder_2.encoder(ids)[0], words)
+                assert torch.equal(pipeline.text_encoder_2.shared(ids), embedded)
+
+
+# ranks
+
+
+def on_ranks(offload: str, **layout: int) -> list[Any]:
+    """Pictures of an engine on these ranks."""
+    config = parafuse.Config(parallel=parafuse.Parallel(**layout), offload=offload)
+    with parafuse.Engine.from_pretrained("emoji", config) as one:
+        images = one("a cat", seed=5, **EMOJI).images
+        return [images, one.receipt["offload"], sorted(path.name for path in _files())]
+
+
+def _files() -> list[Path]:
+    from parafuse.parallel.homes import ENDING, temporary_folder
+
+    return list(temporary_folder().glob(f"*{ENDING}"))
+
+
+def split_in_two(offload: str) -> list[Any]:
+    return on_ranks(offload, ulysses=2)
+
+
+def split_in_branches(offload: str) -> list[Any]:
+    return on_ranks(offload, cfg=2, ring=2, ulysses=1)
+
+
+@pytest.mark.parametrize(
+    ("run", "size", "offload"),
+    [(split_in_two, 2, "group:to=disk"), (split_in_two, 2, "sequential:to=disk"), (split_in_branches, 4, LEVELS[0])],
+)
+def test_ranks_give_the_picture_and_share_the_files(run: Any, size: int, offload: str) -> None:
+    want = plain_emoji()
+    before = set(_files())
+    found = run_ranks(run, size, offload, timeout_s=300)
+    for images, moved, files in found:
+        assert float(np.abs(images - want).max()) <= 1 / 255
+        assert moved["moved_bytes"] > 0
+        assert len(set(files) - {path.name for path in before}) == 4  # one for each component, not for each rank
+    assert set(_files()) == before
+
+
+def test_ranks_that_an_engine_starts() -> None:
+    want = plain_emoji()
+    config = parafuse.Config(parallel=parafuse.Parallel(ulysses=2), offload="group:to=disk")
+    with parafuse.Engine.from_pretrained("emoji", config) as one:
+        assert float(np.abs(one("a cat", seed=5, **EMOJI).images - want).max()) <= 1 / 255
+        with pytest.raises(ConfigError, match="keeps the weights elsewhere already"):
+            one.transformer.enable_group_offload(torch.device("cpu"))
+        assert float(np.abs(one("a cat", seed=5, **EMOJI).images - want).max()) <= 1 / 255

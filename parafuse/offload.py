@@ -18,6 +18,8 @@ from parafuse.spelled import Spelled, read
 
 CPU, DISK, AUTO = "cpu", "disk", "auto"
 BLOCK, LEAF = "block", "leaf"
+ENDING = ".weights"
+"""Of the files that hold weights on a disk."""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from parafuse.errors import ConfigError, MemoryLimitError
+from parafuse.offload import ENDING
 from parafuse.parallel.image import Image
 
 PAGE = 4096
-ENDING = ".weights"
 LOCK = ".lock"
 
 

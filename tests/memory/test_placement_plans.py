@@ -344,3 +344,23 @@ def test_custom_parts_are_placed_as_a_whole_by_their_files(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="the modules of vae are known only after loading; give 'vae' itself"):
         resolved(str(folder), placement={"": "cpu", "vae.decoder": "cpu"}, device="cpu")
     assert isinstance(machine([]), Inventory)
+
+
+def test_configurations_of_a_hub_id_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They alone: no weights. Where the hub is not there, the error says so."""
+    import huggingface_hub
+
+    from parafuse.engine.source import EMBEDDED
+
+    with pytest.raises(ConfigError, match="the configuration of model='owner/name' is needed, and cannot be fetched"):
+        resolved("owner/name", placement="balanced", device="cpu")
+    asked: list[Any] = []
+
+    def fetched(hub_id: str, **more: Any) -> str:
+        asked.append((hub_id, more["allow_patterns"]))
+        return str(EMBEDDED / "emoji")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    plan = resolved("owner/name", placement="balanced", device="cpu")
+    assert plan.placement == resolved("emoji", placement="balanced", device="cpu").placement
+    assert asked == [("owner/name", ["*.json", "**/*.json"])]

@@ -3,6 +3,7 @@ compiled blocks and quantization; the members of a pipeline that go with a devic
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from parafuse.config import Config, Parallel
 from parafuse.engine import engine as engine_module
 from parafuse.errors import ConfigError, RankError
 from parafuse.parallel.residence import Residence
+from tests.adapters import lora
 from tests.dist.ranks import RankFailure, run_ranks
 
 EXACT = 1e-5
@@ -327,3 +329,32 @@ def test_from_pipe_shares_the_placement(tmp_path: Path) -> None:
         assert np.array_equal(painted(engine), before)
         engine.reset_device_map()
         assert np.array_equal(painted(engine), before)
+
+
+def test_a_lora_on_placed_weights(tmp_path: Path) -> None:
+    """Loaded, set and unloaded; its own weights come and go with their blocks."""
+    plain = emoji()
+    weights = lora(plain.pipeline, ["transformer"], rank=2, seed=3, every=5)
+    before = painted(plain)
+    plain.load_lora_weights(dict(weights))
+    expected = painted(plain)
+    assert np.abs(expected - before).max() > 0.05
+    with emoji(tmp_path) as engine:
+        assert np.array_equal(painted(engine), before)
+        engine.load_lora_weights(dict(weights))
+        assert np.abs(painted(engine) - expected).max() <= EXACT
+        engine.unload_lora_weights()
+        assert np.array_equal(painted(engine), before)
+
+
+def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"offload_folder=.*: .*file is no folder; give another one"):
+        emoji(tmp_path / "file" / "away")
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    with pytest.raises(ConfigError, match=r"needs .* MB, and the disk has 1 MB free; give another one"):
+        emoji(tmp_path)

@@ -3,16 +3,21 @@ where something is to be placed."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parafuse.config import Config
 from parafuse.engine.placement.balance import balanced, check_fits
 from parafuse.engine.placement.homes import home_in
-from parafuse.engine.placement.inventory import Inventory, inventory
+from parafuse.engine.placement.inventory import Inventory, gigabytes, inventory
+from parafuse.errors import ConfigError
 from parafuse.hardware import memory_bytes, num_cuda_devices, visible_gpus
-from parafuse.placement import AUTO, MAP, max_memory_of, placement_of
+from parafuse.offload import ENDING
+from parafuse.placement import AUTO, DISK, MAP, max_memory_of, placement_of
 from parafuse.quantization import Quantize
 
 if TYPE_CHECKING:
@@ -88,7 +93,26 @@ def placed(
         return Placed(why="all of it fits on one device")
     else:
         homes = balanced(pieces, there, str(asked))
+    on_disk = sum(one.num_bytes for one in owners if home_in(homes, one.block or one.path) == DISK)
+    if on_disk and config.offload_folder:
+        check_disk(config.offload_folder, on_disk)
     return Placed(homes=_shortest(homes), num_devices=there.num_devices)
+
+
+def check_disk(folder: str, num_bytes: int) -> None:
+    """Raises ConfigError for a folder that cannot be one, or whose disk has too little room. Files of an earlier start
+    may be used again, and count as room."""
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "is no folder" if not there.is_dir() else "cannot be written"
+        raise ConfigError(f"offload_folder={folder!r}: {there} {why}; give another one.")
+    kept = sum(file.stat().st_size for file in Path(folder).glob(f"*{ENDING}"))
+    free = shutil.disk_usage(there).free + kept
+    if num_bytes > free:
+        raise ConfigError(
+            f"offload_folder={folder!r}: needs {gigabytes(num_bytes)}, and the disk has {gigabytes(free)} free; give "
+            "another one."
+        )
 
 
 def _shortest(homes: Mapping[str, str]) -> dict[str, str]:

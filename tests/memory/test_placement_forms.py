@@ -153,7 +153,9 @@ def test_a_plan_holds_where_everything_is(tmp_path: Path) -> None:
     one = plan(placement={"vae": "1", "unet": "disk"}, devices_per_rank=2, offload_folder="away")
     one.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == one
-    assert one.config().placement == placement_of({"vae": 1, "unet": "disk"})
+    again = one.config().placement
+    assert isinstance(again, Placement)
+    assert (again.homes, again.device) == ((("vae", "1"), ("unet", "disk")), "cuda")
     assert "placed on device 1, disk of each rank" in one.one_line()
     assert plan().config().placement is None
 

@@ -364,3 +364,52 @@ def test_configurations_of_a_hub_id_are_fetched(monkeypatch: pytest.MonkeyPatch)
     plan = resolved("owner/name", placement="balanced", device="cpu")
     assert plan.placement == resolved("emoji", placement="balanced", device="cpu").placement
     assert asked == [("owner/name", ["*.json", "**/*.json"])]
+
+
+def test_the_first_of_a_ranks_devices_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank n of a node has n times as many devices before it as each rank has."""
+    import torch
+
+    from parafuse.parallel.world import join_world
+
+    seen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert join_world("cuda", 9.0, 1, num_devices=2).device == torch.device("cuda", 2)
+    assert join_world("cuda", 9.0, 1).device == torch.device("cuda", 1)
+    assert seen == [torch.device("cuda", 2), torch.device("cuda", 1)]
+
+
+def test_devices_are_counted_from_the_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from parafuse.engine.placement.put_on import Placing
+    from parafuse.placement import PlacedWeights
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    placing = Placing.of(
+        PlacedWeights(device="cuda", homes=(("vae", "1"), ("unet", "0"), ("text", "cpu"))), nn.Linear(1, 1)
+    )
+    assert placing.device == torch.device("cuda", 2)
+    homes = {name: placing.device_of(placing.home(name)) for name in ("vae", "unet", "text", "later")}
+    assert [str(device) for device in homes.values()] == ["cuda:3", "cuda:2", "cuda:2", "cuda:2"]
+    assert [placing.is_away(placing.home(name)) for name in homes] == [False, False, True, False]
+
+
+def test_weights_in_8_bits_move_as_the_objects_that_they_are() -> None:
+    import torch
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    from parafuse.engine.placement.put_on import Placing
+    from parafuse.placement import PlacedWeights
+
+    layer, x = nn.Linear(32, 16), torch.randn(3, 32)
+    quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))
+    expected, weight = layer(x), layer.weight
+    placing = Placing.of(PlacedWeights(device="cpu", homes=(("vae", "cpu"),)), layer)
+    placing.send(weight, torch.device("cpu"))
+    assert layer.weight is weight
+    assert torch.equal(layer(x), expected)
+    placing.send(weight, torch.device("meta"))
+    assert layer.weight is weight
+    assert weight.device.type == "meta"

@@ -139,8 +139,11 @@ class Placing(Offloading):
                 self.send(x, self.device_of(home))
 
     def send(self, x: Tensor, device: torch.device) -> None:
-        """A weight, to stay there."""
-        x.data = x.data.to(device)
+        """A weight, to stay there. One that wraps others (in 8 bits) stays the object that it is."""
+        if type(x) in (Tensor, nn.Parameter):
+            x.data = x.data.to(device)
+        else:
+            torch.utils.swap_tensors(x, nn.Parameter(x.detach().to(device), requires_grad=x.requires_grad))
 
     def hop(self, device: torch.device) -> Hop:
         return Hop(device)

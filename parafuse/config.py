@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +18,7 @@ from parafuse.cache import Cache, cache_of
 from parafuse.encoding import Encoding, encoding_of
 from parafuse.errors import ConfigError, reject_unknown
 from parafuse.offload import Offload, offload_of
+from parafuse.placement import MaxMemory, Placement, max_memory_of, placement_of
 from parafuse.quantization import Quantize, quantize_of
 from parafuse.sparse import Sparse, sparse_of
 
@@ -136,6 +138,14 @@ class Config:
     text_encoders: Encoding | str = "everywhere"
     """Where prompts are encoded: everywhere (each rank for itself), or one-rank (each text encoder on one rank, which
     sends what it gives); with :kept=32, results of the last 32 texts are kept for calls that repeat them."""
+    placement: Placement | Mapping[str, Any] | str | None = None
+    """Where the parts of the model are: balanced (components and blocks over the devices of each rank, by bytes, the
+    host and a disk as last resorts), auto (so, if it does not fit on one), a map of modules to devices as JSON or a
+    .json file, or rank (all together on the rank's device); docs/placement.md."""
+    max_memory: MaxMemory | Mapping[Any, Any] | str | None = None
+    """Weights that a placement may keep in each place, devices counted within the rank: 0=40GiB,1=40GiB,cpu=60GiB."""
+    offload_folder: str | None = None
+    """Folder for weights that a placement keeps on the disk."""
     offload: Offload | str | None = None
     """Keeps weights elsewhere while they are not used: model (a component at a time is on the device), group (a block
     at a time, group:level=leaf a layer), sequential, with fields after a colon (group:to=disk,prefetch=2);
@@ -164,6 +174,7 @@ class Config:
         if self.cuda_graphs and not self.compile:
             raise ConfigError("cuda_graphs=True: captures what is compiled; give compile=True too.")
         self._check_rewrites()
+        self._check_placement()
         self._check_offload()
         number = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
         if not number or not 1 <= self.timeout_s <= 86_400:
@@ -191,6 +202,21 @@ class Config:
             )
         object.__setattr__(self, "rewrites", ",".join(name for name in REWRITES if name in names))
 
+    def _check_placement(self) -> None:
+        object.__setattr__(self, "placement", placement_of(self.placement))
+        object.__setattr__(self, "max_memory", max_memory_of(self.max_memory))
+        folder = self.offload_folder
+        if folder is not None and (not isinstance(folder, str) or not folder):
+            raise ConfigError(f"offload_folder={folder!r}: must be the name of a folder.")
+        for name, value in (("max_memory", self.max_memory), ("offload_folder", folder)):
+            if value is not None and self.placement is None:
+                raise ConfigError(f"{name}={str(value)!r}: is for a placement; give placement='balanced' or a map too.")
+        if self.placement is not None and self.offload is not None:
+            raise ConfigError(
+                f"placement={str(self.placement)!r}: not with offload={str(self.offload)!r}, which keeps all weights "
+                "elsewhere; leave one of both out (a placement keeps on the host or a disk what finds no room)."
+            )
+
     def _check_offload(self) -> None:
         """Raises ConfigError for what needs weights that stay where they are."""
         if not isinstance(self.offload, Offload):
@@ -213,8 +239,10 @@ class Config:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        spelled = {"cache": self.cache, "quantize": self.quantize, "sparse": self.sparse, "offload": self.offload}
-        texts = {name: str(one) if one else None for name, one in spelled.items()}
+        texts = {
+            name: str(one) if (one := getattr(self, name)) else None
+            for name in ("cache", "quantize", "sparse", "placement", "max_memory", "offload")
+        }
         texts |= {"attention": str(self.attention), "text_encoders": str(self.text_encoders)}
         return dataclasses.asdict(self) | texts
 

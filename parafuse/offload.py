@@ -18,6 +18,8 @@ from parafuse.spelled import Spelled, read
 
 CPU, DISK, AUTO = "cpu", "disk", "auto"
 BLOCK, LEAF = "block", "leaf"
+ENDING = ".weights"
+"""Of the files that hold weights on a disk."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Offload(Spelled):
             raise ConfigError(f"{self._named('folder')}: must be a path without commas.")
         if self.to != DISK:
             raise ConfigError(f"{self._named('folder')}: is for weights on a disk; give to=disk too, or leave it out.")
+
+    @property
+    def said(self) -> str:
+        """In messages."""
+        return f"offload={self.brief}"
 
     @property
     def is_fine(self) -> bool:

@@ -22,6 +22,7 @@ from parafuse.engine.extras import Extras
 from parafuse.engine.following import Component, follow
 from parafuse.engine.host_times import host_times
 from parafuse.engine.offload.pipeline import Offloading, device_for, offloading
+from parafuse.engine.placement.settle import placed_on
 from parafuse.engine.plan_store import key_for
 from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, existing, quantize
 from parafuse.engine.quantize.report import lines
@@ -95,17 +96,28 @@ class Handle:
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
-        while self._on or self._stuck:
-            (self._stuck or [one for _, one in self._on])[-1].leave(self)
-            (self._stuck or self._on).pop()
-        if self.offloading is not None:
-            self.offloading.leave(self)
+        self._let_go()
         self._put_weights_back(quietly=quietly)
         self._tell()
         self.clock.drop(self.target)
         if self.mesh is not None and not self._is_off:
             release(self.mesh)
         self._is_off = True
+
+    def _let_go(self) -> None:
+        while self._on or self._stuck:
+            (self._stuck or [one for _, one in self._on])[-1].leave(self)
+            (self._stuck or self._on).pop()
+        if self.offloading is not None:
+            self.offloading.leave(self)
+
+    def unplace(self, then: Callable[[], None]) -> None:
+        """Takes off where weights are, does `then`, and puts on all else again. Local."""
+        self._let_go()
+        self.offloading, self.extras = None, replace(self.extras, offload=None)
+        then()
+        if self.mesh is not None:
+            self.put_on(self._wanted(self.target, self.mesh))
 
     def quantize_weights(self, target: Any, arriving: Sequence[Component] = ()) -> None:
         """Quantizes what is to be and is not yet, and sees what is already. Local. Raises ConfigError before anything
@@ -340,7 +352,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
     ranks = world_size if mesh is None else mesh.num_ranks
-    device = device_for(config.offload, device_of(target))
+    device = placed_on(config) or device_for(config.offload, device_of(target))
     extras = Extras.of(config, device)
     method = checked(config.quantize, *weighty(target), ranks, device if extras.offload else None)
     if world_size == 1 and not extras:

@@ -111,7 +111,7 @@ class Engine(Surface):
         if alone:
             refuse_several(size)
         if plan is None:
-            plan = resolve(config, source, size)
+            plan = resolve(config, source, size, pipeline_kwargs)
         plan.check(model_id=source.model_id, world_size=size)
         if plan.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
@@ -138,7 +138,7 @@ class Engine(Surface):
         try:
             if workers:
                 workers.await_start(plan.timeout_s)
-            world = join_world(plan.device, plan.timeout_s, size, workers.store if workers else None)
+            world = join_world(plan.device, plan.timeout_s, size, workers and workers.store, plan.devices_per_rank)
             world.watch = workers.watch if workers else None
             engine = cls._on_rank(source, settings, world, progress)
         except BaseException as error:
@@ -173,10 +173,10 @@ class Engine(Surface):
         found = denoisers(pipeline, DENOISERS, required=False)
         first = next(found[0][1].parameters()) if found else pipeline
         dtype = (compute_dtype(found[0][1]) if found else str(first.dtype).removeprefix("torch.")) or "auto"
-        device = device_for(config.offload, first.device.type)
-        plan = resolve(replace(config, device=device, dtype=dtype), source, size)
+        device = "auto" if config.placement else device_for(config.offload, first.device.type)
+        plan = resolve(replace(config, device=device, dtype=dtype), source, size, pipeline.components)
         check_components(source, plan)
-        world = join_world(plan.device, plan.timeout_s, size)
+        world = join_world(plan.device, plan.timeout_s, size, num_devices=plan.devices_per_rank)
         settings = {"plan": plan, "pipeline_kwargs": {}, "agree_on": None}
         try:
             return cls._on_rank(source, settings, world, progress, pipeline)

@@ -15,6 +15,7 @@ from parafuse.errors import ConfigError
 from parafuse.kernels.backends import REGISTRY
 from parafuse.offload import Offload, offload_of, settled_on
 from parafuse.parallel import captured
+from parafuse.placement import PlacedWeights, placed_weights, placement_of
 from parafuse.sparse import Sparse, sparse_of
 
 
@@ -49,7 +50,8 @@ class Extras:
             attention=resolved(attention_of(config.attention), device),
             sparse=sparse_of(config.sparse),
             encoding=encoding_of(config.text_encoders),
-            offload=settled_on(offload_of(config.offload), device),
+            offload=settled_on(offload_of(config.offload), device)
+            or placed_weights(placement_of(config.placement), config.offload_folder, device),
             cache=with_calibration(cache_of(config.cache)),
             compile=config.compile,
             cuda_graphs=config.cuda_graphs,
@@ -80,6 +82,11 @@ class Extras:
         if self.cuda_graphs and self.sparse is not None:
             raise ConfigError(
                 f"cuda_graphs=True: not with sparse={self.sparse.brief}, whose first steps are whole; leave one out."
+            )
+        if self.cuda_graphs and isinstance(self.offload, PlacedWeights) and not self.offload.is_together:
+            raise ConfigError(
+                "cuda_graphs=True: not with a placement on several devices, the host or a disk, whose weights come and "
+                "go; leave one out (compile=True works)."
             )
         if self.cuda_graphs:
             self._check_graphs(device, degree(Axis.RING) * degree(Axis.ULYSSES))

@@ -13,12 +13,12 @@ from parafuse.config import DTYPES, Config
 from parafuse.engine.architecture import read_architecture
 from parafuse.engine.folder import check_variant
 from parafuse.engine.loading_keywords import REFUSED, Keyword, keywords_of
+from parafuse.engine.memory.check import check_files
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.saved import saved_by
 from parafuse.engine.quantize.settle import check_settled
 from parafuse.engine.quantized import check_quantized
 from parafuse.engine.source import ModelSource, read_json
-from parafuse.engine.memory.check import check_files
 from parafuse.errors import ConfigError, reject_unknown
 
 DENOISER = ("transformer", "unet", "prior", "decoder")
@@ -207,21 +207,41 @@ def _torch_dtype(text: str) -> Any:
 
 
 def _device(config: Config, plan: Plan | None, left: dict[str, Any]) -> Config:
-    """Takes `device_map` out of the keywords into the config."""
+    """Takes `device_map`, and what belongs to one, out of the keywords into the config."""
     value = left.pop("device_map", None)
-    if value is None:
-        return config
-    if value not in ("cpu", "cuda"):
-        raise ConfigError(
-            f"device_map={value!r}: must be 'cpu' or 'cuda': each rank has one device, and a pipeline's parts stay "
-            "together on it. Leave it out and use Config(parallel=...); or, on one rank, load the pipeline with "
-            "diffusers and give it to Engine.from_pipeline."
-        )
+    beside = {name: left.pop(name) for name in ("max_memory", "offload_folder") if name in left}
+    beside = {name: given for name, given in beside.items() if given is not None}
+    if not isinstance(value, str) or value not in ("cpu", "cuda"):
+        return _placement(config, plan, value, beside)
+    if beside:
+        name = next(iter(beside))
+        raise ConfigError(f"{name}={beside[name]!r}: device_map={value!r} places nothing; use device_map='balanced'.")
     there = plan.device if plan is not None else config.device
     if there not in ("auto", value):
         whose = "plan" if plan is not None else "Config"
         raise ConfigError(f"device_map={value!r}: the {whose} says device={there!r}; leave one out.")
     return config if plan is not None else replace(config, device=value)
+
+
+def _placement(config: Config, plan: Plan | None, device_map: Any, beside: dict[str, Any]) -> Config:
+    """With what the keywords say of a placement."""
+    if device_map is None and not beside:
+        return config
+    given = {"placement": device_map, **beside} if device_map is not None else beside
+    if plan is not None:
+        raise ConfigError(f"device_map={device_map!r}: the plan says where parts are placed; leave one out.")
+    for name, value in given.items():
+        if getattr(config, name) is not None:
+            shown = "device_map" if name == "placement" else name
+            raise ConfigError(
+                f"{shown}={value!r}: the Config says {name}={str(getattr(config, name))!r}; leave one out."
+            )
+    try:
+        return replace(config, **given)
+    except ConfigError as error:
+        if device_map is None:
+            raise
+        raise ConfigError(f"device_map: {error}") from error
 
 
 def _check_safetensors(config: Config, left: dict[str, Any]) -> None:

@@ -22,8 +22,7 @@ class Keyword:
 
 _HUB = "what diffusers makes of it; every rank is given the same"
 _ONNX = "it is for ONNX pipelines, whose parts are no torch modules; load the torch weights"
-_SPREAD = "each rank has one device, and parts are not spread over several; use Config(parallel=...)"
-_OFFLOAD = "it is for device maps that offload to the disk; leave it out, and split the model over more ranks"
+_SPILL = "parts are read one by one, and none waits on the disk meanwhile; leave it out"
 
 FROM_PRETRAINED: dict[str, Keyword] = {
     "dtype": Keyword(
@@ -53,12 +52,13 @@ FROM_PRETRAINED: dict[str, Keyword] = {
     "output_loading_info": Keyword(REFUSED, "diffusers' pipelines give none; leave it out", "code"),
     "device_map": Keyword(
         WORKS,
-        "'cpu' and 'cuda' are taken for Config(device=...); others are refused: parts stay together on a rank's device",
+        "'cpu' and 'cuda' are taken for Config(device=...); 'balanced', 'auto' and maps for Config(placement=...), "
+        "whose devices are counted within the rank",
         "place",
     ),
-    "max_memory": Keyword(REFUSED, _SPREAD, "place"),
-    "offload_folder": Keyword(REFUSED, _OFFLOAD, "place"),
-    "offload_state_dict": Keyword(REFUSED, _OFFLOAD, "place"),
+    "max_memory": Keyword(WORKS, "taken for Config(max_memory=...), beside a device_map", "place"),
+    "offload_folder": Keyword(WORKS, "taken for Config(offload_folder=...), beside a device_map", "place"),
+    "offload_state_dict": Keyword(REFUSED, _SPILL, "place"),
     "provider": Keyword(REFUSED, _ONNX, "onnx"),
     "provider_options": Keyword(REFUSED, _ONNX, "onnx"),
     "sess_options": Keyword(REFUSED, _ONNX, "onnx"),
@@ -95,7 +95,9 @@ FROM_SINGLE_FILE: dict[str, Keyword] = {
 }
 """Of `from_single_file` of a pipeline, and those of `from_pretrained` that it would drop."""
 
-FROM_NOTHING: dict[str, Keyword] = {name: FROM_PRETRAINED[name] for name in ("dtype", "torch_dtype", "device_map")}
+FROM_NOTHING: dict[str, Keyword] = {
+    name: FROM_PRETRAINED[name] for name in ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder")
+}
 """Of an architecture without weights (`random:NAME`), beside its components."""
 
 

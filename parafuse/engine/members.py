@@ -12,6 +12,7 @@ from enum import Enum
 from parafuse.config import Axis
 from parafuse.engine.plan import Plan
 from parafuse.offload import Offload, offload_of
+from parafuse.placement import placed_weights, placement_of
 
 
 class Way(Enum):
@@ -67,12 +68,12 @@ def beside_offload(name: str, offload: Offload) -> str:
     """Why one of `OFFLOADS` cannot be called beside an offload of parafuse."""
     if name == CASTING:
         return (
-            f"it casts weights before and after each layer runs, and offload={offload.brief} moves them then; use "
+            f"it casts weights before and after each layer runs, and {offload.said} moves them then; use "
             "quantize='fp8-weight' beside offload, or leave offload out"
         )
     return (
-        f"offload={offload.brief} keeps the weights elsewhere already; leave one of both out (where the Config has no "
-        "offload, this call is diffusers' own)"
+        f"{offload.said} keeps the weights elsewhere already; leave one of both out (where the Config has no "
+        "offload and no placement, this call is diffusers' own)"
     )
 
 
@@ -109,7 +110,9 @@ def refusal(name: str, plan: Plan, args: tuple[object, ...] = (), *, part: str =
             f"accelerate moves weights one by one, and cannot move those in {packed}; use "
             "enable_model_cpu_offload, or enable_group_offload of the parts"
         )
-    offload = offload_of(plan.offload or None)
+    offload = offload_of(plan.offload or None) or placed_weights(
+        placement_of(plan.config().placement), plan.offload_folder or None, plan.device
+    )
     if name in OFFLOADS and offload is not None:
         return beside_offload(name, offload)
     if name == CASTING:

@@ -45,13 +45,14 @@ def load_for_ranks(source: ModelSource, settings: dict[str, Any], world: World) 
     plan: Plan = settings["plan"]
     keywords = {"dtype": plan.dtype} | settings["pipeline_kwargs"]  # dtypes by component may be among them
     on_cpu, begun = world.device.type == "cpu", time.perf_counter()
-    place = torch.device("cpu") if plan.offload else world.device  # weights come when they are used
+    place = torch.device("cpu") if plan.offload or plan.placement else world.device  # weights come when they are used
+    where = place if plan.placement else world.device  # of quantizing
     method = quantize_of(plan.quantize or None)
     is_early = on_cpu and not (method is not None and method.keep_originals)
 
     def make() -> tuple[Any, list[Quantized]]:
         pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], device=place, **keywords)
-        return pipeline, quantize_loaded(plan, *weighty(pipeline), world.device) if is_early else []
+        return pipeline, quantize_loaded(plan, *weighty(pipeline), where) if is_early else []
 
     is_built = source.kind == "random" and place.type != "cpu"  # on the device, from nothing
     if world.size == 1 or is_built:
@@ -59,7 +60,7 @@ def load_for_ranks(source: ModelSource, settings: dict[str, Any], world: World) 
     else:
         (pipeline, done), how = _once(source, world, make, settings)
     if not is_early:
-        done = quantize_loaded(plan, *weighty(pipeline), world.device)
+        done = quantize_loaded(plan, *weighty(pipeline), where)
     pipeline.to(place)
     took = {"how": how, "seconds": round(time.perf_counter() - begun, 3), **host_memory()}
     return Loaded(pipeline, done, [json.loads(text) for text in world.everyone("loading", json.dumps(took))])

@@ -19,6 +19,7 @@ from parafuse.config import Axis, Config, Parallel
 from parafuse.encoding import encoding_of
 from parafuse.errors import ConfigError, reject_unknown
 from parafuse.offload import offload_of
+from parafuse.placement import DISK, Placement, placement_of
 from parafuse.quantization import AUTO, Fp8, quantize_of
 
 SCHEMA = 1
@@ -32,6 +33,9 @@ OPTIONAL = (
     "attention_timings",
     "sparse",
     "text_encoders",
+    "placement",
+    "devices_per_rank",
+    "offload_folder",
     "offload",
     "calibration",
     "replay",
@@ -75,6 +79,13 @@ class Plan:
     """Which pairs of a video's tokens attention leaves out, as its text with every field; empty: none."""
     text_encoders: str = "everywhere"
     """Where prompts are encoded, and what is kept of it, as its text with every field."""
+    placement: dict[str, str] | None = None
+    """Path of a component or of a module of it -> "0", "1", ... (devices as counted within the rank), "cpu" or "disk";
+    the longest path decides. None: all parts together on the rank's device."""
+    devices_per_rank: int = 1
+    """Of a node's devices, rank n there has so many from n times as many on."""
+    offload_folder: str = ""
+    """For what is on the disk."""
     offload: str = ""
     """Where weights are while they are not used, as its text with every field; empty: where they are loaded."""
     attention_timings: dict[str, Any] | None = None
@@ -102,6 +113,7 @@ class Plan:
         if self.replay is not None and not self.cache:
             raise ConfigError("plan.replay: holds decisions of a cache, but plan.cache is empty.")
         parallel.degrees(self.world_size)
+        self._check_placement()
         if self.attention == AUTO_ATTENTION:
             raise ConfigError("plan.attention='auto': a plan is explicit; only a Config may say 'auto'.")
         self.cache_with_calibration()
@@ -111,6 +123,22 @@ class Plan:
         method = quantize_of(self.quantize or None)
         if isinstance(method, Fp8) and method.scale == AUTO:
             raise ConfigError("plan.quantize: scale=auto: a plan is explicit; only a Config may say 'auto'.")
+
+    def _check_placement(self) -> None:
+        each = self.devices_per_rank
+        if not isinstance(each, int) or isinstance(each, bool) or each < 1:
+            raise ConfigError(f"plan.devices_per_rank={each!r}: must be a whole number of at least 1.")
+        if self.placement is None:
+            return
+        if not isinstance(self.placement, dict):
+            raise ConfigError(f"plan.placement={self.placement!r}: must be a map of modules to devices.")
+        asked = placement_of(self.placement)
+        for path, home in asked.homes if asked is not None else ():
+            if home.isdigit() and (self.device == "cpu" or int(home) >= each):
+                there = "computes on the CPU" if self.device == "cpu" else f"has {each} (plan.devices_per_rank)"
+                raise ConfigError(f"plan.placement[{path!r}]={home!r}: each rank {there}.")
+            if home == DISK and not self.offload_folder:
+                raise ConfigError(f"plan.placement[{path!r}]={home!r}: plan.offload_folder is missing.")
 
     def cache_with_calibration(self) -> Cache | None:
         """The cache, with what was measured for it. Raises ConfigError where that is missing, or not asked for."""
@@ -140,6 +168,8 @@ class Plan:
             attention=self._attention(),
             sparse=self.sparse or None,
             text_encoders=self.text_encoders,
+            placement=self._placed(),
+            offload_folder=(self.offload_folder or None) if self.placement else None,
             offload=self.offload or None,
             timeout_s=self.timeout_s,
         )
@@ -162,7 +192,7 @@ class Plan:
         """Whether the model runs as it is."""
         extras = (self.cache, self.quantize, self.compile, self.rewrites, self.sparse, self.offload)
         is_plain = self.attention == TORCH and not encoding_of(self.text_encoders).kept
-        return self.world_size == 1 and not any(extras) and is_plain
+        return self.world_size == 1 and not self.placement and not any(extras) and is_plain
 
     def without_replay(self) -> Plan:
         """The same, where the cache decides."""
@@ -179,9 +209,19 @@ class Plan:
         more += f", attention {self.attention}" if self.attention != TORCH else ""
         more += f", sparse {self.sparse}" if self.sparse else ""
         more += f", text encoders {self.text_encoders}" if encoding_of(self.text_encoders).acts else ""
+        more += f", {self._placement_line()}" if self.placement else ""
         more += f", offload {self.offload}" if self.offload else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""
         return f"{ranks}: {axes}, {self.dtype} on {self.device}{more}{again}" + (f" ({self.why})" if self.why else "")
+
+    def _placed(self) -> Placement | None:
+        found = placement_of(self.placement or None)
+        return None if found is None else dataclasses.replace(found, device=self.device)
+
+    def _placement_line(self) -> str:
+        homes = dict.fromkeys((self.placement or {}).values())
+        names = [f"device {home}" if home.isdigit() else home for home in sorted(homes)]
+        return f"placed on {', '.join(names)} of each rank"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from parafuse.attention import attention_of
 from parafuse.cache import cache_of, calibration_of, with_calibration
 from parafuse.config import Axis, Config
 from parafuse.engine.memory.check import check_memory
+from parafuse.engine.placement.settle import computes_on_host, placed
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.saved import saved_by
 from parafuse.engine.quantize.settle import TEXT_ENCODERS, capability_here, settled
@@ -22,22 +24,31 @@ if TYPE_CHECKING:
     from parafuse.engine.source import ModelSource
 
 
-def resolve(config: Config, source: ModelSource, world_size: int, *, elsewhere: bool = False) -> Plan:
-    """The plan for `world_size` ranks. Raises ConfigError when the degrees or the device do not fit, or when the cache
-    was calibrated for another model.
+def resolve(
+    config: Config,
+    source: ModelSource,
+    world_size: int,
+    given: Mapping[str, Any] | None = None,
+    *,
+    elsewhere: bool = False,
+) -> Plan:
+    """The plan for `world_size` ranks. Raises ConfigError when the degrees or the device do not fit, when the cache
+    was calibrated for another model, or when a placement cannot be had. `given`: the loader's keywords, with components
+    that the user brings himself.
 
     `elsewhere`: it is for another machine, so what this one has does not matter.
 
     Until layouts are chosen by cost, `ulysses="auto"` means all ranks that are left."""
     degrees = config.parallel.degrees(world_size)
-    if not elsewhere:
+    if config.placement is None and not elsewhere:
         check_memory(source, config, world_size)
     calibration = calibration_of(with_calibration(cache_of(config.cache)))
     if calibration is not None and source.kind != "pipeline":  # of one that is loaded, `apply` looks at the denoiser
         calibration.check(model=source.name, model_id=source.model_id)
     local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
     devices = num_cuda_devices()
-    device = config.device if config.device != "auto" else ("cuda" if devices >= local else "cpu")
+    is_here = devices >= local and not computes_on_host(config)
+    device = config.device if config.device != "auto" else ("cuda" if is_here else "cpu")
     if device == "cuda" and devices < local and not elsewhere:
         ranks = "rank" if local == 1 else "ranks"
         raise ConfigError(
@@ -51,6 +62,9 @@ def resolve(config: Config, source: ModelSource, world_size: int, *, elsewhere: 
         why = "ulysses takes all ranks that no other axis uses"
     if device == "cpu" and config.device == "auto" and devices:
         why += f"{'; ' if why else ''}on the CPU: {local} ranks here, but {devices} CUDA devices are visible"
+    quantize = _settled(config, source, device, dtype, world_size, elsewhere)
+    where = placed(config, source, device=device, dtype=dtype, quantize=quantize, local=local, given=given)
+    why += f"{'; ' if why and where.why else ''}{where.why}"
     return Plan(
         model=source.name,
         model_id=source.model_id,
@@ -60,13 +74,16 @@ def resolve(config: Config, source: ModelSource, world_size: int, *, elsewhere: 
         dtype=dtype,
         timeout_s=config.timeout_s,
         cache=str(config.cache or ""),
-        quantize=str(_settled(config, source, device, dtype, world_size, elsewhere) or ""),
+        quantize=str(quantize or ""),
         compile=config.compile,
         cuda_graphs=config.cuda_graphs,
         rewrites=config.rewrites,
         attention=attention.backend,
         sparse=str(config.sparse or ""),
         text_encoders=str(config.text_encoders),
+        placement=where.homes,
+        devices_per_rank=where.num_devices,
+        offload_folder=(config.offload_folder or "") if where.homes else "",
         offload=str(settled_on(offload_of(config.offload), device) or ""),
         attention_timings=attention.timings.to_dict() if attention.timings is not None else None,
         calibration=calibration.to_dict() if calibration is not None else None,

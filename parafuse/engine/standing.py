@@ -182,6 +182,8 @@ class Standing:
         if self.offloading is None or self.method != "forward":
             return
         self.weights = weights = self.offloading.denoiser(self.name, self.module)
+        if weights is None:
+            return
         context.present = weights.residence.present
         self._put_on(weights)
         self._put_on(weights.summons)

@@ -12,6 +12,7 @@ from parafuse.config import Axis
 from parafuse.encoding import Encoding
 from parafuse.engine.caches.choose import KINDS, fitting, refuse_kind
 from parafuse.engine.caches.clock import schedulers_of
+from parafuse.engine.devices import refuse_wrapped
 from parafuse.engine.extras import Extras
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.settle import TEXT_ENCODERS
@@ -33,11 +34,10 @@ def check_components(source: ModelSource, plan: Plan, given: Mapping[str, Any] |
     splits = plan.sequence_degree > 1
     there = {name for name in source.components or () if (given or {}).get(name, source) is not None}
     cache = cache_of(plan.cache or None)
-    if plan.offload and source.components is not None and not there & set(DENOISERS):
-        raise ConfigError(
-            f"model={source.name!r}: has no denoiser, and offload={plan.offload!r} is put on with what runs one; leave "
-            "offload out, and call enable_model_cpu_offload() on the engine."
-        )
+    if (plan.offload or plan.placement) and source.components is not None and not there & set(DENOISERS):
+        what = f"offload={plan.offload!r}" if plan.offload else "a placement"
+        way_out = "leave it out, and call enable_model_cpu_offload() on the engine."
+        raise ConfigError(f"model={source.name!r}: has no denoiser, with which {what} is put on; {way_out}")
     if cache is not None and there <= {*STACKS, *KINDS[UNET]} | (there - set(DENOISERS)):
         refuse_kind(cache, {kind for kind, names in KINDS.items() if there & set(names)}, source.name)
     if not splits or set(STACKS) & there or not set(DENOISERS) & there:
@@ -117,7 +117,7 @@ def check_component(
             )
         return one
     if method == "forward":
-        _refuse_wrapped(name, list(module.modules()))
+        refuse_wrapped(name, list(module.modules()))
         if is_overridden(module):
             raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
         if is_encoder(name):
@@ -127,25 +127,6 @@ def check_component(
         if extras.compile:
             repeated_blocks(module)
     return None
-
-
-def _refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
-    """Raises ConfigError for modules that somebody else has wrapped: the order would decide what is right."""
-    for module in modules:
-        where = f"{name}: {type(module).__name__}"
-        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
-            raise ConfigError(f"{where} is compiled; apply parafuse to the model before it is compiled.")
-        hooks: Any = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
-        if hooks:
-            raise ConfigError(
-                f"{where} carries diffusers hooks ({', '.join(hooks)}), such as a cache, offload or context parallel; "
-                "take them off (disable_cache(), remove_all_hooks()) before parafuse is applied."
-            )
-        if hasattr(module, "_hf_hook"):
-            raise ConfigError(
-                f"{where} is offloaded or placed by accelerate; take that off before parafuse is applied "
-                "(remove_all_hooks(), or a manager's disable_auto_cpu_offload()), and switch it on again after that."
-            )
 
 
 def _layout(degree: Callable[[Axis], int]) -> str:

@@ -162,6 +162,11 @@ class Surface(ABC):
         self.plan = replace(self.plan, **changes)
         return self
 
+    def reset_device_map(self) -> None:
+        """As the pipeline's own: the placement is taken off, and all weights are in the host's memory."""
+        self.act(Act(name="reset_device_map"))
+        self.plan = replace(self.plan, placement=None, offload_folder="")
+
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
         """As the pipeline's own: a component is on the device while it runs; by default each rank's own."""
         self._offload("enable_model_cpu_offload", gpu_id, device)

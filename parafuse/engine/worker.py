@@ -33,7 +33,7 @@ def _serve() -> None:
     setup = read_signed(get(store, "parafuse/setup"), key)
     plan = setup["plan"]
     source = locate(setup.pop("model"), allow_pickle=setup["allow_pickle"], given=setup["pipeline_kwargs"])
-    world = join_world(plan.device, plan.timeout_s, plan.world_size, store)
+    world = join_world(plan.device, plan.timeout_s, plan.world_size, store, plan.devices_per_rank)
     engine = Engine._on_rank(source, setup, world, progress=False)
     number = 1
     while (request := next_request(store, number, key)) is not None:

@@ -11,6 +11,9 @@ from parafuse.config import Config
 from parafuse.engine.plan import Plan
 from parafuse.errors import ConfigError
 
+PLACING = ("placement", "max_memory", "offload_folder")
+"""Options of commands that run an engine; others keep a model together on a rank's device."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:

@@ -29,7 +29,7 @@ from parafuse.launch import quantize as quantizing
 from parafuse.launch import quiet
 from parafuse.launch import tune as tuning
 from parafuse.launch import verify as verifying
-from parafuse.launch.asked import Asked, start_ranks
+from parafuse.launch.asked import PLACING, Asked, start_ranks
 from parafuse.launch.bench import command as benching
 from parafuse.launch.bench.starts import STARTS_ENV
 from parafuse.launch.options import build, given, options_of, with_options
@@ -55,7 +55,7 @@ EXPORT_OPTIONS = [option for option in options_of(exporting.Export) if option.na
 PLANNING_OPTIONS = [option for option in options_of(planning.Planning) if option.name not in ("model", "seed")]
 SCORING_OPTIONS = options_of(scoring.Scoring)
 TUNING_OPTIONS = [option for option in options_of(tuning.Tuning) if option.name != "ranks"]
-EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", "offload")
+EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
 LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1 and option.name not in EXTRAS]
 """Those of the configuration without the degrees, where all of them are tried, and without a cache, which a case's
 variants name and an exported plan cannot have."""

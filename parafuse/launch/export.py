@@ -10,7 +10,7 @@ from typing import Any
 from parafuse.config import Config, Parallel
 from parafuse.errors import ConfigError
 from parafuse.launch import quiet
-from parafuse.launch.asked import Asked, refuse_extras
+from parafuse.launch.asked import PLACING, Asked, refuse_extras
 from parafuse.launch.generate import check_writable
 from parafuse.launch.keywords import one_step_call
 from parafuse.launch.options import Option, build, given
@@ -42,7 +42,7 @@ def prepare(prompt: str | None, export: Export, options: list[Option], typed: di
     from parafuse.engine.source import locate
 
     config = build(Config.from_file(export.config) if export.config else Config(), given(options, typed))
-    names = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", "offload")
+    names = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
     refuse_extras("export-plan", config, names, "no exported plan can have it; leave it out.")
     if "RANK" in os.environ or config.parallel != Parallel():
         raise ConfigError("export-plan: runs on one rank, whatever the plan is for; leave launcher and degrees out.")

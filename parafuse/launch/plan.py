@@ -129,4 +129,3 @@ def _most(found: Prediction) -> str:
 
 def _gb(nbytes: int) -> str:
     return f"{nbytes / GB:.2f}" if nbytes >= GB / 100 else f"{nbytes / GB:.5f}"
-

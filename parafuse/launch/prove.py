@@ -12,7 +12,7 @@ from parafuse.cache import Cache, cache_of
 from parafuse.config import Axis, Config
 from parafuse.errors import ConfigError
 from parafuse.launch import quiet
-from parafuse.launch.asked import Asked, number_of_ranks, refuse_extras
+from parafuse.launch.asked import PLACING, Asked, number_of_ranks, refuse_extras
 from parafuse.launch.bench.case import ALONE, REPLICATED, WAYS, Case, Variant
 from parafuse.launch.bench.command import check_packages
 from parafuse.launch.bench.record import save_beside
@@ -71,7 +71,7 @@ def prepare(prompt: str | None, proof: Proof, options: list[Option], typed: dict
     refuse_extras(
         "prove",
         config,
-        ("cuda_graphs", "rewrites", "attention", "sparse", "offload"),
+        ("cuda_graphs", "rewrites", "attention", "sparse", *PLACING),
         "is not timed here; leave it out.",
     )
     world_size = number_of_ranks(proof)

@@ -15,7 +15,7 @@ from rich.table import Table
 from parafuse.config import Config, Parallel
 from parafuse.errors import ConfigError
 from parafuse.launch import quiet
-from parafuse.launch.asked import Asked, refuse_extras
+from parafuse.launch.asked import PLACING, Asked, refuse_extras
 from parafuse.launch.keywords import call_for_prompts
 from parafuse.launch.options import Option, build, given
 from parafuse.launch.prompts import prompts_of
@@ -75,8 +75,8 @@ def prepare(prompt: str | None, packing: Packing, options: list[Option], typed: 
     if method is None:
         raise ConfigError("--quantize: say what to quantize with: fp8, fp8-weight, int8 or int8-weight.")
     way_out = "everything is measured as it is; leave it out."
-    unused = ("cache", "compile", "cuda_graphs", "rewrites", "attention", "sparse", "offload")
-    refuse_extras("quantize", config, unused, way_out)
+    names = ("cache", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
+    refuse_extras("quantize", config, names, way_out)
     if "RANK" in os.environ or config.parallel != Parallel():
         raise ConfigError("quantize: runs on one rank; leave launcher and degrees out.")
     out = Path(packing.out) if packing.out else None

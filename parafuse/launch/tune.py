@@ -14,12 +14,12 @@ from rich.table import Table
 from parafuse.config import Config, Parallel
 from parafuse.errors import ConfigError
 from parafuse.launch import quiet
-from parafuse.launch.asked import Asked, refuse_extras
+from parafuse.launch.asked import PLACING, Asked, refuse_extras
 from parafuse.launch.keywords import one_step_call
 from parafuse.launch.options import Option, build, given
 
 OF_A_CALL = ("seed", "steps", "width", "height", "guidance", "negative_prompt", "set")
-UNUSED = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", "offload")
+UNUSED = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
 
 if TYPE_CHECKING:
     from parafuse.engine.tune import Shape, Timed

@@ -17,7 +17,7 @@ from parafuse.cache import cache_of
 from parafuse.config import DTYPES, Config, Parallel
 from parafuse.errors import ConfigError, MismatchError
 from parafuse.launch import quiet
-from parafuse.launch.asked import Asked, number_of_ranks, refuse_extras
+from parafuse.launch.asked import PLACING, Asked, number_of_ranks, refuse_extras
 from parafuse.launch.keywords import call_for_prompts, one_step_call
 from parafuse.launch.options import Option, build, given
 from parafuse.launch.prompts import prompts_of
@@ -95,7 +95,7 @@ def prepare(prompt: str | None, trial: Trial, options: list[Option], typed: dict
     refuse_extras("verify", config, ("offload",), "what is compared has all weights in place; leave it out.")
     if not trial.quality:
         way_out = "layouts are held against each other without it; leave it out, or give --quality to compare pictures."
-        refuse_extras("verify", config, ("compile", "cuda_graphs", "rewrites", "attention"), way_out)
+        refuse_extras("verify", config, ("compile", "cuda_graphs", "rewrites", "attention", *PLACING), way_out)
     world_size = number_of_ranks(trial)
     changed = bool(lossy or config.compile or config.rewrites or attention_of(config.attention).acts)
     if world_size == 1 and trial.against is None and not changed:

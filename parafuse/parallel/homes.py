@@ -9,7 +9,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from parafuse.errors import ConfigError, MemoryLimitError
+from parafuse.offload import ENDING
 from parafuse.parallel.image import Image
 
 PAGE = 4096
-ENDING = ".weights"
 LOCK = ".lock"
 
 
@@ -159,6 +159,34 @@ class DiskHome:
         if self._file is not None:
             self._file.close()
         self._file, self._images, self._starts = None, [], []
+
+
+class MixedHome:
+    """Several homes, of which each image has one."""
+
+    def __init__(self, homes: Mapping[str, Home], which: Callable[[], Sequence[str]]):
+        """`which`: of each image that is to be kept, the name of its home."""
+        self._homes, self._which = homes, which
+        self._places: list[tuple[Home, int]] = []
+
+    def keep(self, images: Sequence[Image]) -> None:
+        names = list(self._which())
+        for name, home in self._homes.items():
+            home.keep([image for image, own in zip(images, names, strict=True) if own == name])
+        self._places = [(self._homes[own], names[:number].count(own)) for number, own in enumerate(names)]
+
+    def read(self, number: int, out: Tensor) -> None:
+        home, place = self._places[number]
+        home.read(place, out)
+
+    def runs(self, number: int) -> list[Tensor]:
+        home, place = self._places[number]
+        return home.runs(place)
+
+    def close(self) -> None:
+        for home in self._homes.values():
+            home.close()
+        self._places = []
 
 
 class _SharedFile:

@@ -99,6 +99,8 @@ class Residence:
     turn: Turn
     prefetch: int = 0
     in_order: bool = True
+    buffers: Callable[[], Iterable[Tensor]] | None = None
+    """Those that are to be on the device; None: all of the component."""
     will_run: WillRun = lambda module, in_next: True
     """Set by what may leave units out: these are not fetched ahead for nothing."""
     awake: Callable[[], bool] = lambda: True
@@ -144,7 +146,7 @@ class Residence:
             unit.image.put([run.to(self._was or self.device) for run in runs])
         self.units = []
         self._forget()
-        for x in self.root.buffers():
+        for x in self._own_buffers():
             if self._was is not None and x.device != self._was:
                 x.data = x.data.to(self._was)
         self.home.close()
@@ -166,7 +168,7 @@ class Residence:
                 self._slots[id(weight)] = (unit, [slots[id(x)] for x in carriers(weight) if id(x) in slots])
         streamed = [unit for unit in units if not unit.stays]
         self._next = dict(zip(streamed, (*streamed[1:], *streamed[:1]), strict=True))
-        for x in self.root.buffers():
+        for x in self._own_buffers():
             if x.device != self.device:
                 x.data = x.data.to(self.device)
         self._made_of = [(part._modules, tuple(part._modules.values())) for part in self.root.modules()]
@@ -177,6 +179,9 @@ class Residence:
     def modules(self) -> list[nn.Module]:
         """Whose calls units come for."""
         return list(self._of)
+
+    def _own_buffers(self) -> Iterable[Tensor]:
+        return self.root.buffers() if self.buffers is None else self.buffers()
 
     def _forget(self) -> None:
         self._of, self._slots, self._next, self._first, self._last = {}, {}, {}, None, None

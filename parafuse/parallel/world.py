@@ -87,10 +87,13 @@ def _rendezvous(deadline_s: float) -> dist.Store:
         ) from error
 
 
-def join_world(device: str, timeout_s: float, size: int, store: dist.Store | None = None) -> World:
-    """This rank's place in a world of `size` ranks. Collective when `size` is above 1."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    where = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+def join_world(
+    device: str, timeout_s: float, size: int, store: dist.Store | None = None, num_devices: int = 1
+) -> World:
+    """This rank's place in a world of `size` ranks. Each has `num_devices` of the node's devices, the first of them its
+    main one. Collective when `size` is above 1."""
+    first = int(os.environ.get("LOCAL_RANK", "0")) * num_devices
+    where = torch.device(device, first) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(where)
     joined = ensure_world(device, timeout_s, store) if size > 1 else False

@@ -24,6 +24,7 @@ from parafuse.parallel.encoding import TextEncoder
 from parafuse.parallel.homes import DiskHome, HostHome
 from parafuse.parallel.hooks import override
 from parafuse.parallel.residence import Residence, Turn
+from parafuse.placement import PlacedWeights
 
 READS = ("save_pretrained", "push_to_hub", "save_lora_weights")
 CHANGES = (
@@ -83,8 +84,8 @@ class Offloading:
         self._stay = frozenset[str](getattr(target, "_exclude_from_cpu_offload", None) or ())
         self._others: dict[nn.Module, OffloadedOther] = {}
 
-    def denoiser(self, name: str, module: nn.Module) -> OffloadedDenoiser:
-        """Of a component on which something else stands."""
+    def denoiser(self, name: str, module: nn.Module) -> OffloadedDenoiser | None:
+        """Of a component on which something else stands; None where its weights stay."""
         modules = partial(modules_of, module, self.method, is_denoiser=True, is_decoder=False)
         return OffloadedDenoiser(name, module, self.method, self._residence(name, module, modules))
 
@@ -210,6 +211,10 @@ def offloading(extras: Extras, target: Any) -> Offloading | None:
     """What offloads a target, where that is asked for."""
     if extras.offload is None:
         return None
+    if isinstance(extras.offload, PlacedWeights):
+        from parafuse.engine.placement.put_on import Placing
+
+        return Placing.of(extras.offload, target)
     on_gpu = extras.offload.device == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return Offloading(extras.offload, device, target)

@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-use test-caches test-options test-attention caches options sparse rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
+.PHONY: help setup demo check test test-use test-caches test-options test-attention test-memory caches options sparse rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ check: setup ## Lint, format, types, import floors, docs
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_docs.py
 
-test: setup ## Run the tests of the engine (ten minutes); fewer than tests/collected_floor.txt is a failure
+test: setup ## Run the tests of the engine (eight minutes); fewer than tests/collected_floor.txt is a failure
 	$(PYTEST) tests/unit tests/dist tests/gpu tests/quality --collected-floor tests/collected_floor.txt
 
 test-use: setup ## Run what users run: members, adapters and guides of diffusers; bench, prove, verify (ten minutes)
@@ -57,6 +57,9 @@ test-options: setup ## Run the tests of quantization, compile and rewrites, and 
 
 test-attention: setup ## Run the tests of attention's kernels and of sparse attention (four minutes)
 	$(PYTEST) tests/kernels tests/sparse --collected-floor tests/collected_floor_attention.txt
+
+test-memory: setup ## Run the tests of loading, text encoders, placement, offload and prediction of memory (six minutes)
+	$(PYTEST) tests/memory --collected-floor tests/collected_floor_memory.txt
 
 sparse: setup ## Put sparse attention on every transformer class: docs/sparse-support.md (ten minutes)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sparse

@@ -32,6 +32,7 @@ SUITES = (
     "quantize",
     "rewrites",
     "sparse",
+    "memory",
     "options",
     "drop_in",
     "measuring",

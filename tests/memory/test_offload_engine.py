@@ -314,7 +314,7 @@ def with_a_disk_that_fails() -> tuple[str, str]:
     """What both ranks say, and what they paint, when one of them cannot read its weights."""
     import torch.distributed as dist
 
-    config = parafuse.Config(parallel=parafuse.Parallel(ulysses=2), offload="group:to=disk")
+    config = parafuse.Config(parallel=parafuse.Parallel(ulysses=2), offload="group:to=disk", timeout_s=20)
     with parafuse.Engine.from_pretrained("emoji", config) as one:
         one("a cat", seed=5, **EMOJI)
         broken = mock.patch.object(DiskHome, "read", side_effect=MemoryLimitError("the disk is gone"))

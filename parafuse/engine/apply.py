@@ -18,11 +18,11 @@ from parafuse.engine.caches.caching import Caching
 from parafuse.engine.caches.choose import KINDS, fitting, refuse_kind
 from parafuse.engine.caches.clock import Clock, schedulers_of
 from parafuse.engine.caches.memory import Memory
-from parafuse.engine.devices import remove_offload
+from parafuse.engine.devices import refuse_wrapped, remove_offload
 from parafuse.engine.extras import Extras
 from parafuse.engine.following import Component, follow
 from parafuse.engine.host_times import host_times
-from parafuse.engine.offload.pipeline import Offloading, device_for, offloading
+from parafuse.engine.offload.pipeline import Offloading, device_for, modules_in, offloading
 from parafuse.engine.plan import Plan
 from parafuse.engine.plan_store import key_for
 from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, existing, quantize
@@ -342,25 +342,6 @@ def check_components(source: ModelSource, plan: Plan, given: Mapping[str, Any] |
     )
 
 
-def _refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
-    """Raises ConfigError for modules that somebody else has wrapped: the order would decide what is right."""
-    for module in modules:
-        where = f"{name}: {type(module).__name__}"
-        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
-            raise ConfigError(f"{where} is compiled; apply parafuse to the model before it is compiled.")
-        hooks: Any = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
-        if hooks:
-            raise ConfigError(
-                f"{where} carries diffusers hooks ({', '.join(hooks)}), such as a cache, offload or context parallel; "
-                "take them off (disable_cache(), remove_all_hooks()) before parafuse is applied."
-            )
-        if hasattr(module, "_hf_hook"):
-            raise ConfigError(
-                f"{where} is offloaded or placed by accelerate; take that off before parafuse is applied "
-                "(remove_all_hooks(), or a manager's disable_auto_cpu_offload()), and switch it on again after that."
-            )
-
-
 def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None) -> Handle:
     """Makes a pipeline or a transformer run on all ranks. Every rank must call it, with the same config.
 
@@ -388,8 +369,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         denoisers(
             target, STACKS if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 else DENOISERS
         )  # says what is missing
-    _refuse_joint(extras.cache, target)
-    extras.check(device, degrees.__getitem__)
+    _check_target(target, extras, device, degrees)
     each_has = _extras(extras, wanted, target)
     found = [_check(*each, degrees, each_has[each[1:]]) for each in wanted]
     shared = [one for one in found if one is not None]
@@ -448,6 +428,14 @@ def _extras(extras: Extras, wanted: list[Wanted], target: Any) -> dict[tuple[nn.
     return found
 
 
+def _check_target(target: Any, extras: Extras, device: str, degrees: Mapping[Axis, int]) -> None:
+    """Raises ConfigError for what cannot be had on this target, before its parts are looked at."""
+    _refuse_joint(extras.cache, target)
+    extras.check(device, degrees.__getitem__)
+    for name, module in modules_in(target) if extras.offload else ():
+        refuse_wrapped(name, list(module.modules()))
+
+
 def _refuse_joint(cache: Cache | None, target: Any) -> None:
     """Raises ConfigError for branches that are to decide together, where it cannot be told which belong together."""
     if isinstance(cache, StackCache) and cache.branches == JOINT and not schedulers_of(target):
@@ -475,7 +463,7 @@ def _check(name: str, module: nn.Module, method: str, degrees: Mapping[Axis, int
             )
         return one
     if method == "forward":
-        _refuse_wrapped(name, list(module.modules()))
+        refuse_wrapped(name, list(module.modules()))
         if is_overridden(module):
             raise ConfigError(f"target: parafuse is on {name} already; call remove() on the handle of the first apply.")
         if degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1 or extras.sparse is not None:

@@ -34,6 +34,25 @@ def refuse_another_device(asked: Sequence[torch.device], plan: Plan, size: int) 
             )
 
 
+def refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
+    """Raises ConfigError for modules that somebody else has wrapped: the order would decide what is right."""
+    for module in modules:
+        where = f"{name}: {type(module).__name__}"
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+            raise ConfigError(f"{where} is compiled; apply parafuse to the model before it is compiled.")
+        hooks: Any = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+        if hooks:
+            raise ConfigError(
+                f"{where} carries diffusers hooks ({', '.join(hooks)}), such as a cache, offload or context parallel; "
+                "take them off (disable_cache(), remove_all_hooks()) before parafuse is applied."
+            )
+        if hasattr(module, "_hf_hook"):
+            raise ConfigError(
+                f"{where} is offloaded or placed by accelerate; take that off before parafuse is applied "
+                "(remove_all_hooks(), or a manager's disable_auto_cpu_offload()), and switch it on again after that."
+            )
+
+
 def remove_offload(module: nn.Module) -> None:
     """Takes off the hooks of accelerate and diffusers that move a component to a device and back."""
     if hasattr(module, "_hf_hook"):

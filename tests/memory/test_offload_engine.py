@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import parafuse
-from parafuse.errors import ConfigError, MemoryLimitError
+from parafuse.errors import ConfigError, MemoryLimitError, UnsupportedError
 from parafuse.parallel.homes import DiskHome
 from parafuse.parallel.residence import Residence, Turn
 from tests import adapters
@@ -228,6 +228,18 @@ def test_a_pipeline_of_the_user_goes_home_after_each_call() -> None:
         assert pipeline.dtype == torch.float32
     again = pipeline(**values | {"generator": torch.Generator().manual_seed(1)}).images
     assert torch.equal(again, want)
+
+
+def test_a_pipeline_that_another_library_offloads_is_refused() -> None:
+    pipeline = made()
+    pipeline.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ConfigError, match="is offloaded or placed by accelerate; take that off before"):
+        parafuse.apply(pipeline, parafuse.Config(offload="model:to=disk"))
+    pipeline.remove_all_hooks()
+    pipeline.text_encoder_2.to("meta")
+    with pytest.raises(UnsupportedError, match="on the meta device, without values"):
+        parafuse.apply(pipeline, parafuse.Config(offload="model:to=disk"))
+    assert not any(bool(p.isnan().any()) for p in pipeline.transformer.parameters())
 
 
 def test_parts_that_are_called_by_themselves_have_their_weights() -> None:

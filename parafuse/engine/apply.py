@@ -116,7 +116,8 @@ class Handle:
         parts, encoders = weighty(target, arriving)
         done = existing([*parts, *encoders])
         if self.quantize is not None:
-            found = quantize(asked_of(parts, encoders, self.quantize, required=False), self.quantize)
+            asked = asked_of(parts, encoders, self.quantize, required=False)
+            found = quantize(asked, self.quantize, device=self.offloading.device if self.offloading else None)
             done |= {one.choice.component: one for one in found}
         self.keep_quantized(done.values())
 

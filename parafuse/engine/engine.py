@@ -237,7 +237,7 @@ class Engine(Surface):
             place = world.device if not plan.offload else torch.device("cpu")  # weights come when they are used
             pipeline = load_pipeline(source, allow_pickle=settings["allow_pickle"], device=place, **keywords)
             done = quantize_loaded(plan, *weighty(pipeline), world.device)
-            pipeline.to(place)
+            pipeline = pipeline if plan.offload else pipeline.to(world.device)
         hush(pipeline)
         engine = cls(pipeline, source, plan, Handle(), world, progress)
         engine._put_on(done)

@@ -41,6 +41,12 @@ class Wide(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([Repeated() for _ in range(BLOCKS)])
 
+    def repeat(self, times: int) -> None:
+        """Multiplies so often in each block."""
+        for block in self.modules():
+            if isinstance(block, Repeated):
+                block.times = times
+
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
@@ -74,8 +80,7 @@ def main() -> None:
             with handle.request():
                 for turn in range(1 + ROUNDS):
                     for way, model in models.items():
-                        for block in model.blocks:
-                            block.times = times  # pyright: ignore[reportAttributeAccessIssue]
+                        model.repeat(times)
                         took = seconds(lambda model=model: model(x))
                         found[way] += [took] if turn else []
             plain, offloaded = (statistics.median(one) for one in found.values())

@@ -28,7 +28,7 @@ from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, existi
 from parafuse.engine.quantize.report import lines
 from parafuse.engine.rewrites.choose import STEPWISE
 from parafuse.engine.standing import Standing, standing_on
-from parafuse.engine.suitability import asked_for, check_component, extras_for, refuse_joint, whole
+from parafuse.engine.suitability import asked_for, check_component, check_target, extras_for, whole
 from parafuse.engine.targets import Wanted, device_of, wanted_of, weighty
 from parafuse.engine.video import SparseVideo
 from parafuse.errors import ConfigError
@@ -125,7 +125,8 @@ class Handle:
         parts, encoders = weighty(target, arriving)
         done = existing([*parts, *encoders])
         if self.quantize is not None:
-            found = quantize(asked_of(parts, encoders, self.quantize, required=False), self.quantize)
+            asked = asked_of(parts, encoders, self.quantize, required=False)
+            found = quantize(asked, self.quantize, device=self.offloading.device if self.offloading else None)
             done |= {one.choice.component: one for one in found}
         self.keep_quantized(done.values())
 
@@ -360,8 +361,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     if mesh is not None:
         degrees = {axis: mesh.degree(axis) for axis in Axis}
     wanted = asked_for(target, degrees, extras.encoding)
-    refuse_joint(extras.cache, target)
-    extras.check(device, degrees.__getitem__)
+    check_target(target, extras, device, degrees)
     each_has = extras_for(extras, wanted, target, ranks)
     found = [check_component(*each, degrees, each_has[each[1:]]) for each in wanted]
     shared = [one for one in found if one is not None]

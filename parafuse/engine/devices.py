@@ -34,17 +34,6 @@ def refuse_another_device(asked: Sequence[torch.device], plan: Plan, size: int) 
             )
 
 
-def remove_offload(module: nn.Module) -> None:
-    """Takes off the hooks of accelerate and diffusers that move a component to a device and back."""
-    if hasattr(module, "_hf_hook"):
-        remove_hook_from_module(module, recurse=True)
-    for part in module.modules():
-        registry: Any = getattr(part, "_diffusers_hook", None)
-        if registry is not None:
-            for name in GROUP_HOOKS:
-                registry.remove_hook(name, recurse=False)
-
-
 def refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
     """Raises ConfigError for modules that somebody else has wrapped: the order would decide what is right."""
     for module in modules:
@@ -62,6 +51,17 @@ def refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
                 f"{where} is offloaded or placed by accelerate; take that off before parafuse is applied "
                 "(remove_all_hooks(), or a manager's disable_auto_cpu_offload()), and switch it on again after that."
             )
+
+
+def remove_offload(module: nn.Module) -> None:
+    """Takes off the hooks of accelerate and diffusers that move a component to a device and back."""
+    if hasattr(module, "_hf_hook"):
+        remove_hook_from_module(module, recurse=True)
+    for part in module.modules():
+        registry: Any = getattr(part, "_diffusers_hook", None)
+        if registry is not None:
+            for name in GROUP_HOOKS:
+                registry.remove_hook(name, recurse=False)
 
 
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")

@@ -61,7 +61,8 @@ def load_for_ranks(source: ModelSource, settings: dict[str, Any], world: World) 
         (pipeline, done), how = _once(source, world, make, settings)
     if not is_early:
         done = quantize_loaded(plan, *weighty(pipeline), where)
-    pipeline.to(place)
+    if place.type != "cpu" or not (plan.offload or plan.placement):
+        pipeline.to(place)
     took = {"how": how, "seconds": round(time.perf_counter() - begun, 3), **host_memory()}
     return Loaded(pipeline, done, [json.loads(text) for text in world.everyone("loading", json.dumps(took))])
 

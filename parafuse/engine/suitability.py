@@ -14,6 +14,7 @@ from parafuse.engine.caches.choose import KINDS, fitting, refuse_kind
 from parafuse.engine.caches.clock import schedulers_of
 from parafuse.engine.devices import refuse_wrapped
 from parafuse.engine.extras import Extras
+from parafuse.engine.offload.pipeline import modules_in
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.settle import TEXT_ENCODERS
 from parafuse.engine.rewrites.choose import Beside, choices
@@ -88,7 +89,15 @@ def extras_for(
     return found
 
 
-def refuse_joint(cache: Cache | None, target: Any) -> None:
+def check_target(target: Any, extras: Extras, device: str, degrees: Mapping[Axis, int]) -> None:
+    """Raises ConfigError for what cannot be had on this target, before its parts are looked at."""
+    _refuse_joint(extras.cache, target)
+    extras.check(device, degrees.__getitem__)
+    for name, module in modules_in(target) if extras.offload else ():
+        refuse_wrapped(name, list(module.modules()))
+
+
+def _refuse_joint(cache: Cache | None, target: Any) -> None:
     """Raises ConfigError for branches that are to decide together, where it cannot be told which belong together."""
     if isinstance(cache, StackCache) and cache.branches == JOINT and not schedulers_of(target):
         raise ConfigError(

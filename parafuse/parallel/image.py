@@ -62,6 +62,13 @@ class Image:
         self.runs: list[Run] = []
         self.nbytes = 0
         self._sources: list[Tensor] = []
+        weights = list(weights)
+        for weight in weights:
+            if type(weight) not in (Tensor, nn.Parameter) and weight.device.type != device.type:
+                raise UnsupportedError(
+                    f"offload: weights of the kind {type(weight).__name__} were packed on {weight.device.type!r}, and "
+                    f"{device.type!r} is to compute with them; move the model there first, or use quantize=... ."
+                )
         found = {id(x): x for weight in weights for x in carriers(weight) if x.numel()}
         for members in sharing(list(found.values())):
             self._add(members, device)

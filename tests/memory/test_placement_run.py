@@ -15,6 +15,7 @@ from torch import nn
 import parafuse
 from parafuse.config import Config, Parallel
 from parafuse.engine import engine as engine_module
+from parafuse.engine import node_loading
 from parafuse.errors import ConfigError, RankError
 from parafuse.parallel.residence import Residence
 from tests.adapters import lora
@@ -161,7 +162,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("it came through the checks")
 
-    monkeypatch.setattr(engine_module, "load_pipeline", forbidden)
+    monkeypatch.setattr(node_loading, "load_pipeline", forbidden)
     monkeypatch.setattr(engine_module.Workers, "start", forbidden)
 
 

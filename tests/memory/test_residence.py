@@ -171,6 +171,14 @@ def test_other_kinds_of_weights_are_refused_by_name() -> None:
         Image(nn.Linear(2, 2, device="meta").parameters(), CPU)
 
 
+def test_weights_that_were_packed_elsewhere_are_refused() -> None:
+    """What wraps them says where they are, and cannot be told otherwise."""
+    model: Any = nn.Linear(16, 16, bias=False)
+    model.weight = nn.Parameter(packed(model.weight.data, Int8Weight()), requires_grad=False)
+    with pytest.raises(UnsupportedError, match="were packed on 'cpu', and 'meta' is to compute"):
+        Image(model.parameters(), torch.device("meta"))
+
+
 def test_weights_that_blocks_share_stay() -> None:
     model, x = tower(), torch.randn(2, 6)
     model.blocks[2][0].weight = model.blocks[0][0].weight

@@ -53,7 +53,7 @@ PACKING_OPTIONS = [option for option in options_of(quantizing.Packing) if option
 EXPORT_OPTIONS = [option for option in options_of(exporting.Export) if option.name != "ranks"]
 SCORING_OPTIONS = options_of(scoring.Scoring)
 TUNING_OPTIONS = [option for option in options_of(tuning.Tuning) if option.name != "ranks"]
-EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
+EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", "offload", *PLACING)
 LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1 and option.name not in EXTRAS]
 """Those of the configuration without the degrees, where all of them are tried, and without a cache, which a case's
 variants name and an exported plan cannot have."""

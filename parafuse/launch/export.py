@@ -42,7 +42,7 @@ def prepare(prompt: str | None, export: Export, options: list[Option], typed: di
     from parafuse.engine.source import locate
 
     config = build(Config.from_file(export.config) if export.config else Config(), given(options, typed))
-    names = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
+    names = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", "offload", *PLACING)
     refuse_extras("export-plan", config, names, "no exported plan can have it; leave it out.")
     if "RANK" in os.environ or config.parallel != Parallel():
         raise ConfigError("export-plan: runs on one rank, whatever the plan is for; leave launcher and degrees out.")

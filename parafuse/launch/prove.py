@@ -71,7 +71,7 @@ def prepare(prompt: str | None, proof: Proof, options: list[Option], typed: dict
     refuse_extras(
         "prove",
         config,
-        ("cuda_graphs", "rewrites", "attention", "sparse", *PLACING),
+        ("cuda_graphs", "rewrites", "attention", "sparse", "offload", *PLACING),
         "is not timed here; leave it out.",
     )
     world_size = number_of_ranks(proof)

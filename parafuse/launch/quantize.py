@@ -75,7 +75,7 @@ def prepare(prompt: str | None, packing: Packing, options: list[Option], typed: 
     if method is None:
         raise ConfigError("--quantize: say what to quantize with: fp8, fp8-weight, int8 or int8-weight.")
     way_out = "everything is measured as it is; leave it out."
-    names = ("cache", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
+    names = ("cache", "compile", "cuda_graphs", "rewrites", "attention", "sparse", "offload", *PLACING)
     refuse_extras("quantize", config, names, way_out)
     if "RANK" in os.environ or config.parallel != Parallel():
         raise ConfigError("quantize: runs on one rank; leave launcher and degrees out.")

@@ -19,7 +19,7 @@ from parafuse.launch.keywords import one_step_call
 from parafuse.launch.options import Option, build, given
 
 OF_A_CALL = ("seed", "steps", "width", "height", "guidance", "negative_prompt", "set")
-UNUSED = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
+UNUSED = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", "offload", *PLACING)
 
 if TYPE_CHECKING:
     from parafuse.engine.tune import Shape, Timed

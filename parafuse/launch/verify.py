@@ -92,6 +92,7 @@ def prepare(prompt: str | None, trial: Trial, options: list[Option], typed: dict
             f"--{lossy[0].what} {lossy[0].brief}: changes what verify holds to be the same; leave it out, or give "
             "--quality to compare pictures."
         )
+    refuse_extras("verify", config, ("offload",), "what is compared has all weights in place; leave it out.")
     if not trial.quality:
         way_out = "layouts are held against each other without it; leave it out, or give --quality to compare pictures."
         refuse_extras("verify", config, ("compile", "cuda_graphs", "rewrites", "attention", *PLACING), way_out)

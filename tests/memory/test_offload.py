@@ -149,17 +149,13 @@ def test_compiled(name: str, layout: dict[str, int], asked: dict[str, Any], more
 def fetched(cache: str) -> tuple[int, int, str]:
     """(images that came, of these ahead and for nothing, what the cache decided) in some steps."""
     model, values = made("flux")
-    with (
-        parafuse.apply(model, parafuse.Config(offload=BLOCKS, cache=cache)) as handle,
-        torch.no_grad(),
-        handle.request() as memories,
-    ):
-        for step in range(STEPS):
-            model(**later(values, step))
-        decided = "".join(one[0] for one in letters(next(iter(memories.values()))))
-        ledger = handle.offloading.ledger if handle.offloading else None
-        assert ledger is not None
-        return ledger.fetches, ledger.wasted, decided
+    with parafuse.apply(model, parafuse.Config(offload=BLOCKS, cache=cache)) as handle, torch.no_grad():
+        with handle.request() as memories:
+            for step in range(STEPS):
+                model(**later(values, step))
+            decided = "".join(one[0] for one in letters(next(iter(memories.values()))))
+        assert handle.offloading is not None
+        return handle.offloading.ledger.fetches, handle.offloading.ledger.wasted, decided
 
 
 EVERY_SECOND = "interval:2,first_blocks=1,last_blocks=1,warmup_steps=1,final_steps=0"

@@ -3,6 +3,7 @@ pipeline with all weights in place."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 import parafuse
-from parafuse.errors import ConfigError
+from parafuse.errors import ConfigError, MemoryLimitError
+from parafuse.parallel.homes import DiskHome
 from parafuse.parallel.residence import Residence, Turn
 from tests import adapters
 from tests.dist.ranks import run_ranks
@@ -292,3 +294,39 @@ def test_ranks_that_an_engine_starts() -> None:
         with pytest.raises(ConfigError, match="keeps the weights elsewhere already"):
             one.transformer.enable_group_offload(torch.device("cpu"))
         assert float(np.abs(one("a cat", seed=5, **EMOJI).images - want).max()) <= 1 / 255
+
+
+def pictures_on_replicas(offload: str | None) -> list[np.ndarray[Any, Any]]:
+    """Two prompts, decoded on two ranks, twice."""
+    config = parafuse.Config(parallel=parafuse.Parallel(data=2, ulysses=1), offload=offload)
+    with parafuse.Engine.from_pretrained("emoji", config) as one:
+        return [one(["a cat", "the apple"], seed=[5, 6], **EMOJI).images for _ in range(2)]
+
+
+def test_replicas_decode_their_own() -> None:
+    want = run_ranks(pictures_on_replicas, 2, None, timeout_s=300)[0]
+    for offload in ("group:to=disk", "model:to=disk"):
+        for found in run_ranks(pictures_on_replicas, 2, offload, timeout_s=300):
+            assert all(map(np.array_equal, found, want))
+
+
+def with_a_disk_that_fails() -> tuple[str, str]:
+    """What both ranks say, and what they paint, when one of them cannot read its weights."""
+    import torch.distributed as dist
+
+    config = parafuse.Config(parallel=parafuse.Parallel(ulysses=2), offload="group:to=disk", timeout_s=20)
+    with parafuse.Engine.from_pretrained("emoji", config) as one:
+        one("a cat", seed=5, **EMOJI)
+        broken = mock.patch.object(DiskHome, "read", side_effect=MemoryLimitError("the disk is gone"))
+        try:
+            with broken if dist.get_rank() == 1 else nullcontext():
+                one("a cat", seed=5, **EMOJI)
+        except Exception as error:
+            return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_a_rank_whose_disk_fails_fails_the_request_on_all() -> None:
+    found = run_ranks(with_a_disk_that_fails, 2, timeout_s=300)
+    assert found[1] == ("MemoryLimitError", "the disk is gone")
+    assert found[0][0] == "RankError"

@@ -71,6 +71,7 @@ RUNS: list[tuple[int, dict[str, str], dict[str, Any]]] = [
     (2, HALF, {"parallel": Parallel(ulysses=2)}),
     (2, SPREAD, {"parallel": Parallel(ring=2)}),
     (2, SPREAD, {"parallel": Parallel(cfg=2, ulysses=1)}),
+    (2, SPREAD, {"parallel": Parallel(data=2, ulysses=1)}),
     (3, SPREAD, {}),
     (1, HALF, {"cache": "first-block:0.3"}),
     (1, HALF, {"cache": "taylorseer:2"}),

@@ -105,11 +105,11 @@ class Handle:
         self._is_off = True
 
     def _let_go(self) -> None:
+        if self.offloading is not None:
+            self.offloading.leave(self)  # what it has on components stands outside of all else
         while self._on or self._stuck:
             (self._stuck or [one for _, one in self._on])[-1].leave(self)
             (self._stuck or self._on).pop()
-        if self.offloading is not None:
-            self.offloading.leave(self)
 
     def unplace(self, then: Callable[[], None]) -> None:
         """Takes off where weights are, does `then`, and puts on all else again. Local."""

@@ -31,7 +31,7 @@ SPREAD = {
 """Components, single blocks and single layers; the transformer's own code runs on device 1."""
 CALL: dict[str, Any] = {
     "prompt": ["a rocket", ""], "negative_prompt": ["", ""], "width": 96, "height": 72, "true_cfg_scale": 2.0,
-    "num_inference_steps": 3, "max_sequence_length": 16, "output_type": "np",
+    "num_inference_steps": 2, "max_sequence_length": 16, "output_type": "np",
 }  # fmt: skip
 
 
@@ -71,6 +71,7 @@ RUNS: list[tuple[int, dict[str, str], dict[str, Any]]] = [
     (2, HALF, {"parallel": Parallel(ulysses=2)}),
     (2, SPREAD, {"parallel": Parallel(ring=2)}),
     (2, SPREAD, {"parallel": Parallel(cfg=2, ulysses=1)}),
+    (2, SPREAD, {"parallel": Parallel(data=2, ulysses=1)}),
     (3, SPREAD, {}),
     (1, HALF, {"cache": "first-block:0.3"}),
     (1, HALF, {"cache": "taylorseer:2"}),
@@ -80,7 +81,7 @@ RUNS: list[tuple[int, dict[str, str], dict[str, Any]]] = [
 @pytest.mark.parametrize(("ranks", "homes", "asked"), RUNS, ids=[f"{i}" for i in range(len(RUNS))])
 def test_what_is_on_another_device_runs_there(ranks: int, homes: dict[str, str], asked: dict[str, Any]) -> None:
     """Two ranks with two devices each, two-way sequence parallel, among them."""
-    for got in run_ranks(placed, ranks, homes, asked) if ranks > 1 else [placed(homes, asked)]:
+    for got in run_ranks(placed, ranks, homes, asked, timeout_s=400) if ranks > 1 else [placed(homes, asked)]:
         wrong, num_there, applied, device_map = got
         assert wrong <= 1e-5
         assert num_there > 100

@@ -83,7 +83,7 @@ RUNS: list[tuple[int, dict[str, Any]]] = [
 def test_the_picture_is_exact(ranks: int, asked: dict[str, Any], tmp_path: Path) -> None:
     calls = [{}] if asked.keys() - {"parallel"} else [ODD]
     given = (str(tmp_path), asked, calls)
-    for got in run_ranks(on_rank, ranks, *given) if ranks > 1 else [on_rank(*given)]:
+    for got in run_ranks(on_rank, ranks, *given, timeout_s=400) if ranks > 1 else [on_rank(*given)]:
         assert got["error"] <= EXACT
         assert "disk" in got["plan"]["placement"].values()
         assert got["moved"]["fetches"] > 10
@@ -104,7 +104,9 @@ def compiled_on_rank(folder: str, ranks: int) -> list[Any]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_compiled_blocks(ranks: int, tmp_path: Path) -> None:
     given = (str(tmp_path), ranks)
-    for wrong, applied in run_ranks(compiled_on_rank, ranks, *given) if ranks > 1 else [compiled_on_rank(*given)]:
+    for wrong, applied in (
+        run_ranks(compiled_on_rank, ranks, *given, timeout_s=400) if ranks > 1 else [compiled_on_rank(*given)]
+    ):
         assert wrong <= EXACT
         assert any(line.startswith("compiled blocks") for line in applied)
 
@@ -251,7 +253,7 @@ def test_device_maps_are_written_as_the_ecosystem_reads_them(tmp_path: Path) -> 
             engine.to("cpu")
         with pytest.raises(ConfigError, match="the placement keeps the weights elsewhere already"):
             engine.enable_model_cpu_offload()
-        with pytest.raises(ConfigError, match="transformer is where the placement keeps it"):
+        with pytest.raises(ConfigError, match=r"transformer is offloaded \(the placement\)"):
             pipeline.transformer.to("cuda")
     assert pipeline.hf_device_map is None
     assert not hasattr(pipeline.transformer, "hf_device_map")

@@ -59,7 +59,7 @@ class OffloadedComponent:
             device, dtype = _asked(name, args, kwargs)
             if device is not None and device.type != self.residence.device.type:
                 raise ConfigError(
-                    f"{name}: device={str(device)!r}: {self.name} is where {self.method.said} keeps it, and its "
+                    f"{name}: device={str(device)!r}: {self.name} is offloaded ({self.method.said}), and its "
                     f"weights come to {self.residence.device.type!r} by themselves when it is called; take parafuse "
                     "off first (remove(), or close() of an engine)."
                 )

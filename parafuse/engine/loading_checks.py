@@ -13,12 +13,12 @@ from parafuse.config import DTYPES, Config
 from parafuse.engine.architecture import read_architecture
 from parafuse.engine.folder import check_variant
 from parafuse.engine.loading_keywords import REFUSED, Keyword, keywords_of
+from parafuse.engine.memory.check import check_files
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantize.saved import saved_by
 from parafuse.engine.quantize.settle import check_settled
 from parafuse.engine.quantized import check_quantized
 from parafuse.engine.source import ModelSource, read_json
-from parafuse.engine.memory.check import check_files
 from parafuse.errors import ConfigError, reject_unknown
 
 DENOISER = ("transformer", "unet", "prior", "decoder")

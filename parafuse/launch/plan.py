@@ -1,4 +1,4 @@
-"""`parafuse plan`: the plan that would run, and with --memory what it takes, without weights and without the hardware."""
+"""`parafuse plan`: what would run, and with --memory what it takes, without weights and without the hardware."""
 
 from __future__ import annotations
 
@@ -129,4 +129,3 @@ def _most(found: Prediction) -> str:
 
 def _gb(nbytes: int) -> str:
     return f"{nbytes / GB:.2f}" if nbytes >= GB / 100 else f"{nbytes / GB:.5f}"
-

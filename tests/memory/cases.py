@@ -20,7 +20,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        more = [f"{key}={value}" for key, value in {**self.options, **self.call}.items() if key != "num_inference_steps"]
+        more = [
+            f"{key}={value}" for key, value in {**self.options, **self.call}.items() if key != "num_inference_steps"
+        ]
         return ", ".join([f"{self.model}, {self.ranks} rank{'s' * (self.ranks > 1)}", *more])
 
 

@@ -87,9 +87,7 @@ def _local(world_size: int) -> int:
     return min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
 
 
-def _check(
-    source: ModelSource, device: str, dtype: str, quantized: bool, local: int, given: Mapping[str, Any]
-) -> None:
+def _check(source: ModelSource, device: str, dtype: str, quantized: bool, local: int, given: Mapping[str, Any]) -> None:
     needs = sum(weight_bytes(source, dtype, quantized=quantized, given=given).values())
     where, there = device_memory(device, local)
     if there and needs > there:

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from parafuse.config import Axis, Config
 from parafuse.engine.apply import Handle, apply
 from parafuse.engine.calls import call_keywords, paint
 from parafuse.engine.host_times import host_times
 from parafuse.engine.memory.by_shape import ByShape
 from parafuse.engine.memory.fake_pipeline import components, fake_mode, fake_pipeline, nbytes
 from parafuse.engine.memory.kernels import LIBRARIES, CudaAttention, bodies, kernels_of
-from parafuse.engine.memory.ledger import ACTIVATIONS, EXCHANGE, PIPELINE, START, Ledger, Peak
+from parafuse.engine.memory.ledger import ACTIVATIONS, EXCHANGE, PIPELINE, Ledger
 from parafuse.engine.memory.phases import DENOISE, PHASES, counting, met
 from parafuse.engine.modular import takes_generator
 from parafuse.engine.plan import Plan
@@ -158,7 +157,9 @@ class _Following:
         config = replace(plan.config(), device="auto", dtype="auto", compile=False, cuda_graphs=False)
         method = quantize_of(config.quantize)
         if isinstance(method, Fp8) and plan.device != "cpu":
-            config = replace(config, quantize=replace(method, reference=True))  # fake weights say that they are on a CPU
+            config = replace(
+                config, quantize=replace(method, reference=True)
+            )  # fake weights say that they are on a CPU
         if plan.world_size > 1 and mesh is None:
             raise ConfigError("predict: a plan of several ranks needs a mesh.")
         mesh = mesh or make_mesh(config.parallel.degrees(1), "cpu", plan.timeout_s)

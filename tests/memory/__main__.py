@@ -41,11 +41,15 @@ def main() -> None:
             lines = rows(case)
             table += lines
             print(lines, end="", file=sys.stderr, flush=True)
+            write(table)  # a table that was broken off has what was measured
     finally:
         close_pools()
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+
+
+def write(table: str) -> None:
+    """Puts it into the page, between the marks."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
     PAGE.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
 
 

@@ -83,8 +83,9 @@ def _dtype_of(name: str, dtype: Dtypes) -> torch.dtype:
 
 
 def empty_module(found: type[Any], config: Any, dtype: torch.dtype) -> nn.Module:
-    """The module, its parameters on the meta device, its buffers on the CPU. `config`: its arguments, or a configuration
-    of transformers."""
+    """The module, its parameters on the meta device, its buffers on the CPU.
+
+    `config`: its arguments, or a configuration of transformers."""
     from accelerate import init_empty_weights
     from transformers import PreTrainedModel
 

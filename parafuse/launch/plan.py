@@ -1,4 +1,4 @@
-"""`parafuse plan`: the plan that would run, and with --memory what it takes, without weights and without the hardware."""
+"""`parafuse plan`: what would run, and with --memory what it takes, without weights and without the hardware."""
 
 from __future__ import annotations
 

@@ -66,4 +66,4 @@ EXTRAS = (
     Case("emoji", 1, {"compile": True}),
     Case("emoji", 1, {"dtype": "bfloat16"}),
 )
-CASES = (*ALONE, *SHARED, *EXTRAS)
+CASES = (*ALONE, *EXTRAS, *SHARED)

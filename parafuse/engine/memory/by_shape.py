@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from itertools import chain, combinations, islice, product
+from itertools import chain, combinations, islice, permutations, product
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def _disturb(block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSp
     for ends in argument_ends(examined, largest):
         for seen in ends.seen:
             for base, other in zip(chain(*examined.base.sites), chain(*seen.sites), strict=True):
-                (base != other) & ~(base.isnan() & other.isnan())
+                _ = (base != other) & ~(base.isnan() & other.isnan())
 
 
 def plans(examined: Examined) -> Iterator[BlockPlan]:
@@ -103,12 +103,20 @@ def plans(examined: Examined) -> Iterator[BlockPlan]:
             arguments[same[0]] = results[number] = TokenDim(_token_dim(result), (len(arguments),))
     _add_read(arguments, examined)
     lengths = {dim.atoms[0]: leaves[i].shape[dim.dim] for i, dim in arguments.items()}
+    for order in permutations(lengths):
+        yield from _plans(examined, arguments, results, {atom: lengths[atom] for atom in order})
+
+
+def _plans(
+    examined: Examined, arguments: dict[int, TokenDim], results: dict[int, TokenDim], lengths: dict[int, int]
+) -> Iterator[BlockPlan]:
+    """Those with the streams in this order."""
+    leaves, base = examined.leaves, examined.base
     sites: list[Site] = []
     for q, k, _ in base.sites:
         queries, keys = _atoms(q.shape[2], lengths), _atoms(k.shape[2], lengths)
         sites.append(Site(queries, keys if queries else None))
-    named = {atom for site in sites if site.keys for atom in (*(site.queries or ()), *(site.keys or ()))}
-    if not named:
+    if not any(site.keys for site in sites):
         yield BlockPlan()
         return
     masks = {tuple(call.mask.shape) for call in base.calls if call.mask is not None}

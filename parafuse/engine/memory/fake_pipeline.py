@@ -151,7 +151,8 @@ def pieces(tensor: Tensor) -> list[Tensor]:
     """The plain tensors that a tensor is made of."""
     if type(tensor) in (Tensor, nn.Parameter, FakeTensor) or not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportCallIssue]
+    packed: Any = tensor
+    names, _ = packed.__tensor_flatten__()
     return [piece for name in names for piece in pieces(getattr(tensor, name))]
 
 

@@ -62,10 +62,9 @@ def _convolution(args: Any, result: Tensor) -> int:
     kernel, out = math.prod(weight.shape[2:]), result.nbytes
     half = x.dtype in (torch.bfloat16, torch.float16)
     is_large = groups > 1 or min(weight.shape[-2:]) > 3 or len(x) > 1 or math.prod(x.shape[:4]) > 20480
-    is_plain = kernel == 1 and set((*stride, *dilation)) == {1} and len(x) < 16 and torch.get_num_threads() == 1
+    is_plain = kernel == 1 and {*stride, *dilation} == {1} and len(x) < 16 and torch.get_num_threads() == 1
     if not half and (is_plain or not is_large):
-        columns = 0 if kernel == 1 or transposed else len(x) * x.shape[1] * kernel * result[0, 0].numel() * x.itemsize
-        return columns
+        return 0 if kernel == 1 or transposed else len(x) * x.shape[1] * kernel * result[0, 0].numel() * x.itemsize
     if _is_channels_last(x) or _is_channels_last(weight):  # as oneDNN has it
         return 0 if _is_channels_last(x) else x.nbytes
     if half:
@@ -143,14 +142,14 @@ def bodies(ledger: Callable[[], Ledger]) -> dict[Any, Body]:
 
         return run
 
-    found = {op._opoverload: op._init_fn for op in (attention_of,)}  # pyright: ignore[reportPrivateUsage]
+    found = {op._opoverload: op._init_fn for op in (attention_of,)}
     between = (
         comm.all_gather,
         comm.all_reduce,
         parallel_attention.sequence_attention,
         parallel_attention.attention_after,
     )
-    return found | {op._opoverload: exchanging(op._init_fn) for op in between}  # pyright: ignore[reportPrivateUsage]
+    return found | {op._opoverload: exchanging(op._init_fn) for op in between}
 
 
 def kernels_of(device: str) -> Allocator:

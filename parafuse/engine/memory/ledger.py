@@ -215,8 +215,8 @@ class _Entry(weakref.ref[Any]):
         self.key, self.kind, self.nbytes = key, kind, nbytes
         return self
 
-    def __init__(self, storage: Any, gone: Any, *_: object):
-        super().__init__(storage, gone)
+    def __init__(self, *_: object):
+        """A weak reference is whole when it is made."""
 
 
 ASKS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default}

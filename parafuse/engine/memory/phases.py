@@ -42,8 +42,8 @@ _METHODS = {"encode": ENCODE, "decode": DECODE}
 
 @contextmanager
 def met(pipeline: Any, enter: Callable[[str, str], Leave]) -> Iterator[None]:
-    """Inside, `enter(component, phase)` is told of each call of a component, and what it returns is given the result, in
-    a list from which it takes it, so that nothing else holds it.
+    """Inside, `enter(component, phase)` is told of each call of a component, and what it returns is given the result,
+    in a list from which it takes it, so that nothing else holds it.
 
     Stands on instances, outside of what parafuse has put there, and is gone afterwards."""
     undo: list[Callable[[], None]] = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from parafuse.config import Axis, Config
 from parafuse.engine.plan import Plan
 from parafuse.errors import ConfigError
-from parafuse.launch.asked import Asked
+from parafuse.launch.asked import PLACING, Asked, refuse_extras
 from parafuse.launch.keywords import as_typed, call_keywords, refuse_unknown
 from parafuse.launch.options import Option, build, given
 
@@ -54,6 +54,8 @@ def prepare(model: str, planning: Planning, options: list[Option], typed: dict[s
     if "RANK" in os.environ:
         raise ConfigError("plan: runs on one rank, whatever the plan is for; leave the launcher out and give --ranks.")
     config = build(Config.from_file(planning.config) if planning.config else Config(), given(options, typed))
+    if planning.memory:
+        refuse_extras("plan --memory", config, PLACING, "is not predicted yet; leave it out, or leave --memory out.")
     source = locate(model, allow_pickle=config.allow_pickle)
     call, typed_as = call_keywords(planning, source)
     refuse_unknown(source, call)

@@ -62,6 +62,7 @@ def test_a_larger_picture_takes_more(capsys: pytest.CaptureFixture[str]) -> None
         (("emoji", "--width", "100"), "--width 100: must be a multiple of"),
         (("emoji", "--set", "num_frames=5"), "has no 'num_frames'"),
         (("emoji", "--ranks", "3", "--ring", "2"), "makes 2 ranks"),
+        (("emoji", "--memory", "--offload", "model:to=disk"), "--offload=model:to=disk"),
         (("no/such-model", "--memory"), "is not in the local cache"),
     ],
 )
@@ -107,5 +108,8 @@ def test_a_folder_that_cannot_fit_is_refused_before_it_is_loaded(monkeypatch: py
     source = locate("emoji")
     made = resolve(Config(device="cpu"), source, 1)
     check_loading(source, made, {"transformer": None}, sent=False)  # what is not loaded takes nothing
+    on_disk = resolve(Config(device="cpu", offload="group:to=disk"), source, 1)
+    check_loading(source, on_disk, {}, sent=False)  # they are never there at once
     monkeypatch.setattr(check, "memory_bytes", lambda: 60_000_000)
     check_loading(source, made, {}, sent=False)
+    check_loading(source, resolve(Config(device="cpu"), source, 4), {}, sent=False)  # ranks share them

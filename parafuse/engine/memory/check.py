@@ -13,6 +13,7 @@ from parafuse.engine.architecture import RANDOM, TINY, read_architecture
 from parafuse.engine.folder import SAFE, tensor_facts, weight_files
 from parafuse.errors import ConfigError
 from parafuse.hardware import gpus, memory_bytes, num_cuda_devices
+from parafuse.offload import DISK, Offload, offload_of
 
 if TYPE_CHECKING:
     from parafuse.engine.plan import Plan
@@ -65,21 +66,32 @@ def _of_file(path: Path, dtype: str, quantized: bool) -> int:
 
 
 def check_memory(source: ModelSource, config: Config, world_size: int) -> None:
-    """Raises ConfigError for an architecture whose weights alone are more than a rank's device has."""
-    if source.kind != "random" or source.name.startswith(TINY):
+    """Raises ConfigError for an architecture whose weights alone are more than a rank's device has, or where they are
+    offloaded to, which a disk is never."""
+    if source.kind != "random" or source.name.startswith(TINY) or config.placement is not None:
         return
     local = _local(world_size)
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and num_cuda_devices() >= local) else "cpu"
     dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
-    _check(source, device, dtype, config.quantize is not None, local, {})
+    home = _home(device, offload_of(config.offload))
+    _check(source, home, dtype, config.quantize is not None, local, {})
 
 
 def check_files(source: ModelSource, plan: Plan, given: Mapping[str, Any]) -> None:
     """The same for a folder or a file, by the headers of its files. `given`: the keywords of the loader."""
     elsewhere = {"device_map", "quantization_config"} & given.keys()  # others place or pack the weights
     by_part = any(isinstance(given.get(name), dict) for name in ("dtype", "torch_dtype"))
-    if source.kind in ("folder", "file") and not elsewhere and not by_part:
-        _check(source, plan.device, plan.dtype, bool(plan.quantize), _local(plan.world_size), given)
+    if source.kind in ("folder", "file") and not elsewhere and not by_part and not plan.placement:
+        home = _home(plan.device, offload_of(plan.offload or None))
+        _check(source, home, plan.dtype, bool(plan.quantize), _local(plan.world_size), given)
+
+
+def _home(device: str, offload: Offload | None) -> str:
+    """Where all weights are at once: cuda, cpu (which the ranks of a machine share), pinned (each has its own) or
+    disk."""
+    if offload is None:
+        return device
+    return DISK if offload.to == DISK else "pinned"
 
 
 def _local(world_size: int) -> int:
@@ -102,7 +114,11 @@ def _check(source: ModelSource, device: str, dtype: str, quantized: bool, local:
 
 def device_memory(device: str, ranks: int) -> tuple[str, int]:
     """(a rank's device in words, its bytes) of this machine; 0 bytes where that is unknown."""
-    if device == "cpu":
+    if device == DISK:
+        return "the disk", 0
+    if device == "pinned":
         return "this machine, for each rank,", memory_bytes() // ranks
+    if device == "cpu":
+        return "this machine", memory_bytes()
     found = gpus()[1]
     return (found[0].name if found else "no GPU here"), min((gpu.memory_bytes for gpu in found), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import time
@@ -83,7 +84,10 @@ def _once(source: ModelSource, world: World, make: Callable[[], Any], settings: 
         value, why = take(node, given, world.timeout_s, world.watch)
     finally:
         leave(node)
-    return (make(), f"{READ}: {why}") if why else (value, _from(node))
+    if why:
+        return make(), f"{READ}: {why}"
+    introduce(value[0])
+    return value, _from(node)
 
 
 def import_classes(source: ModelSource) -> None:
@@ -95,6 +99,18 @@ def import_classes(source: ModelSource) -> None:
         if isinstance(part, list) and part[0] in ("diffusers", "transformers"):
             with suppress(ImportError, RuntimeError):  # what is missing is told where it is loaded
                 getattr(importlib.import_module(part[0]), str(part[1]), None)
+
+
+def introduce(pipeline: Any) -> None:
+    """Makes classes of transformers known to this process, as they make themselves when one of them is built: without
+    that, `output_hidden_states` is not heard. Without memory; what is built is dropped."""
+    from accelerate import init_empty_weights
+    from transformers import PreTrainedModel
+
+    for part in pipeline.components.values():
+        if isinstance(part, PreTrainedModel):
+            with init_empty_weights(include_buffers=True):
+                type(part)(copy.deepcopy(part.config))
 
 
 def _from(node: Node) -> str:

@@ -4,6 +4,7 @@ Errors of the user end with one line on stderr and exit code 2. `parafuse --help
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -56,6 +57,9 @@ PLANNING_OPTIONS = [option for option in options_of(planning.Planning) if option
 SCORING_OPTIONS = options_of(scoring.Scoring)
 TUNING_OPTIONS = [option for option in options_of(tuning.Tuning) if option.name != "ranks"]
 EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
+NEW_OBJECTS = 100_000
+"""After which Python looks for garbage in a process of the command line. Its own 700 cost a sixth of a cold start,
+which imports some millions that all stay."""
 LOADING_OPTIONS = [option for option in CONFIG_OPTIONS if len(option.path) == 1 and option.name not in EXTRAS]
 """Those of the configuration without the degrees, where all of them are tried, and without a cache, which a case's
 variants name and an exported plan cannot have."""
@@ -304,6 +308,7 @@ def info(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script and of `python -m parafuse`. Always ends the process."""
+    gc.set_threshold(NEW_OBJECTS, 100)
     supervised = rank_entry.enter()
     launch = Launch(sys.argv[1:] if argv is None else list(argv), supervised)
     code = run(launch)

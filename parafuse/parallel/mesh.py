@@ -85,11 +85,11 @@ def make_mesh(degrees: Mapping[Axis, int], device: str, timeout_s: float) -> Mes
     found = next((mesh for mesh in _FREE if mesh.kind == kind), None)
     if found is not None:
         _FREE.remove(found)
-        return found
-    mesh = _make(degrees, device)
-    if mesh.groups:
+    mesh = found or _make(degrees, device)
+    if found is None and mesh.groups:
         mesh = replace(mesh, kind=kind, world=dist.group.WORLD)
     for group in {*mesh.groups.values(), *([mesh.sequence] if mesh.sequence is not None else [])}:
+        # also of one that is used again: an axis of all ranks has the default group, which other meshes have as well
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
     return mesh
 

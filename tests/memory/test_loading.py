@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
+from parafuse.config import Config
 from parafuse.engine import node_loading
+from parafuse.engine.planner import resolve
+from parafuse.engine.source import locate
 from parafuse.errors import ModelError
 from parafuse.parallel import node
-from tests.dist.ranks import RankFailure, run_ranks
+from parafuse.parallel.world import join_world
+from tests.dist.ranks import RankFailure, close_pools, run_ranks
 from tests.memory.loading import checkpoint, emoji_in, load
 
 GB = 1 << 30
@@ -58,6 +64,26 @@ def test_four_ranks_have_the_weights_once(tmp_path: Path, dtype: torch.dtype) ->
     print(f"one rank {alone / GB:.3f} GiB, four {sum(shares) / GB:.3f}: {sum(shares) / alone:.3f}")
     assert alone > 0.95 * GB
     assert sum(shares) < 1.3 * alone, (alone, shares)
+
+
+def hidden_states(name: str) -> list[Any]:
+    """Of each text encoder of a pipeline that this rank may have mapped."""
+    source = locate(name)
+    world = join_world("cpu", 60.0, dist.get_world_size())
+    plan = resolve(Config(device="cpu"), source, world.size)
+    settings = {"plan": plan, "pipeline_kwargs": {}, "allow_pickle": False}
+    pipeline = node_loading.load_for_ranks(source, settings, world).pipeline
+    ids = torch.arange(1, 8)[None]
+    encoders = [part for part in pipeline.components.values() if isinstance(part, PreTrainedModel)]
+    return [part(ids, output_hidden_states=True).hidden_states for part in encoders]
+
+
+def test_mapped_encoders_are_known_to_their_library() -> None:
+    """transformers' classes tell a process of themselves when they are built, which here they are not."""
+    close_pools()  # processes that have built none
+    for mine, theirs in zip(*run_ranks(hidden_states, 2, "tiny:hunyuanvideo"), strict=True):
+        assert len(mine) == len(theirs) > 1
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 def without_sharing(folder: str) -> dict[str, Any]:

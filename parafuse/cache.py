@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from parafuse.calibration import Calibration
 from parafuse.errors import ConfigError
-from parafuse.spelled import Spelled, read
+from parafuse.spelled import Spelled, chosen
 
 TRANSFORMER, UNET = "transformer", "unet"
 SEPARATE, JOINT = "separate", "joint"
@@ -358,10 +358,9 @@ def calibration_of(cache: Cache | None) -> Calibration | None:
     return found if isinstance(found, Calibration) else None
 
 
+ALLOWED = "a text such as 'first-block:0.1', a parafuse.Cache, or None"
+
+
 def cache_of(value: Any) -> Cache | None:
     """The cache that a text names, or the value itself. Raises ConfigError with what is allowed."""
-    if value is None or type(value) in METHODS.values():
-        return value
-    if not isinstance(value, str):
-        raise ConfigError(f"cache={value!r}: must be a text such as 'first-block:0.1', a parafuse.Cache, or None.")
-    return read("cache", value, METHODS)
+    return None if value is None else chosen("cache", value, METHODS, ALLOWED)

@@ -9,8 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from parafuse.errors import ConfigError
-from parafuse.spelled import Spelled, read
+from parafuse.spelled import Spelled, chosen
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,4 @@ METHODS: dict[str, type[Encoding]] = {one.method: one for one in (Everywhere, On
 
 def encoding_of(value: Any) -> Encoding:
     """What a text names, or the value itself. Raises ConfigError with what is allowed."""
-    if type(value) in METHODS.values():
-        return value
-    if not isinstance(value, str):
-        raise ConfigError(f"text_encoders={value!r}: must be a text such as 'one-rank:kept=32', or one of its methods.")
-    return read("text_encoders", value, METHODS)
+    return chosen("text_encoders", value, METHODS, "a text such as 'one-rank:kept=32', or one of its methods")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from parafuse.errors import ConfigError
-from parafuse.spelled import Spelled, read
+from parafuse.spelled import Spelled, chosen
 
 CPU, DISK, AUTO = "cpu", "disk", "auto"
 BLOCK, LEAF = "block", "leaf"
@@ -116,18 +116,12 @@ class SequentialOffload(Offload):
 
 
 METHODS: dict[str, type[Offload]] = {one.method: one for one in (ModelOffload, GroupOffload, SequentialOffload)}
+ALLOWED = "a text such as 'model' or 'group:level=leaf', a method of parafuse.offload, or None"
 
 
 def offload_of(value: Any) -> Offload | None:
     """The offload that a text names, or the value itself. Raises ConfigError with what is allowed."""
-    if value is None or type(value) in METHODS.values():
-        return value
-    if not isinstance(value, str):
-        raise ConfigError(
-            f"offload={value!r}: must be a text such as 'model' or 'group:level=leaf', a method of parafuse.offload, "
-            "or None."
-        )
-    return read("offload", value, METHODS)
+    return None if value is None else chosen("offload", value, METHODS, ALLOWED)
 
 
 def settled_on(method: Offload | None, device: str) -> Offload | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from parafuse.errors import ConfigError
-from parafuse.spelled import Spelled, read
+from parafuse.spelled import Spelled, chosen
 
 NONE, AUTO = "none", "auto"
 ROW, TENSOR, CALIBRATED = "row", "tensor", "calibrated"
@@ -112,14 +112,9 @@ class Int8Weight(Quantize):
 
 
 METHODS: dict[str, type[Quantize]] = {one.method: one for one in (Fp8, Fp8Weight, Int8, Int8Weight)}
+ALLOWED = "a text such as 'fp8', a parafuse.Fp8 or another method, or None"
 
 
 def quantize_of(value: Any) -> Quantize | None:
     """The quantization that a text names, or the value itself. Raises ConfigError with what is allowed."""
-    if value is None or type(value) in METHODS.values():
-        return value
-    if not isinstance(value, str):
-        raise ConfigError(
-            f"quantize={value!r}: must be a text such as 'fp8', a parafuse.Fp8 or another method, or None."
-        )
-    return read("quantize", value, METHODS)
+    return None if value is None else chosen("quantize", value, METHODS, ALLOWED)

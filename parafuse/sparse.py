@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from parafuse.errors import ConfigError
-from parafuse.spelled import Spelled, read
+from parafuse.spelled import Spelled, chosen
 
 AUTO = "auto"
 TILE_TOKENS = 128
@@ -148,17 +148,12 @@ class Content(Sparse):
 
 
 METHODS: dict[str, type[Sparse]] = {one.method: one for one in (Window, Radial, Content)}
+ALLOWED = "a text such as 'radial:0.5', a parafuse.Radial or another method, or None"
 
 
 def sparse_of(value: Any) -> Sparse | None:
     """The sparse attention that a text names, or the value itself. Raises ConfigError with what is allowed."""
-    if value is None or type(value) in METHODS.values():
-        return value
-    if not isinstance(value, str):
-        raise ConfigError(
-            f"sparse={value!r}: must be a text such as 'radial:0.5', a parafuse.Radial or another method, or None."
-        )
-    return read("sparse", value, METHODS)
+    return None if value is None else chosen("sparse", value, METHODS, ALLOWED)
 
 
 def tile_for(grid: Shape) -> Shape:

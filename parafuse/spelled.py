@@ -75,6 +75,15 @@ class Spelled:
 One = TypeVar("One", bound=Spelled)
 
 
+def chosen(what: str, value: Any, methods: Mapping[str, type[One]], allowed: str) -> One:
+    """The method that a text names, or the value itself. Raises ConfigError with what is `allowed`."""
+    if type(value) in methods.values():
+        return value
+    if not isinstance(value, str):
+        raise ConfigError(f"{what}={value!r}: must be {allowed}.")
+    return read(what, value, methods)
+
+
 def read(what: str, text: str, methods: Mapping[str, type[One]]) -> One:
     """What a text names. Raises ConfigError with what is allowed."""
     name, _, rest = text.partition(":")

@@ -11,6 +11,7 @@ from parafuse.engine.loading_checks import check_names, custom_file, parameters_
 from parafuse.engine.loading_keywords import keywords_of
 from parafuse.engine.source import ModelSource, read_json
 from parafuse.errors import ConfigError, ModelError
+from parafuse.parallel.packed import inside
 
 
 def load_pipeline(
@@ -220,4 +221,4 @@ def _missing(part: Any) -> list[str]:
     found = dict(part.named_parameters()) if hasattr(part, "named_parameters") else {}
     is_read = {name: getattr(p, "_is_hf_initialized", False) for name, p in found.items()}
     marks = any(is_read.values()) and getattr(part, "hf_quantizer", None) is None  # which puts in others
-    return [name for name, p in found.items() if p.is_meta or (marks and not is_read[name])]
+    return [name for name, p in found.items() if any(x.is_meta for x in inside(p)) or (marks and not is_read[name])]

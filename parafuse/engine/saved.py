@@ -29,6 +29,7 @@ from parafuse.engine.source import locate, read_json, write_defaults
 from parafuse.engine.state import components_of
 from parafuse.errors import ConfigError, ModelError
 from parafuse.hardware import num_cuda_devices
+from parafuse.parallel.packed import inside
 from parafuse.quantization import Quantize
 
 FOLDER, RECORD, PLANS, COMPILED = "parafuse", "engine.json", "plans", "compiled"
@@ -175,7 +176,7 @@ def _refuse_unsaved(name: str, part: nn.Module) -> None:
             f"save: {name} has adapters ({', '.join(adapters)}), which a folder does not hold. fuse_lora() and then "
             "unload_lora_weights() keeps them in the weights; or unload them, and save_lora_weights()."
         )
-    if any(p.is_meta for p in part.parameters()):
+    if any(x.is_meta for p in part.parameters() for x in inside(p)):
         raise ConfigError(f"save: {name} is offloaded; remove_all_hooks() first.")
     quantizer: Any = getattr(part, "hf_quantizer", None)
     is_packed = quantizer is not None and "torchao" not in str(quantizer.quantization_config.quant_method).lower()

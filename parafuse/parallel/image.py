@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parafuse.errors import UnsupportedError
+from parafuse.parallel.packed import inside
 
 ALIGN = 256
 """Bytes: what kernels and copies like the start of a tensor to be a multiple of."""
@@ -108,15 +108,13 @@ class Image:
 
 def carriers(weight: Tensor) -> list[Tensor]:
     """The plain tensors that have a weight's data: itself, or what is inside of one that wraps others."""
-    if type(weight) in (Tensor, nn.Parameter):
-        return [weight]
-    flatten: Any = getattr(weight, "__tensor_flatten__", None)
-    if flatten is None:
+    found = inside(weight)
+    if not all(type(x) in (Tensor, nn.Parameter) for x in found):
         raise UnsupportedError(
             f"offload: weights of the kind {type(weight).__name__} cannot come and go; load the model without this "
             "quantization (quantize=... of parafuse can), or leave offload out."
         )
-    return [x for name in flatten()[0] for x in carriers(getattr(weight, name))]
+    return found
 
 
 def nbytes_of(weights: Iterable[Tensor]) -> int:

@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parafuse.engine.architecture import read_architecture
 from parafuse.engine.random_weights import class_of, empty_module, fill, make_processor
 from parafuse.engine.source import ModelSource, read_json
 from parafuse.engine.stand_in import make_tokenizer
 from parafuse.errors import ConfigError, ModelError
+from parafuse.parallel.packed import inside
 
 CPU = torch.device("cpu")
 
@@ -140,20 +141,11 @@ def weights(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers that take memory, each storage once; of packed ones what they are made of."""
     seen: set[int] = set()
     for tensor in (*module.parameters(), *module.buffers()):
-        for part in pieces(tensor):
+        for part in inside(tensor):
             key = part.untyped_storage()._cdata
             if key not in seen:
                 seen.add(key)
                 yield part
-
-
-def pieces(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that a tensor is made of."""
-    if type(tensor) in (Tensor, nn.Parameter, FakeTensor) or not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    packed: Any = tensor
-    names, _ = packed.__tensor_flatten__()
-    return [piece for name in names for piece in pieces(getattr(tensor, name))]
 
 
 def nbytes(module: nn.Module) -> int:
@@ -168,7 +160,7 @@ def bytes_by_path(module: nn.Module) -> dict[str, int]:
     seen: set[int] = set()
     for path, owner in module.named_modules():
         for tensor in (*owner.parameters(recurse=False), *owner.buffers(recurse=False)):
-            for part in pieces(tensor):
+            for part in inside(tensor):
                 key = part.untyped_storage()._cdata
                 if key not in seen:
                     seen.add(key)

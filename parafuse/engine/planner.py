@@ -63,7 +63,9 @@ def resolve(
     if device == "cpu" and config.device == "auto" and devices:
         why += f"{'; ' if why else ''}on the CPU: {local} ranks here, but {devices} CUDA devices are visible"
     quantize = _settled(config, source, device, dtype, world_size, elsewhere)
-    where = placed(config, source, device=device, dtype=dtype, quantize=quantize, local=local, given=given)
+    where = placed(
+        config, source, device=device, dtype=dtype, quantize=quantize, local=local, given=given, elsewhere=elsewhere
+    )
     why += f"{'; ' if why and where.why else ''}{where.why}"
     return Plan(
         model=source.name,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from parafuse.config import Axis, Config
 from parafuse.engine.plan import Plan
 from parafuse.errors import ConfigError
-from parafuse.launch.asked import PLACING, Asked, refuse_extras
+from parafuse.launch.asked import Asked
 from parafuse.launch.keywords import as_typed, call_keywords, refuse_unknown
 from parafuse.launch.options import Option, build, given
 
@@ -54,8 +54,6 @@ def prepare(model: str, planning: Planning, options: list[Option], typed: dict[s
     if "RANK" in os.environ:
         raise ConfigError("plan: runs on one rank, whatever the plan is for; leave the launcher out and give --ranks.")
     config = build(Config.from_file(planning.config) if planning.config else Config(), given(options, typed))
-    if planning.memory:
-        refuse_extras("plan --memory", config, PLACING, "is not predicted yet; leave it out, or leave --memory out.")
     source = locate(model, allow_pickle=config.allow_pickle)
     call, typed_as = call_keywords(planning, source)
     refuse_unknown(source, call)
@@ -99,11 +97,15 @@ def table(found: Prediction) -> list[str]:
     """The prediction for people, in GB."""
     weights = ", ".join(f"{name} {_gb(number)}" for name, number in found.weights.items())
     each = "" if found.plan.world_size == 1 else f", on each of {found.plan.world_size} ranks"
-    lines = [f"GB on {found.plan.device}{each}", f"weights: {weights}", ""]
-    lines.append(f"{'':<17}" + "".join(f"{name:>12}" for name in COLUMNS))
+    lines = [f"GB on {found.plan.device}{each}", f"weights: {weights}"]
+    if found.elsewhere:
+        places = {place: f"device {place}" if place.isdigit() else place for place in found.elsewhere}
+        lines.append("of these at home on " + ", ".join(f"{places[k]} {_gb(n)}" for k, n in found.elsewhere.items()))
     requests = [("first", found.first), ("later", found.later)]
+    width = max(map(len, found.first)) + 2
+    lines += ["", f"{'':<{width + 7}}" + "".join(f"{name:>12}" for name in COLUMNS)]
     for name, phases in requests[: 1 if found.first == found.later else 2]:
-        lines += [f"{phase:<8}{name:<9}{_row(one)}" for phase, one in phases.items()]
+        lines += [f"{phase:<{width}}{name:<7}{_row(one)}" for phase, one in phases.items()]
     lines += ["", f"most at a time: {_gb(found.nbytes)} GB ({_most(found)})"]
     if found.host:
         lines.append(f"host memory, while it is loaded: {_gb(found.host)} GB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ class Ledger:
     """The most of that at any time."""
     wasted: int = 0
     """Images that were fetched ahead and not used."""
+    watch: Callable[[int], None] = lambda nbytes: None
+    """Told of bytes that come, and of those that go as less than nothing."""
 
     def begin(self) -> None:
         """Counts anew; what is there is there."""
@@ -39,9 +42,11 @@ class Ledger:
         self.moved_bytes += nbytes
         self.resident_bytes += nbytes
         self.most_bytes = max(self.most_bytes, self.resident_bytes)
+        self.watch(nbytes)
 
     def went(self, nbytes: int) -> None:
         self.resident_bytes -= nbytes
+        self.watch(-nbytes)
 
     def report(self) -> dict[str, Any]:
         """For receipts."""

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from parafuse.errors import UnsupportedError
-from parafuse.parallel.packed import inside
+from parafuse.parallel.packed import has_values, inside
 
+PLAIN = (Tensor, nn.Parameter, FakeTensor)
 ALIGN = 256
 """Bytes: what kernels and copies like the start of a tensor to be a multiple of."""
 
@@ -54,7 +56,8 @@ class Run:
 
 
 class Image:
-    """The bytes of some weights. `pack` right after it was made, as long as their data is theirs."""
+    """The bytes of some weights. `sources` right after it was made, as long as their data is theirs. Of weights without
+    memory (fake ones) it has the sizes alone."""
 
     def __init__(self, weights: Iterable[Tensor], device: torch.device):
         """`device`: what computes with them. Raises UnsupportedError for weights that cannot come and go."""
@@ -64,7 +67,7 @@ class Image:
         self._sources: list[Tensor] = []
         weights = list(weights)
         for weight in weights:
-            if type(weight) not in (Tensor, nn.Parameter) and weight.device.type != device.type:
+            if type(weight) not in PLAIN and weight.device.type != device.type:
                 raise UnsupportedError(
                     f"offload: weights of the kind {type(weight).__name__} were packed on {weight.device.type!r}, and "
                     f"{device.type!r} is to compute with them; move the model there first, or use quantize=... ."
@@ -77,15 +80,17 @@ class Image:
         first = min(map(_start, members))
         first -= first % math.lcm(*(x.dtype.itemsize for x in members))
         last = max(map(_end, members))
+        self.runs.append(Run(self.nbytes, last - first))
+        self.nbytes += -(-(last - first) // ALIGN) * ALIGN
+        if not has_values(members[0]):
+            return
         whole = members[0].detach()
         source = torch.empty(0, dtype=torch.uint8, device=whole.device)
         self._sources.append(source.set_(whole.untyped_storage(), first, (last - first,), (1,)))
         for x in members:
             number = math.nan if x.dtype.is_floating_point or x.dtype.is_complex else 0
             away = torch.full((), number, dtype=x.dtype, device=device).expand(x.shape)
-            self.slots.append(Slot(x, x.shape, x.stride(), x.dtype, len(self.runs), _start(x) - first, away))
-        self.runs.append(Run(self.nbytes, last - first))
-        self.nbytes += -(-(last - first) // ALIGN) * ALIGN
+            self.slots.append(Slot(x, x.shape, x.stride(), x.dtype, len(self.runs) - 1, _start(x) - first, away))
 
     def sources(self) -> list[Tensor]:
         """The bytes of each run, where they are now; once, since they are not kept."""
@@ -109,7 +114,7 @@ class Image:
 def carriers(weight: Tensor) -> list[Tensor]:
     """The plain tensors that have a weight's data: itself, or what is inside of one that wraps others."""
     found = inside(weight)
-    if not all(type(x) in (Tensor, nn.Parameter) for x in found):
+    if not all(type(x) in PLAIN for x in found):
         raise UnsupportedError(
             f"offload: weights of the kind {type(weight).__name__} cannot come and go; load the model without this "
             "quantization (quantize=... of parafuse can), or leave offload out."

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether it has memory: not so a fake one, by which a request is followed before anything is loaded."""
+    return not isinstance(x, FakeTensor)
+
+
 def inside(weight: Tensor) -> list[Tensor]:
     """The tensors that have a weight's data: itself, or what is inside of one that wraps others (torchao's and
     quanto's; such a one's own `is_meta` and storage say nothing)."""

@@ -64,6 +64,11 @@ class Turn:
     def leave(self, one: Residence) -> None:
         self._members.pop(one, None)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all that comes and goes, of all of them."""
+        return sum(unit.image.nbytes for one in self._members for unit in one.units)
+
     def take(self, one: Residence) -> None:
         """Sends the others away, but for those that are in a call."""
         if one.in_order:

@@ -18,17 +18,18 @@ HEAD = """| request | phase | weights | predicted | measured | beside the weight
 
 
 def rows(case: Case) -> str:
-    """Lines of one case: MB beside the weights, of the rank that took the most, and how far off they are."""
+    """Lines of one case: MB beside the weights that stay, of the rank that took the most, and how far off they are."""
     call = {"num_inference_steps": 2, **case.call}
     prediction = predicted(case.model, case.options, call, case.ranks)
+    stays = max(0, prediction.staying)
     found = run_ranks(measured, case.ranks, case.model, case.options, call)
     lines = ""
     for request in ("first", "later") if case.ranks > 1 else ("first",):
         for phase, one in getattr(prediction, request).items():
-            most, beside = max(figures[request][phase] for figures, _ in found), one.nbytes - one.weights
+            most, beside = max(figures[request][phase] for figures, _ in found), one.nbytes - stays
             lines += (
-                f"| {case.name} | {phase}, {request} | {one.weights / 1e6:.1f} | {beside / 1e6:.3f} | {most / 1e6:.3f} "
-                f"| {beside / most - 1:+.1%} | {one.nbytes / (most + one.weights) - 1:+.2%} |\n"
+                f"| {case.name} | {phase}, {request} | {stays / 1e6:.1f} | {beside / 1e6:.3f} | {most / 1e6:.3f} "
+                f"| {beside / most - 1:+.1%} | {one.nbytes / (most + stays) - 1:+.2%} |\n"
             )
     return lines
 

@@ -66,4 +66,16 @@ EXTRAS = (
     Case("emoji", 1, {"compile": True}),
     Case("emoji", 1, {"dtype": "bfloat16"}),
 )
-CASES = (*ALONE, *EXTRAS, *SHARED)
+AWAY = (
+    Case("emoji", 1, {"offload": "model:to=disk"}),
+    Case("emoji", 1, {"offload": "group:to=disk"}),
+    Case("emoji", 2, {"offload": "group:to=disk"}),
+    Case("emoji", 1, {"offload": "group:to=disk,level=leaf"}),
+    Case("emoji", 1, {"offload": "sequential:to=disk"}),
+    Case("emoji", 2, {"placement": "balanced", "max_memory": {"cpu": "30MB"}, "offload_folder": "."}),
+    Case("emoji", 2, {"offload": "group:to=disk", "text_encoders": "one-rank:kept=2"}),
+    Case("tiny:sdxl", 1, {"offload": "model:to=disk"}),
+    Case("tiny:hunyuanvideo", 2, {"offload": "group:to=disk"}),
+)
+"""Where a folder is asked for it is a temporary one."""
+CASES = (*ALONE, *EXTRAS, *SHARED, *AWAY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ PROMPT = "a red apple"
 Figures = dict[str, dict[str, int]]
 
 
-def config_of(options: dict[str, Any]) -> Config:
+def config_of(options: dict[str, Any] | Config) -> Config:
     """Degrees and all else, flat."""
+    if isinstance(options, Config):
+        return options
     axes = {name: value for name, value in options.items() if name in set(Axis)}
     rest = {name: value for name, value in options.items() if name not in axes}
+    if "offload_folder" in rest:
+        rest["offload_folder"] = tempfile.gettempdir()
     return Config(parallel=Parallel(**axes), device="cpu", **rest)
 
 
@@ -43,10 +48,10 @@ def measured(model: str, options: dict[str, Any], call: dict[str, Any]) -> tuple
         torch.set_num_threads(before)
 
 
-def predicted(model: str, options: dict[str, Any], call: dict[str, Any], ranks: int) -> Prediction:
+def predicted(model: str, options: dict[str, Any] | Config, call: dict[str, Any], ranks: int) -> Prediction:
     """The same request, followed in this process."""
     config, source = config_of(options), locate(model)
-    plan = resolve(config, source, ranks)
+    plan = resolve(config, source, ranks, elsewhere=True)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -59,13 +64,3 @@ def predicted(model: str, options: dict[str, Any], call: dict[str, Any], ranks: 
             share.leave()
     finally:
         torch.set_num_threads(before)
-
-
-def beside(prediction: Prediction, figures: Figures) -> list[tuple[str, str, int, int]]:
-    """(request, phase, predicted, measured), both without weights."""
-    found: list[tuple[str, str, int, int]] = []
-    for request, phases in figures.items():
-        for phase, most in phases.items():
-            one = getattr(prediction, request)[phase]
-            found.append((request, phase, one.nbytes - one.weights, most))
-    return found

@@ -46,6 +46,17 @@ def test_memory_as_json_and_as_a_table(capsys: pytest.CaptureFixture[str]) -> No
     assert "most at a time: 0.06 GB (decode, in vae: aten.convolution.default" in capsys.readouterr().out
 
 
+def test_what_is_elsewhere_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    there = ("--device", "cuda", "--steps", "2", "--placement", "balanced", "--max-memory")
+    assert plan("emoji", "--memory", *there, "0=10MB,1=10MB,cpu=1GB") == 0
+    said = capsys.readouterr().out
+    assert "of these at home on cpu 0.00" in said or ", cpu 0.00" in said
+    assert "device 1 0.00" in said
+    assert "\ndenoise, device 1  first" in said
+    assert plan("emoji", "--memory", "--device", "cuda", "--steps", "2", "--offload", "group") == 0
+    assert "of these at home on cpu 0.02" in capsys.readouterr().out
+
+
 def test_a_larger_picture_takes_more(capsys: pytest.CaptureFixture[str]) -> None:
     sizes: list[int] = []
     for side in ("64", "128"):
@@ -62,7 +73,8 @@ def test_a_larger_picture_takes_more(capsys: pytest.CaptureFixture[str]) -> None
         (("emoji", "--width", "100"), "--width 100: must be a multiple of"),
         (("emoji", "--set", "num_frames=5"), "has no 'num_frames'"),
         (("emoji", "--ranks", "3", "--ring", "2"), "makes 2 ranks"),
-        (("emoji", "--memory", "--offload", "model:to=disk"), "--offload=model:to=disk"),
+        (("emoji", "--memory", "--offload", "model"), "to=disk"),
+        (("emoji", "--device", "cuda", "--placement", "balanced"), "max_memory, such as 0=80GiB"),
         (("no/such-model", "--memory"), "is not in the local cache"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from parafuse import Config
 from parafuse.engine.memory import predict as predicting
 from parafuse.engine.memory.kernels import CpuKernels
 from parafuse.engine.memory.ledger import Allocator
@@ -29,6 +30,12 @@ ALONE = (
     Case("tiny:hunyuanvideo"),
     Case("emoji", 1, {"cache": "first-block:0.1"}, {"num_inference_steps": 6}),
     Case("emoji", 1, {"quantize": "int8"}),
+)
+AWAY = (
+    Case("emoji", 1, {"offload": "model:to=disk"}),
+    Case("emoji", 1, {"offload": "sequential:to=disk"}),
+    Case("emoji", 2, {"placement": "balanced", "max_memory": {"cpu": "30MB"}, "offload_folder": "."}),
+    Case("emoji", 2, {"offload": "group:to=disk", "text_encoders": "one-rank:kept=2"}),
 )
 SHARED = (
     Case("emoji", 2),
@@ -55,13 +62,13 @@ def both(case: Case) -> tuple[Prediction, list[tuple[Figures, int]]]:
 
 
 def off(prediction: Prediction, found: list[tuple[Figures, int]], request: str) -> dict[str, tuple[float, float]]:
-    """Phase -> relative error of what is beside the weights, and of all, against the rank that took the most."""
+    """Phase -> relative error of what is beside weights that stay, and of all, against the rank that took most."""
     out: dict[str, tuple[float, float]] = {}
     for phase, one in getattr(prediction, request).items():
         most = max(figures[request][phase] for figures, _ in found)
-        beside = one.nbytes - one.weights
+        beside = one.nbytes - prediction.staying
         error = beside / most - 1 if most >= SMALLEST else 0.0
-        out[phase] = error, one.nbytes / (most + one.weights) - 1
+        out[phase] = error, one.nbytes / (most + prediction.staying) - 1
     return out
 
 
@@ -81,6 +88,15 @@ def test_on_several_ranks_every_phase_is_within_a_tenth(case: Case) -> None:
     for request, limit in (("first", WITHIN), ("later", LATE)):
         errors = off(prediction, found, request)
         assert all(abs(beside) <= limit and abs(all_) <= WITHIN for beside, all_ in errors.values()), errors
+
+
+@pytest.mark.parametrize("case", AWAY, ids=lambda case: case.name)
+def test_weights_that_come_and_go_are_told_within_a_tenth(case: Case) -> None:
+    prediction, found = both(case)
+    assert prediction.elsewhere["disk"] > 15_000_000, "control: most weights are on the disk"
+    for request in ("first", "later"):
+        errors = off(prediction, found, request)
+        assert all(abs(error) <= WITHIN for pair in errors.values() for error in pair), errors
 
 
 def follow(**options: Any) -> Prediction:
@@ -121,6 +137,30 @@ def test_what_a_cache_keeps_is_told_apart() -> None:
     assert follow().first["denoise"].kept == 0
     options, call = {"cache": "first-block:0.1,warmup_steps=0"}, {"num_inference_steps": 4}  # none is left out before
     assert predicted("emoji", options, call, 1).first["denoise"].kept > 100_000
+
+
+def on_two_devices(placement: dict[str, int], ranks: int = 1) -> Prediction:
+    config = Config(placement=placement, max_memory={0: "1GB", 1: "1GB"}, device="cuda")
+    return predicted("emoji", config, {"num_inference_steps": 2}, ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_another_device_has_what_runs_there(ranks: int) -> None:
+    whole, parted = (on_two_devices({"": 0, "transformer": there}, ranks).later for there in (0, 1))
+    here, there, plain = parted["denoise"], parted["denoise, device 1"], whole["denoise"]
+    assert "denoise, device 1" not in whole
+    assert there.weights > 5 * here.weights
+    assert there.weights + here.weights == plain.weights
+    assert abs(there.activations / plain.activations - 1) < 0.02
+    assert here.activations < plain.activations / 10
+    assert whole["decode"].activations == parted["decode"].activations
+
+
+def test_blocks_on_another_device_have_copies_of_what_they_are_given() -> None:
+    homes = {"": 0} | {f"transformer.transformer_blocks.{number}": 1 for number in range(2)}
+    found = on_two_devices(homes).later
+    assert found["denoise, device 1"].exchange > 10_000
+    assert found["denoise"].activations > found["denoise, device 1"].activations / 10
 
 
 def test_nothing_stays_behind() -> None:

@@ -7,7 +7,7 @@ Runs on real tensors and on fake ones alike, side by side: what has a fake argum
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ACTIVATIONS, EXCHANGE, PIPELINE = "activations", "exchange", "pipeline"
+ACTIVATIONS, EXCHANGE, PIPELINE, WEIGHTS = "activations", "exchange", "pipeline", "weights"
 """What a storage is for: of the components, of what goes between ranks, of the pipeline's own code between them."""
+MAIN = "0"
+"""Of a rank's devices, the one that computes what belongs to no other."""
 START = "start"
 """The phase before any component is called."""
 LARGE = float(1 << 30)
@@ -68,18 +70,20 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.allocator, self.bodies = allocator or Allocator(), bodies or {}
         self.peaks: dict[str, Peak] = {}
+        """By phase; of another device of the rank by `phase, device 1`."""
         self.phase, self.kind, self.module = START, PIPELINE, ""
         self._number, self._is_silent = LARGE, False
         self._largest = self._late = 0
         self._live: dict[int, _Entry] = {}
         self._outer: set[int] = set()
-        self._now: Counter[str] = Counter()
-        self._total = 0
+        self._device = MAIN
+        self._now: defaultdict[str, Counter[str]] = defaultdict(Counter[str])
+        """By device."""
 
     @property
     def nbytes(self) -> int:
-        """Of what is alive now."""
-        return self._total
+        """Of what is alive now, on all devices."""
+        return sum(one.total() for one in self._now.values())
 
     @contextmanager
     def as_kind(self, kind: str) -> Iterator[None]:
@@ -129,6 +133,38 @@ class Ledger(TorchDispatchMode):
             self.peaks[phase] = Peak()
         return self.peaks[phase]
 
+    def weigh(self, nbytes: int, device: str = MAIN) -> None:
+        """So many bytes of weights have come to a device, or, less than nothing, have gone."""
+        self._now[device][WEIGHTS] += nbytes
+        self._mark(0, "weights")
+
+    @contextmanager
+    def on(self, device: str, given: list[Tensor]) -> Iterator[None]:
+        """What is made inside is on that device, and so are copies of what is given."""
+        if device == self._device:
+            yield
+            return
+        before, self._device = self._device, device
+        there = {x.untyped_storage()._cdata: x for x in given}
+        copies = sum(one.nbytes for key in there if (one := self._live.get(key)) and one.device != device)
+        self._now[device][EXCHANGE] += copies
+        self._mark(0, "copies of what is given")
+        try:
+            yield
+        finally:
+            self._now[device][EXCHANGE] -= copies
+            self._device = before
+
+    def moved(self, tensors: list[Tensor]) -> None:
+        """These are on the device at hand from here on."""
+        for x in tensors:
+            one = self._live.get(x.untyped_storage()._cdata)
+            if one is not None and one.device != self._device:
+                self._now[one.device][one.kind] -= one.nbytes
+                one.device = self._device
+                self._now[one.device][one.kind] += one.nbytes
+        self._mark(0, "copies of what was given back")
+
     def enter(self, phase: str) -> None:
         """What runs from here on belongs to that phase."""
         self._late = self._late if phase == self.phase else 0
@@ -175,16 +211,14 @@ class Ledger(TorchDispatchMode):
 
     def _add(self, storage: Any, key: int) -> None:
         nbytes = self.allocator.size(storage.nbytes())
-        self._live[key] = _Entry(storage, self._gone, key, self.kind, nbytes)
-        self._now[self.kind] += nbytes
-        self._total += nbytes
+        self._live[key] = _Entry(storage, self._gone, key, self.kind, nbytes, self._device)
+        self._now[self._device][self.kind] += nbytes
         self._largest = max(self._largest, nbytes)
 
     def _gone(self, entry: Any) -> None:
         if self._live.get(entry.key) is entry:
             del self._live[entry.key]
-            self._now[entry.kind] -= entry.nbytes
-            self._total -= entry.nbytes
+            self._now[entry.device][entry.kind] -= entry.nbytes
 
     def _answer(self, func: Any, x: Tensor) -> Any:
         """What a fake tensor says of its value: that it differs, yes to a condition, and of numbers a large one: so no
@@ -198,21 +232,22 @@ class Ledger(TorchDispatchMode):
     def _mark(self, workspace: int, at: str) -> None:
         if self._is_silent:
             return
-        here = self.peak(self.phase)
-        total = self._total + workspace + self._late
+        here = self.peak(self.phase if self._device == MAIN else f"{self.phase}, device {self._device}")
+        now = self._now[self._device]
+        total = now.total() + workspace + self._late
         if total > here.nbytes:
             here.nbytes, here.workspace, here.at, here.module = total, workspace, at, self.module
-            here.by_kind = self._now + Counter({EXCHANGE: self._late})
+            here.by_kind = now + Counter({EXCHANGE: self._late})
 
 
 class _Entry(weakref.ref[Any]):
     """One storage."""
 
-    __slots__ = ("key", "kind", "nbytes")
+    __slots__ = ("device", "key", "kind", "nbytes")
 
-    def __new__(cls, storage: Any, gone: Any, key: int, kind: str, nbytes: int) -> _Entry:
+    def __new__(cls, storage: Any, gone: Any, key: int, kind: str, nbytes: int, device: str) -> _Entry:
         self = super().__new__(cls, storage, gone)
-        self.key, self.kind, self.nbytes = key, kind, nbytes
+        self.key, self.kind, self.nbytes, self.device = key, kind, nbytes, device
         return self
 
     def __init__(self, *_: object):

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from parafuse.encoding import Everywhere, encoding_of
 from parafuse.engine.apply import Handle, apply
 from parafuse.engine.calls import call_keywords, paint
 from parafuse.engine.host_times import host_times
 from parafuse.engine.memory.by_shape import ByShape
 from parafuse.engine.memory.fake_pipeline import components, fake_mode, fake_pipeline, nbytes
 from parafuse.engine.memory.kernels import LIBRARIES, CudaAttention, bodies, kernels_of
-from parafuse.engine.memory.ledger import ACTIVATIONS, EXCHANGE, PIPELINE, Ledger
+from parafuse.engine.memory.ledger import ACTIVATIONS, EXCHANGE, PIPELINE, WEIGHTS, Ledger
 from parafuse.engine.memory.phases import DENOISE, PHASES, counting, met
 from parafuse.engine.modular import takes_generator
 from parafuse.engine.plan import Plan
@@ -39,7 +40,7 @@ class Phase:
     nbytes: int
     """Of weights and all else at one time."""
     weights: int
-    """Of all components: they stay."""
+    """Of these, weights that are there at that time."""
     activations: int
     """What components have computed, and what the operator at that time takes beside it."""
     exchange: int
@@ -63,6 +64,8 @@ class Prediction:
     """Keywords of the request that was followed."""
     weights: dict[str, int]
     """Component -> bytes, after quantization."""
+    elsewhere: dict[str, int] = field(default_factory=dict[str, int])
+    """Place (cpu, disk, another device of the rank) -> bytes of weights that stay there."""
     first: dict[str, Phase]
     """Phase -> its most memory in the first request of these sizes, in which blocks and batches are examined."""
     later: dict[str, Phase]
@@ -71,6 +74,11 @@ class Prediction:
     """Bytes of the host's memory that loading takes, where the device is another one."""
     notes: list[str] = field(default_factory=list[str])
     """What was taken for granted."""
+
+    @property
+    def staying(self) -> int:
+        """Of the weights, those that are on the rank's main device all the time."""
+        return sum(self.weights.values()) - sum(self.elsewhere.values())
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +92,7 @@ class Prediction:
         return {**values, "nbytes": self.nbytes}
 
 
-_FIELDS = ("plan", "call", "weights", "first", "later", "host", "notes")
+_FIELDS = ("plan", "call", "weights", "elsewhere", "first", "later", "host", "notes")
 
 
 def predict(
@@ -110,6 +118,7 @@ def predict(
         plan=plan,
         call=shown,
         weights=found.weights,
+        elsewhere=found.elsewhere,
         first=first,
         later=later,
         host=found.host,
@@ -131,6 +140,8 @@ def _notes(plan: Plan, keywords: Mapping[str, Any]) -> list[str]:
         found.append("beside this, the CUDA context and its kernels take about 0.5 GB, and NCCL 0.3 GB for each group")
     if plan.compile:
         found.append("compiled blocks are taken as the same blocks uncompiled, which have no less at a time")
+    if encoding_of(plan.text_encoders).one_rank:
+        found.append("text encoders run on one rank each: this is a rank that runs all of them")
     if plan.cuda_graphs:
         found.append("CUDA graphs keep the activations of a block for themselves; they are counted once")
     return found
@@ -149,12 +160,24 @@ class _Following:
         for one in self.handle.sequence.values():
             one.prober = ByShape(self.ledger.silent, self.ledger.agreeing)
         self.weights = {name: nbytes(part) for name, part in components(pipeline).items()}
+        self.elsewhere = self._weigh()
+
+    def _weigh(self) -> dict[str, int]:
+        """Tells the ledger of all weights."""
+        away: Any = self.handle.offloading
+        elsewhere: dict[str, int] = away.elsewhere(self.ledger) if away is not None else {}
+        self.ledger.weigh(sum(self.weights.values()) - sum(elsewhere.values()))
+        for place, number in elsewhere.items():
+            if place.isdigit():
+                self.ledger.weigh(number, place)
+        return elsewhere
 
     def _apply(self, mesh: Mesh | None) -> Handle:
         plan = self.plan
         if plan.changes_nothing:
             return Handle()
         config = replace(plan.config(), device="auto", dtype="auto", compile=False, cuda_graphs=False)
+        config = replace(config, text_encoders=Everywhere(kept=encoding_of(plan.text_encoders).kept))
         method = quantize_of(config.quantize)
         if isinstance(method, Fp8) and plan.device != "cpu":
             config = replace(
@@ -183,7 +206,8 @@ class _Following:
             inside.enter_context(ledger)
             self._paint(call)
             kept = sum(memory.most_bytes for memory in memories.values())
-        return {name: self._phase(name, kept) for name in PHASES if name in ledger.peaks}
+        order = [name for phase in PHASES for name in sorted(ledger.peaks) if name.partition(",")[0] == phase]
+        return {name: self._phase(name, kept) for name in order}
 
     def _paint(self, call: dict[str, Any]) -> None:
         """Raises UnsupportedError for a pipeline that cannot do without values."""
@@ -199,11 +223,11 @@ class _Following:
             ) from error
 
     def _phase(self, name: str, kept: int) -> Phase:
-        peak, weights = self.ledger.peaks[name], sum(self.weights.values())
+        peak = self.ledger.peaks[name]
         kept, libraries = kept if name == DENOISE else 0, LIBRARIES.get(self.plan.device, 0)
         return Phase(
-            nbytes=peak.nbytes + weights + libraries,
-            weights=weights,
+            nbytes=peak.nbytes + libraries,
+            weights=peak.by_kind[WEIGHTS],
             activations=max(0, peak.by_kind[ACTIVATIONS] + peak.workspace - kept),
             exchange=peak.by_kind[EXCHANGE],
             kept=kept,

@@ -14,6 +14,7 @@ from parafuse.engine.members import OFFLOADS, beside_offload
 from parafuse.errors import ConfigError, UnsupportedError
 from parafuse.offload import Offload
 from parafuse.parallel.hooks import Forward, OnForward, override, override_forward
+from parafuse.parallel.packed import has_values
 from parafuse.parallel.residence import Residence
 
 READS = ("state_dict", "save_pretrained", "push_to_hub", "save_lora_adapter", "save_attn_procs")
@@ -217,7 +218,7 @@ class RootCalls(OnForward):
 
     def _check(self, result: Any) -> None:
         tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
-        if any(bool(x.isnan().any()) for x in tensors):
+        if any(bool(x.isnan().any()) for x in tensors if has_values(x)):
             raise UnsupportedError(
                 f"offload: {type(self.module).__name__}: its first result is not a number. Either it is none without "
                 "offload too, or it reads weights of a layer without calling that layer, so that they cannot come one "

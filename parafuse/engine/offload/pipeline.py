@@ -19,10 +19,11 @@ from parafuse.engine.state import components_of
 from parafuse.engine.targets import DECODERS, DENOISERS
 from parafuse.errors import ConfigError
 from parafuse.offload import AUTO, CPU, Offload, offload_of
-from parafuse.parallel.carry import Ledger, carrier_for
+from parafuse.parallel.carry import Carrier, Ledger, carrier_for
 from parafuse.parallel.encoding import TextEncoder
-from parafuse.parallel.homes import DiskHome, HostHome
+from parafuse.parallel.homes import DiskHome, Home, HostHome
 from parafuse.parallel.hooks import override
+from parafuse.parallel.packed import has_values
 from parafuse.parallel.residence import Residence, Turn
 from parafuse.placement import PlacedWeights
 
@@ -94,14 +95,22 @@ class Offloading:
         modules = partial(modules_of, module, self.method, **kind)
         return OffloadedOther(name, module, self.method, self._residence(name, module, modules))
 
+    def store(self, where: str) -> Home:
+        """A new home on the host or a disk."""
+        return HostHome(pinned=self.device.type == "cuda") if where == CPU else DiskHome(self.method.folder)
+
+    def carrier(self) -> Carrier:
+        """What brings the weights of one component."""
+        return carrier_for(self.device)
+
     def _residence(self, name: str, module: nn.Module, modules: Callable[[], list[nn.Module]]) -> Residence:
         method = self.method
         return Residence(
             module,
             lambda: groups_of(module, modules()),
-            HostHome(pinned=self.device.type == "cuda") if method.to == CPU else DiskHome(method.folder),
+            self.store(method.to),
             self.device,
-            carrier_for(self.device),
+            self.carrier(),
             self.ledger,
             self.turn,
             prefetch=method.ahead,
@@ -211,6 +220,10 @@ def offloading(extras: Extras, target: Any) -> Offloading | None:
     """What offloads a target, where that is asked for."""
     if extras.offload is None:
         return None
+    if not all(has_values(x) for _, module in modules_in(target) for x in module.parameters()):
+        from parafuse.engine.memory.away import counted
+
+        return counted(extras.offload, target)
     if isinstance(extras.offload, PlacedWeights):
         from parafuse.engine.placement.put_on import Placing
 

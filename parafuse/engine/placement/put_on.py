@@ -18,8 +18,7 @@ from parafuse.engine.placement.homes import home_in
 from parafuse.engine.targets import DECODERS, DENOISERS
 from parafuse.errors import ConfigError
 from parafuse.log import note
-from parafuse.parallel.carry import carrier_for
-from parafuse.parallel.homes import DiskHome, Home, HostHome, MixedHome
+from parafuse.parallel.homes import MixedHome
 from parafuse.parallel.hooks import Forward, override, override_forward
 from parafuse.parallel.hops import Hop, Hops
 from parafuse.parallel.residence import Group, Residence
@@ -112,15 +111,13 @@ class Placing(Offloading):
 
     def _residence(self, name: str, module: nn.Module, modules: Callable[[], list[nn.Module]]) -> Residence:
         groups = _Groups(self, name, module, modules)
-        homes: dict[str, Home] = {CPU: HostHome(pinned=self.device.type == "cuda")}
-        if self.method.folder is not None:
-            homes[DISK] = DiskHome(self.method.folder)
+        homes = {where: self.store(where) for where in ((CPU,) if self.method.folder is None else (CPU, DISK))}
         return _PlacedResidence(
             module,
             groups,
             MixedHome(homes, lambda: groups.kinds),
             self.device,
-            carrier_for(self.device),
+            self.carrier(),
             self.ledger,
             self.turn,
             prefetch=self.method.ahead,

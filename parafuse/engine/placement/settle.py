@@ -48,17 +48,26 @@ def placed_on(config: Config) -> str:
     return "" if asked is None else asked.device
 
 
-def here(config: Config, device: str, local: int) -> Inventory:
-    """What each of `local` ranks of this machine has."""
+def here(config: Config, device: str, local: int, *, elsewhere: bool = False) -> Inventory:
+    """What each of `local` ranks of this machine has. `elsewhere`: of another one, whose devices are those that
+    max_memory names where this one has too few. Raises ConfigError where it names none."""
     number = num_cuda_devices() if device == "cuda" else 0
+    limits = max_memory_of(config.max_memory)
     found = [gpu.memory_bytes for gpu in visible_gpus()][:number]
     found += [0] * (number - len(found))
+    if elsewhere and device == "cuda" and number < local:
+        if limits is None or not limits.devices:
+            raise ConfigError(
+                f"placement: this machine has {number} GPUs for {local} {'rank' if local == 1 else 'ranks'}; say what "
+                "each rank of the other one has: max_memory, such as 0=80GiB or 0=24GiB,1=24GiB."
+            )
+        found = [dict(limits.devices).get(k, 0) for k in range(limits.devices[-1][0] + 1)] * local
     return inventory(
         device=device,
         gpu_bytes=found,
         host_bytes=memory_bytes(),
         local=local,
-        max_memory=max_memory_of(config.max_memory),
+        max_memory=limits,
         has_disk=bool(config.offload_folder),
     )
 
@@ -72,9 +81,10 @@ def placed(
     quantize: Quantize | None,
     local: int,
     given: Mapping[str, Any] | None = None,
+    elsewhere: bool = False,
 ) -> Placed:
-    """Where each piece goes. `local`: ranks of this machine. Raises ConfigError for what does not fit, with the
-    numbers, and for a map that does not fit the model."""
+    """Where each piece goes. `local`: ranks of this machine, or of another one (`elsewhere`). Raises ConfigError for
+    what does not fit, with the numbers, and for a map that does not fit the model."""
     asked = placement_of(config.placement)
     if asked is None:
         return Placed()
@@ -82,7 +92,7 @@ def placed(
     from parafuse.engine.placement.pieces import owners_of, pieces_of
     from parafuse.engine.placement.unbuilt import unbuilt
 
-    there = here(config, device, local)
+    there = here(config, device, local, elsewhere=elsewhere)
     found = unbuilt(source, dtype, given)
     owners = owners_of(found, quantize)
     pieces = pieces_of(owners)

@@ -21,7 +21,7 @@ from parafuse.engine.devices import remove_offload
 from parafuse.engine.extras import Extras
 from parafuse.engine.following import Component, follow
 from parafuse.engine.host_times import host_times
-from parafuse.engine.offload.pipeline import Offloading, device_for, offloading
+from parafuse.engine.offload.pipeline import Offloading, device_for, offloading, shared_offloading
 from parafuse.engine.placement.settle import placed_on
 from parafuse.engine.plan_store import key_for
 from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, existing, quantize
@@ -268,6 +268,10 @@ class Handle:
         """Component -> what sends and keeps what it gives."""
         return {name: one.encoder for name, one in self._on if one.encoder}
 
+    def owners(self) -> dict[str, int]:
+        """Text encoder -> the rank that has it alone."""
+        return {name: one.owner for name, one in self.encoders().items() if one.owner is not None}
+
     def sparse(self) -> dict[str, SparseVideo]:
         """Component -> what leaves pairs of its video's tokens out."""
         return {name: one.sparse for name, one in self._on if one.sparse is not None}
@@ -365,6 +369,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
     each_has = extras_for(extras, wanted, target, ranks)
     found = [check_component(*each, degrees, each_has[each[1:]]) for each in wanted]
     shared = [one for one in found if one is not None]
+    known_offload = shared_offloading(extras, target)
     if shared:
         if mesh is not None:
             release(mesh)
@@ -377,7 +382,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         if mesh.sequence_degree > 1 and config.parallel.ulysses == "auto":
             note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
     handle = Handle(mesh=mesh, extras=extras, quantize=method, target=target)
-    handle.offloading = next((one.offloading for one in shared if one.offloading), None) or offloading(extras, target)
+    handle.offloading = known_offload or offloading(extras, target)
     known = next((one.guidance for one in shared if one.guidance), None)
     handle.rounds = known.rounds if known else handle.rounds
     handle.clock = next((one.clock for one in shared if one.clock), handle.clock)

@@ -359,6 +359,7 @@ class Engine(Surface):
                 if getattr(self.pipeline, name, None) is not part:
                     setattr(self.pipeline, name, part)
             raise
+        self.plan = act.changed(self.plan)
         self._state.let_go()
         return self if result is self.pipeline else result
 
@@ -378,7 +379,7 @@ class Engine(Surface):
         """One checked request on this rank. Every rank runs it; an error on one rank is an error on all."""
         self._agree("__call__", keywords | {"seed": seed}, SAME_CALL)
         if self.world.size > 1:
-            self.world.agree("a pipeline", self._state.facts(), way_out=SAME_PIPELINE)
+            self.world.agree("a pipeline", self._state.facts(self.handle.owners()), way_out=SAME_PIPELINE)
         self._follow_changes()
         call = dict(keywords)
         if not takes_generator(self.pipeline):

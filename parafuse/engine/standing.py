@@ -184,6 +184,7 @@ class Standing:
         self.weights = weights = self.offloading.denoiser(self.name, self.module)
         if weights is None:
             return
+        weights.offloading = self.offloading
         context.present = weights.residence.present
         self._put_on(weights)
         self._put_on(weights.summons)

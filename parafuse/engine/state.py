@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -29,10 +30,12 @@ class PipelineState:
         self._pipeline = pipeline
         self._known: dict[str, tuple[nn.Module, Parts, str]] = {}
 
-    def facts(self) -> dict[str, str]:
-        """Component -> what it is, equal on ranks where it is alike. Some milliseconds for a large model."""
+    def facts(self, alone: Mapping[str, int] | None = None) -> dict[str, str]:
+        """Component -> what it is, equal on ranks where it is alike. Some milliseconds for a large model. `alone`: the
+        rank of those that run on one rank alone, which may change in their calls as they will."""
         self.let_go()
-        return {name: self._fact(name, part) for name, part in components_of(self._pipeline).items()}
+        found = {name: self._fact(name, part) for name, part in components_of(self._pipeline).items()}
+        return found | {name: f"on rank {rank} alone" for name, rank in (alone or {}).items()}
 
     def let_go(self) -> None:
         """Forgets components that the pipeline has no more: their memory is the user's to free."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from parafuse.cache import JOINT, SEPARATE, UNET, Cache, StackCache, cache_of
 from parafuse.config import Axis
-from parafuse.encoding import Encoding
+from parafuse.encoding import Encoding, encoding_of
 from parafuse.engine.caches.choose import KINDS, fitting, refuse_kind
 from parafuse.engine.caches.clock import schedulers_of
 from parafuse.engine.devices import refuse_wrapped
@@ -35,10 +35,17 @@ def check_components(source: ModelSource, plan: Plan, given: Mapping[str, Any] |
     splits = plan.sequence_degree > 1
     there = {name for name in source.components or () if (given or {}).get(name, source) is not None}
     cache = cache_of(plan.cache or None)
-    if (plan.offload or plan.placement) and source.components is not None and not there & set(DENOISERS):
-        what = f"offload={plan.offload!r}" if plan.offload else "a placement"
-        way_out = "leave it out, and call enable_model_cpu_offload() on the engine."
-        raise ConfigError(f"model={source.name!r}: has no denoiser, with which {what} is put on; {way_out}")
+    encoding = encoding_of(plan.text_encoders)
+    asked = {f"offload={plan.offload!r}": plan.offload, "a placement": plan.placement,
+             f"text_encoders={encoding.brief!r}": encoding.acts}  # fmt: skip
+    what = next((name for name, value in asked.items() if value), "")
+    if what and source.components is not None and not there & set(DENOISERS):
+        way_out = "" if encoding.acts else ", and call enable_model_cpu_offload() on the engine"
+        raise ConfigError(
+            f"model={source.name!r}: has no denoiser, with which {what} is put on; leave it out{way_out}."
+        )
+    if source.components is not None and not there & set(TEXT_ENCODERS):
+        _refuse_encoding(encoding)
     if cache is not None and there <= {*STACKS, *KINDS[UNET]} | (there - set(DENOISERS)):
         refuse_kind(cache, {kind for kind, names in KINDS.items() if there & set(names)}, source.name)
     if not splits or set(STACKS) & there or not set(DENOISERS) & there:
@@ -52,14 +59,20 @@ def check_components(source: ModelSource, plan: Plan, given: Mapping[str, Any] |
 def asked_for(target: Any, degrees: Mapping[Axis, int], encoding: Encoding) -> list[Wanted]:
     """What it goes on. Raises ConfigError where there is nothing for it."""
     wanted = wanted_of(target, degrees.__getitem__, encoding)
-    if encoding.acts and not any(is_encoder(name) for name, _, _ in wanted):
-        raise ConfigError(
-            f"text_encoders={encoding.brief!r}: there is none of {', '.join(TEXT_ENCODERS)} here; leave it out."
-        )
+    if not any(is_encoder(name) for name, _, _ in wanted):
+        _refuse_encoding(encoding)
     if all(is_encoder(name) for name, _, _ in wanted):
         splits = degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1
         denoisers(target, STACKS if splits else DENOISERS)  # says what is missing
     return wanted
+
+
+def _refuse_encoding(encoding: Encoding) -> None:
+    """Of a pipeline that has no text encoders."""
+    if encoding.acts:
+        raise ConfigError(
+            f"text_encoders={encoding.brief!r}: there is none of {', '.join(TEXT_ENCODERS)} here; leave it out."
+        )
 
 
 def whole(wanted: list[Wanted]) -> list[nn.Module]:

@@ -51,6 +51,15 @@ class Act:
             return setattr(target, self.name, args[0])
         return getattr(target, self.name)(*args, **kwargs, **own)
 
+    def changed(self, plan: Plan) -> Plan:
+        """The plan of an engine on which it was done."""
+        if self.part or self.sets:
+            return plan
+        if self.name == "reset_device_map":
+            return replace(plan, placement=None, offload_folder="")
+        dtypes = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, torch.dtype)]
+        return replace(plan, dtype=str(dtypes[-1]).removeprefix("torch.")) if self.name == "to" and dtypes else plan
+
     def referring(self, pipeline: Any) -> Act:
         """The same with references for arguments that are parts of the pipeline: each rank takes its own."""
         args, kwargs = referred(pipeline, (self.args, self.kwargs))
@@ -153,19 +162,13 @@ class Surface(ABC):
         asked = [torch.device(x) for x in (*args, *kwargs.values()) if isinstance(x, (str, torch.device))]
         refuse_another_device(asked, self.plan, self.world.size)
         self.act(Act(name="to", args=args, kwargs=kwargs))
-        dtypes = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)]
-        changes: dict[str, str] = {}
-        for dtype in dtypes:
-            changes["dtype"] = str(dtype).removeprefix("torch.")
         for device in asked if self.world.size == 1 else ():
-            self.world.device, changes["device"] = device, device.type
-        self.plan = replace(self.plan, **changes)
+            self.world.device, self.plan = device, replace(self.plan, device=device.type)
         return self
 
     def reset_device_map(self) -> None:
         """As the pipeline's own: the placement is taken off, and all weights are in the host's memory."""
         self.act(Act(name="reset_device_map"))
-        self.plan = replace(self.plan, placement=None, offload_folder="")
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
         """As the pipeline's own: a component is on the device while it runs; by default each rank's own."""

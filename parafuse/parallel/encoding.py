@@ -43,7 +43,8 @@ class Apart:
 
 
 class TextEncoder:
-    """What stands on a text encoder. With an owner its calls are collective: every rank of the mesh makes them.
+    """What stands on a text encoder. With an owner its calls are collective: every rank of the mesh makes them,
+    and gets what the owner has computed or kept; what is kept is decided there alone.
 
     Nested calls (`generate` calls `forward`) are the encoder's own."""
 
@@ -56,12 +57,12 @@ class TextEncoder:
         self._mesh, self._kept = mesh, kept
         self._place = _coordinates(mesh, owner or 0)
         self._results: OrderedDict[tuple[str, str], Apart] = OrderedDict()
-        self._held = Held(module)
-        self._versions = self._weights()
         self.inside = False
         """Whether this rank computes now."""
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext
         """Of what is computed here."""
+        self._held = Held(module)
+        self._versions = self._weights()
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -85,39 +86,71 @@ class TextEncoder:
         self._results.clear()
 
     def begin(self) -> None:
-        """At the start of a request: forgets what another encoder gave, where adapters or weights are others by now."""
+        """At the start of a request: counts anew."""
         self.seen.clear()
+        self._look()
+
+    def forget(self) -> None:
+        """Drops what was kept: weights are others."""
+        self._results.clear()
+
+    def _look(self) -> None:
+        """Forgets what another encoder gave, where adapters or weights are others by now."""
+        if not self._kept:
+            return
         versions = self._weights()
-        if versions != self._versions or not self._held.is_same(exactly=True):
-            self._results.clear()
+        if versions != self._versions or not self._held.is_same(exactly=True, wherever=self._come_and_go):
+            self.forget()
             self._held, self._versions = Held(self.module), versions
 
+    @property
+    def _come_and_go(self) -> bool:
+        """Weights do; who brings them tells of changes (`forget`)."""
+        return self.around is not nullcontext
+
     def _weights(self) -> list[tuple[int, int]]:
-        """Which they are, and how often each was written in place."""
-        return [(p.data_ptr(), p._version) for p in self.module.parameters()]
+        """Which they are, or where, and how often each was written in place."""
+        return [(id(p) if self._come_and_go else p.data_ptr(), p._version) for p in self.module.parameters()]
 
     def _shared(self, name: str, original: Forward) -> Forward:
         def shared(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return original(*args, **kwargs)
-            key = self._key(name, args, kwargs)
-            if key in self._results:
-                self.seen["kept"] += 1
-                self._results.move_to_end(key)
-                return _whole(self._results[key], _device(args, kwargs))
-            result = self._computed(original, args, kwargs)
-            if key is not None:
-                found = take_apart(result)
-                self._results[key] = Apart(found.rest, [x.detach().to("cpu", copy=True) for x in found.tensors])
-                while len(self._results) > self._kept:
-                    self._results.popitem(last=False)
+            device = _device(args, kwargs)
+            if not self.is_owner:
+                self.seen["received"] += 1
+                return self._received(device)
+            try:
+                key = self._key(name, args, kwargs)
+                is_kept = key in self._results
+                result = self._again(key, device) if is_kept else self._own(original, args, kwargs)
+                found = take_apart(result) if self.owner is not None or key is not None else None
+            except Exception as error:
+                if self.owner is not None:
+                    self._send(Apart(f"{type(error).__name__}: {error}".encode(), []), device, failed=True)
+                raise
+            if found is not None and self.owner is not None:
+                self._send(found, device)
+            if found is not None and key is not None and not is_kept:
+                self._keep(key, found)
             return result
 
         return shared
 
+    def _again(self, key: Any, device: torch.device) -> Any:
+        self.seen["kept"] += 1
+        self._results.move_to_end(key)
+        return _whole(self._results[key], device)
+
+    def _keep(self, key: tuple[str, str], found: Apart) -> None:
+        self._results[key] = Apart(found.rest, [x.detach().to("cpu", copy=True) for x in found.tensors])
+        while len(self._results) > self._kept:
+            self._results.popitem(last=False)
+
     def _key(self, name: str, args: Any, kwargs: Any) -> tuple[str, str] | None:
         """Equal for calls that give the same; None where nothing is kept: adapters are scaled for this call, say."""
-        if not self._kept or name in RANDOM or self._held.unknown or not self._held.is_same(exactly=True):
+        self._look()
+        if not self._kept or name in RANDOM or self._held.unknown:
             return None
         leaves, spec = tree_flatten((args, kwargs))
         found = hashlib.sha256(f"{spec}{torch.is_autocast_enabled('cpu')}{torch.is_autocast_enabled('cuda')}".encode())
@@ -132,25 +165,8 @@ class TextEncoder:
                 return None
         return name, found.hexdigest()
 
-    def _computed(self, original: Forward, args: Any, kwargs: Any) -> Any:
-        if self.owner is None:
-            self.seen["computed"] += 1
-            return self._own(original, args, kwargs)
-        device = _device(args, kwargs)
-        if not self.is_owner:
-            self.seen["received"] += 1
-            return self._received(device)
-        self.seen["computed"] += 1
-        try:
-            result = self._own(original, args, kwargs)
-            found = take_apart(result)
-        except Exception as error:
-            self._send(Apart(f"{type(error).__name__}: {error}".encode(), []), device, failed=True)
-            raise
-        self._send(found, device)
-        return result
-
     def _own(self, original: Forward, args: Any, kwargs: Any) -> Any:
+        self.seen["computed"] += 1
         self.inside = True
         try:
             with self.around():

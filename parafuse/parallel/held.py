@@ -50,8 +50,9 @@ class Held:
         self._seen: dict[int, Any] = {}
         self._look(block, type(block).__name__)
 
-    def is_same(self, *, exactly: bool = False) -> bool:
-        """Whether nothing has changed; `exactly`: nor a number by rounding, where it may stand in a record."""
+    def is_same(self, *, exactly: bool = False, wherever: bool = False) -> bool:
+        """Whether nothing has changed; `exactly`: nor a number by rounding, where it may stand in a record. `wherever`:
+        weights come and go, and where they are says nothing."""
         equal = _equal if exactly else _equal_but_for_rounding
         return (
             not any(self._empty)  # most of them; a module has seven
@@ -67,7 +68,7 @@ class Held:
             and all(len(x) == len(values) and _all_equal(x, values, equal) for x, values in self._lists)
             and all(x == values for x, values in self._sets)
             and all(_version(x) == version for x, version in self._tensors)
-            and all(_place(x) == place for x, _, place in self._packed)
+            and (wherever or all(_place(x) == place for x, _, place in self._packed))
         )
 
     def of_the_call(self) -> tuple[Any, ...]:

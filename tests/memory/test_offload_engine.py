@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import parafuse
@@ -261,6 +262,43 @@ def test_parts_that_are_called_by_themselves_have_their_weights() -> None:
 # ranks
 
 
+def two_that_share(*names: str) -> tuple[Any, Any, list[Tensor]]:
+    """Pipelines that have some components in common, and what each paints in place."""
+    first, second = made(), made()
+    second = diffusers.FluxPipeline(**(dict(second.components) | {name: getattr(first, name) for name in names}))
+    return first, second, [by_hand(one) for one in (first, second)]
+
+
+def by_hand(pipeline: Any) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    call = {key: value for key, value in CALL.items() if key != "seed"} | {"output_type": "pt"}
+    return pipeline(**call, generator=torch.Generator().manual_seed(1)).images
+
+
+@pytest.mark.parametrize("names", [("vae",), ("vae", "text_encoder_2", "tokenizer_2")], ids=lambda names: names[-1])
+@pytest.mark.parametrize("offload", ["model:to=disk", "group:to=disk"])
+def test_two_pipelines_that_share_components(offload: str, names: tuple[str, ...]) -> None:
+    first, second, want = two_that_share(*names)
+    handles = [parafuse.apply(one, parafuse.Config(offload=offload)) for one in (first, second)]
+    for one, image in ((second, want[1]), (first, want[0]), (second, want[1])):
+        assert torch.equal(by_hand(one), image)
+    handles[0].remove()
+    assert torch.equal(by_hand(second), want[1])
+    handles[1].remove()
+    assert [torch.equal(by_hand(one), image) for one, image in zip((first, second), want, strict=True)] == [True, True]
+    assert "to" not in vars(first.vae)
+
+
+def test_components_that_another_way_offloads_are_refused() -> None:
+    first, second, want = two_that_share("vae")
+    handle = parafuse.apply(first, parafuse.Config(offload="model:to=disk"))
+    with pytest.raises(ConfigError, match="belong to others too, which have 'model:to=disk,device=cpu'"):
+        parafuse.apply(second, parafuse.Config(offload="group:to=disk"))
+    assert torch.equal(by_hand(first), want[0])
+    handle.remove()
+    assert torch.equal(by_hand(second), want[1])
+
+
 def on_ranks(offload: str, **layout: int) -> list[Any]:
     """Pictures of an engine on these ranks."""
     config = parafuse.Config(parallel=parafuse.Parallel(**layout), offload=offload)
@@ -308,6 +346,19 @@ def test_ranks_that_an_engine_starts() -> None:
         with pytest.raises(ConfigError, match="keeps the weights elsewhere already"):
             one.transformer.enable_group_offload(torch.device("cpu"))
         assert float(np.abs(one("a cat", seed=5, **EMOJI).images - want).max()) <= 1 / 255
+
+
+def test_a_placement_is_taken_off_on_all_ranks(tmp_path: Path) -> None:
+    config = parafuse.Config(
+        parallel=parafuse.Parallel(ulysses=2), placement={"": "cpu", "transformer": "disk"}, timeout_s=60,
+        offload_folder=str(tmp_path), device="cpu",
+    )  # fmt: skip
+    with parafuse.Engine.from_pretrained("emoji", config) as one:
+        one.reset_device_map()
+        other = one.from_pipe(diffusers.FluxImg2ImgPipeline)  # each rank takes its own plan
+        image = Image.new("RGB", (32, 32))
+        other("a cat", image=image, strength=1.0, seed=1, num_inference_steps=2, width=32, height=32)
+        assert other.receipt["plan"]["placement"] is None
 
 
 def pictures_on_replicas(offload: str | None) -> list[np.ndarray[Any, Any]]:

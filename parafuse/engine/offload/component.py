@@ -35,6 +35,8 @@ class OffloadedComponent:
     def __init__(self, name: str, module: nn.Module, method: Offload, residence: Residence):
         self.name, self.module, self.method, self.residence = name, module, method, residence
         self._undo: list[Callable[[], None]] = []
+        self.offloading: Any = None
+        """Whose it is, where pipelines may share it."""
 
     def install(self) -> None:
         self.residence.settle()
@@ -69,7 +71,9 @@ class OffloadedComponent:
         def refused(*_: Any, **__: Any) -> None:
             raise ConfigError(f"{name}: {beside_offload(name, self.method)}.")
 
-        return refused if name in OFFLOADS else moved if name in MOVES else at_home
+        found: Any = refused if name in OFFLOADS else moved if name in MOVES else at_home
+        found.parafuse_offloading = self.offloading
+        return found
 
 
 class Summons:

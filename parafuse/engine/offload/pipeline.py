@@ -139,6 +139,7 @@ class Offloading:
         for module, name in wanted.items():
             if module not in self._others:
                 other = self._other(name, module)
+                other.offloading = self
                 try:
                     other.install()
                 except BaseException:
@@ -151,7 +152,12 @@ class Offloading:
     def only_for(self, encoder: TextEncoder) -> None:
         """Lets weights of a text encoder come where and when it computes: not for what another rank sends, or what was
         kept."""
-        residence = self._others[encoder.module].residence
+        other = self._others.get(encoder.module)
+        if other is None:  # its weights stay where they are
+            return
+        residence = other.residence
+        if encoder.forget not in residence.on_renewed:
+            residence.on_renewed.append(encoder.forget)
         residence.awake, encoder.around = lambda: encoder.inside, residence.call
 
     def covers(self, user: Any, target: Any, standing: list[nn.Module]) -> bool:
@@ -231,6 +237,28 @@ def offloading(extras: Extras, target: Any) -> Offloading | None:
     on_gpu = extras.offload.device == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return Offloading(extras.offload, device, target)
+
+
+def offload_on(target: Any) -> list[Offloading]:
+    """What offloads components of a target already, for another pipeline that has them too."""
+    found = [getattr(vars(module).get("to"), "parafuse_offloading", None) for _, module in modules_in(target)]
+    return list({id(one): one for one in found if one is not None}.values())
+
+
+def shared_offloading(extras: Extras, target: Any) -> Offloading | None:
+    """What stands already, to be used by this target too; None where there is none, or none is asked for. Raises
+    ConfigError where that offloads in another way."""
+    there = offload_on(target)
+    if not there or extras.offload is None:
+        return None
+    if len(there) > 1 or there[0].method != extras.offload:
+        said = " and ".join(sorted({repr(one.method.brief) for one in there}))
+        raise ConfigError(
+            f"offload={extras.offload.brief!r}: components of this pipeline belong to others too, which have {said} on "
+            "them" + (", each for itself" if len(there) > 1 else "") + "; give all the same, or take those off first "
+            "(remove(), or close() of an engine)."
+        )
+    return there[0]
 
 
 def line_of(one: OffloadedComponent) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache as cached
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +75,7 @@ class Cell:
 SPARSE_ACTS = r"sparse attention .*: [1-9]\d* sparse calls"
 SPARSE = "window:0,0,1,tile=1x1x2,dense_steps=1,dense_layers=0"
 OFFLOAD = "group:to=disk"
+FOLDER = str(Path(tempfile.gettempdir()) / "parafuse-options")
 OPTIONS: dict[str, Option] = {
     "fp8": Option({"quantize": "fp8:reference=true,min_features=16"}, rounds=True),
     "fp8-weight": Option({"quantize": "fp8-weight:min_features=8"}),
@@ -94,6 +97,8 @@ OPTIONS: dict[str, Option] = {
         {"offload": OFFLOAD, "quantize": "int8-weight:min_features=8", "compile": True},
     ),
     "offload and first-block cache": Option({"offload": OFFLOAD, "cache": "first-block:0.2"}),
+    "placement on a disk": Option({"placement": {"": "disk"}, "offload_folder": FOLDER}, is_exact=True),
+    "text encoders on one rank": Option({"text_encoders": "one-rank:kept=4"}, is_exact=True),
     "all of them": Option(
         {"quantize": "int8-weight:min_features=8", "compile": True, "rewrites": "modulation,rope"},
     ),
@@ -244,8 +249,10 @@ def _idle(config: dict[str, Any], applied: list[str]) -> str:
         re.search(r"sparse attention .*: [1-9]\d* sparse calls", line) for line in applied
     ):
         return f"sparse attention did nothing: {'; '.join(applied)}"
-    if "offload" in config and not any(line.startswith("offload ") for line in applied):
-        return f"offload did nothing: {'; '.join(applied)}"
+    starts = {"offload": "offload ", "placement": "placement: weights on disk", "text_encoders": "text_encoder"}
+    for name in starts.keys() & config.keys():
+        if not any(line.startswith(starts[name]) for line in applied):
+            return f"{name} did nothing: {'; '.join(applied)}"
     wanted = config.get("attention", "")
     if wanted and not any(re.search(rf"attention on .*: {wanted} in [1-9]", line) for line in applied):
         return f"attention {wanted} did nothing: {'; '.join(applied)}"

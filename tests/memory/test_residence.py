@@ -249,6 +249,73 @@ def test_a_call_that_fails_leaves_nothing_there() -> None:
     off()
 
 
+def failing_ahead(real: Any, at: int) -> Any:
+    """`HostCarrier.start`, of which one call that fetches ahead finds no memory."""
+    calls = [0]
+
+    def start(self: HostCarrier, home: Home, number: int, nbytes: int, *, ahead: bool) -> Any:
+        calls[0] += ahead
+        if ahead and calls[0] == at:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, home, number, nbytes, ahead=ahead)
+
+    return start
+
+
+def by_hooks(model: Any, **more: Any) -> tuple[Residence, Callable[[], None]]:
+    """As with a component that nothing else stands on."""
+    one = Residence(
+        model, lambda: groups_of(model, list(model.blocks)), HostHome(pinned=False), CPU, HostCarrier(), Ledger(),
+        Turn(), **more,
+    )  # fmt: skip
+    one.settle()
+    summons = Summons(one, enters=True)
+    summons.install()
+    return one, lambda: (summons.remove(), one.close())[1]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("put_on", [settled, by_hooks])
+def test_no_memory_for_what_comes_ahead_leaves_nothing_there(put_on: Any, at: int) -> None:
+    model, x = tower(), torch.randn(2, 6)
+    want = model(x)
+    one, off = put_on(model, prefetch=1)
+    model(x)
+    one.send_away()
+    with (
+        mock.patch.object(HostCarrier, "start", failing_ahead(HostCarrier.start, at)),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        model(x)
+    assert not any(unit.users for unit in one.units)
+    one.send_away()
+    assert one.ledger.resident_bytes == 0
+    assert all(bool(p.isnan().all()) for p in model.parameters())
+    with one.at_home(changes=False):
+        model.state_dict()
+    assert torch.equal(model(x), want)
+    off()
+    assert torch.equal(model(x), want)
+
+
+def test_what_an_interruption_has_left_there_goes_home_before_weights_are_read() -> None:
+    """torch calls no hook after one."""
+    model, x = tower(), torch.randn(2, 6)
+    want = model(x)
+    one, off = by_hooks(model)
+    with (
+        mock.patch.object(type(model.blocks[1][1]), "forward", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        model.blocks[1](x)
+    assert any(unit.users for unit in one.units)
+    with one.at_home(changes=False):
+        model.state_dict()
+    assert one.ledger.resident_bytes == 0
+    assert torch.equal(model(x), want)
+    off()
+
+
 def test_components_take_turns() -> None:
     turn, x = Turn(), torch.randn(2, 6)
     first, second, beside = tower(), tower(), tower()

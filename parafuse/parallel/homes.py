@@ -28,7 +28,8 @@ class Home(Protocol):
     """Keeps the images of one component, by number."""
 
     def keep(self, images: Sequence[Image]) -> None:
-        """Takes the bytes of all of them, in the place of what it had."""
+        """Takes the bytes of all of them, in the place of what it had, and puts the weights away. All or nothing: what
+        fails leaves every weight with its values where it was, and what is kept then is not told."""
         ...
 
     def read(self, number: int, out: Tensor) -> None:
@@ -53,15 +54,24 @@ class HostHome:
     def keep(self, images: Sequence[Image]) -> None:
         before = {whole.data_ptr(): whole for _, whole in self._kept}
         self._kept = []
-        for image in images:
-            sources = image.sources()
-            whole = before.get(sources[0].data_ptr()) if sources else None
-            if whole is None or not _lies_in(whole, image, sources):
-                whole = torch.empty(image.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
-                for part, source in zip(image.split(whole), sources, strict=True):
-                    part.copy_(source)
-            image.put_away()  # what was there is let go one by one
-            self._kept.append((image, whole))
+        try:
+            for image in images:
+                whole = self._whole(image, before)
+                self._kept.append((image, whole))
+                image.put_away()  # what was there is let go one by one
+        except BaseException:
+            put_back(self, [image for image, _ in self._kept])
+            raise
+
+    def _whole(self, image: Image, before: Mapping[int, Tensor]) -> Tensor:
+        """The bytes of an image. `before`: what was kept so far, by address."""
+        sources = image.sources()
+        whole = before.get(sources[0].data_ptr()) if sources else None
+        if whole is None or not _lies_in(whole, image, sources):
+            whole = torch.empty(image.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+            for part, source in zip(image.split(whole), sources, strict=True):
+                part.copy_(source)
+        return whole
 
     def read(self, number: int, out: Tensor) -> None:
         out.copy_(self._kept[number][1], non_blocking=True)
@@ -171,8 +181,16 @@ class MixedHome:
 
     def keep(self, images: Sequence[Image]) -> None:
         names = list(self._which())
-        for name, home in self._homes.items():
-            home.keep([image for image, own in zip(images, names, strict=True) if own == name])
+        kept: list[tuple[Home, list[Image]]] = []
+        try:
+            for name, home in self._homes.items():
+                own = [image for image, its in zip(images, names, strict=True) if its == name]
+                home.keep(own)
+                kept.append((home, own))
+        except BaseException:
+            for home, own in kept:
+                put_back(home, own)
+            raise
         self._places = [(self._homes[own], names[:number].count(own)) for number, own in enumerate(names)]
 
     def read(self, number: int, out: Tensor) -> None:
@@ -187,6 +205,12 @@ class MixedHome:
         for home in self._homes.values():
             home.close()
         self._places = []
+
+
+def put_back(home: Home, images: Sequence[Image]) -> None:
+    """What a home keeps goes back into the weights, where they were; without a copy where that is the host's memory."""
+    for number, image in enumerate(images):
+        image.put_back(home.runs(number))
 
 
 class _SharedFile:

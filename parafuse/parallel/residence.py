@@ -138,7 +138,11 @@ class Residence:
     def settle(self) -> None:
         """Moves all weights to their home. All or nothing."""
         self._was = next((x.device for weight in self.root.parameters() for x in carriers(weight)), self.device)
-        self._derive()
+        try:
+            self._derive()
+        except BaseException:
+            self.close()
+            raise
         self.turn.join(self)
 
     def close(self) -> None:
@@ -448,9 +452,13 @@ class Residence:
     def _renew(self) -> None:
         """After a change. Where the new weights cannot be kept, they stay in the host's memory, and the error says
         why."""
+        before = self.units
         try:
             self._derive()
         except BaseException:
+            if self.units is not before:  # they were kept, and what came after that has failed
+                for unit in self.units:
+                    unit.image.put(self.home.runs(unit.number))
             self.units = []
             self._forget()
             raise

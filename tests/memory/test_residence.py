@@ -18,13 +18,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parafuse.engine.offload.component import RootCalls, Summons, UnitCalls
+from parafuse.engine.offload.component import OffloadedComponent, RootCalls, Summons, UnitCalls
 from parafuse.engine.offload.units import groups_of
 from parafuse.engine.quantize.pack import packed
 from parafuse.errors import ConfigError, MemoryLimitError, UnsupportedError
+from parafuse.offload import offload_of
 from parafuse.parallel import homes
 from parafuse.parallel.carry import HostCarrier, Ledger
-from parafuse.parallel.homes import ENDING, DiskHome, Home, HostHome
+from parafuse.parallel.homes import ENDING, DiskHome, Home, HostHome, MixedHome
 from parafuse.parallel.image import Image, nbytes_of
 from parafuse.parallel.residence import Residence, Turn
 from parafuse.quantization import Int8Weight
@@ -384,6 +385,106 @@ def test_what_is_read_at_home_stays_as_it_is(home: Home) -> None:
     assert len({x.untyped_storage().data_ptr() for x in state.values()}) == len(state)
     assert all(bool(p.isnan().all()) for p in model.parameters())
     off()
+
+
+# what cannot be kept
+
+
+def pinning_fails(at: int) -> Any:
+    """Memory of a home that is there for some images only."""
+    real, calls = torch.empty, [0]
+
+    def empty(*size: Any, **more: Any) -> Tensor:
+        calls[0] += "pin_memory" in more
+        if "pin_memory" in more and calls[0] == at:
+            raise RuntimeError("cannot pin memory")
+        return real(*size, **more)
+
+    return mock.patch.object(homes.torch, "empty", empty)
+
+
+def full_disk() -> Any:
+    return mock.patch.object(DiskHome, "_write", side_effect=MemoryLimitError("the disk is full"))
+
+
+def mixed(folder: Path, order: tuple[str, str]) -> Home:
+    made = {"cpu": HostHome(pinned=False), "disk": DiskHome(str(folder))}
+    return MixedHome({name: made[name] for name in order}, lambda: ["cpu", "disk", "cpu", "disk", "cpu"])
+
+
+FAILURES: dict[str, tuple[Callable[[Path], Home], Callable[[], Any]]] = {
+    "the third image on the host": (lambda _: HostHome(pinned=False), lambda: pinning_fails(3)),
+    "the disk after the host": (lambda folder: mixed(folder, ("cpu", "disk")), full_disk),
+    "the host after the disk": (lambda folder: mixed(folder, ("disk", "cpu")), lambda: pinning_fails(2)),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_cannot_be_kept_leaves_the_module_as_it_was(failure: str, tmp_path: Path) -> None:
+    model, x = tower(), torch.randn(2, 6)
+    want, values = model(x), copy.deepcopy(model.state_dict())
+    make, fails = FAILURES[failure]
+    with fails(), pytest.raises((RuntimeError, MemoryLimitError), match="cannot pin|is full"):
+        settled(model, make(tmp_path))
+    assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
+    assert torch.equal(model(x), want)
+    _, off = settled(model, make(tmp_path))
+    off()
+    assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_after_a_change_it_stays_in_memory(failure: str, tmp_path: Path) -> None:
+    model, x = tower(), torch.randn(2, 6)
+    make, fails = FAILURES[failure]
+    one, off = settled(model, make(tmp_path))
+    with pytest.raises((RuntimeError, MemoryLimitError), match="cannot pin|is full"), one.at_home():
+        for p in model.parameters():
+            p.data = p.data + 1
+        want = type(model).forward(model, x)
+        failing = fails()
+        failing.start()
+    failing.stop()
+    assert torch.equal(model(x), want)
+    off()
+    assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_fails_once_weights_are_kept(early: bool) -> None:
+    model, x = tower(), torch.randn(2, 6)
+    want = model(x)
+    one, off = settled(model) if not early else (mock.Mock(), lambda: None)
+    with (
+        mock.patch.object(Residence, "_own_buffers", side_effect=[torch.OutOfMemoryError("buffers"), [], []]),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        if early:
+            settled(model)
+        else:
+            with one.at_home():
+                pass
+    assert torch.equal(model(x), want)
+    off()
+    assert torch.equal(model(x), want)
+
+
+def test_a_component_that_cannot_be_offloaded_is_as_it_was() -> None:
+    model, x = tower(), torch.randn(2, 6)
+    want, state = model(x), set(vars(model))
+    one = Residence(
+        model, lambda: groups_of(model, list(model.blocks)), HostHome(pinned=False), CPU, HostCarrier(), Ledger(), Turn()
+    )
+    method = offload_of("group:to=disk")
+    assert method is not None
+    component = OffloadedComponent("transformer", model, method, one)
+    with (
+        mock.patch("parafuse.engine.offload.component.override", side_effect=LookupError("later")),
+        pytest.raises(LookupError),
+    ):
+        component.install()
+    assert set(vars(model)) == state
+    assert torch.equal(model(x), want)
 
 
 # files

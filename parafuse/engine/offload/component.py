@@ -37,6 +37,14 @@ class OffloadedComponent:
         self._undo: list[Callable[[], None]] = []
 
     def install(self) -> None:
+        """All or nothing."""
+        try:
+            self._put_on()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _put_on(self) -> None:
         self.residence.settle()
         self._undo.append(self.residence.close)
         there = [name for name in (*READS, *CHANGES, *OFFLOADS) if callable(getattr(self.module, name, None))]

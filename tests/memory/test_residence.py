@@ -572,6 +572,136 @@ def test_a_full_disk_is_said_with_the_numbers_and_nothing_is_changed(tmp_path: P
     assert torch.equal(model(x), want)
 
 
+def test_a_file_that_holds_something_else_is_written_anew(tmp_path: Path) -> None:
+    """Of the right name and size."""
+    model, x = tower(), torch.randn(2, 6)
+    want, values = model(x), copy.deepcopy(model.state_dict())
+    settled(tower(), DiskHome(str(tmp_path)))[1]()
+    (path,) = tmp_path.glob(f"*{ENDING}")
+    right = path.read_bytes()
+    for at in (0, homes.PAGE):  # of the first image, and of the second
+        path.write_bytes(right[:at] + bytes(64) + right[at + 64 :])
+        with mock.patch.object(homes, "note") as note:
+            _, off = settled(model, DiskHome(str(tmp_path)))
+        assert "is not what was written to it once" in note.call_args[0][0]
+        assert torch.equal(model(x), want)
+        off()
+        assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
+        assert path.read_bytes() == right
+        assert files(tmp_path) == [path.name]
+
+
+def test_a_temporary_file_that_holds_something_else_and_is_used_meanwhile(tmp_path: Path) -> None:
+    model, x = tower(), torch.randn(2, 6)
+    want = model(x)
+    with mock.patch.object(homes, "temporary_folder", return_value=tmp_path / "own"):
+        _, first = settled(tower(), DiskHome(None))
+        (path,) = (tmp_path / "own").glob(f"*{ENDING}")
+        path.write_bytes(bytes(path.stat().st_size))
+        _, off = settled(model, DiskHome(None))
+        assert torch.equal(model(x), want)
+        first()
+        off()
+        assert files(tmp_path / "own") == []
+
+
+def test_a_file_that_stays_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
+    done: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        done.append("fsync")
+        sync(descriptor)
+
+    def replaced(self: Path, target: Path) -> Path:
+        done.append("replace")
+        return replace(self, target)
+
+    with mock.patch.object(homes.os, "fsync", synced), mock.patch.object(Path, "replace", replaced):
+        settled(tower(), DiskHome(str(tmp_path)))[1]()
+    assert done == ["fsync", "replace"]
+
+
+def test_a_temporary_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir(mode=0o700)
+    link = tmp_path / "link"
+    link.symlink_to(own)
+    says = "not a folder that this user alone can write to"
+    with mock.patch.object(homes, "temporary_folder", return_value=own):
+        DiskHome(None)
+        with mock.patch.object(homes.os, "getuid", return_value=os.getuid() + 1), pytest.raises(ConfigError, match=says):
+            DiskHome(None)
+        for mode in (0o770, 0o702):
+            own.chmod(mode)
+            with pytest.raises(ConfigError, match=says):
+                DiskHome(None)
+        own.chmod(0o755)
+        DiskHome(None)
+    with mock.patch.object(homes, "temporary_folder", return_value=link), pytest.raises(ConfigError, match=says):
+        DiskHome(None)
+
+
+def changed(one: Residence, model: Any, by: float) -> None:
+    with one.at_home():
+        model.enter.weight.data = model.enter.weight.data * by  # exact for powers of two
+
+
+def test_changes_leave_no_files_in_a_named_folder(tmp_path: Path) -> None:
+    model, x = tower(), torch.randn(2, 6)
+    one, off = settled(model, DiskHome(str(tmp_path)))
+    (first,) = files(tmp_path)
+    written = (tmp_path / first).stat().st_mtime_ns
+    for _ in range(3):
+        for by in (2.0, 2.0):
+            changed(one, model, by)
+            want = type(model).forward(model, x)
+            assert len(files(tmp_path)) == 2
+            assert first in files(tmp_path)
+            assert torch.equal(model(x), want)
+            one.send_away()
+        changed(one, model, 0.25)
+        assert files(tmp_path) == [first]
+    changed(one, model, 8.0)
+    off()
+    assert files(tmp_path) == [first]
+    settled(tower(), DiskHome(str(tmp_path)))[1]()
+    assert (tmp_path / first).stat().st_mtime_ns == written
+
+
+def test_what_another_one_uses_stays_until_it_lets_go(tmp_path: Path) -> None:
+    models = [tower(), tower()]
+    made = [settled(model, DiskHome(str(tmp_path))) for model in models]
+    (first,) = files(tmp_path)
+    for model, (one, _) in zip(models, made, strict=True):
+        changed(one, model, 2.0)
+    assert len(files(tmp_path)) == 2
+    x = torch.randn(2, 6)
+    want = models[1](x)
+    changed(made[0][0], models[0], 0.5)
+    assert len(files(tmp_path)) == 2
+    made[1][0].send_away()
+    assert torch.equal(models[1](x), want)
+    made[0][1]()
+    assert len(files(tmp_path)) == 2
+    made[1][1]()
+    assert files(tmp_path) == [first]
+
+
+def test_what_a_killed_process_has_left_goes_and_files_of_others_stay(tmp_path: Path) -> None:
+    name = "0123456789abcdef" * 2
+    gone = [f"{name}.changed{ENDING}", f"{name}.17.part", f"{name}.changed.17.part"]
+    stay = [f"{name}{ENDING}", f"my{ENDING}", "film.17.part", "film.part", f"my.changed{ENDING}"]
+    for each in (*gone, *stay):
+        (tmp_path / each).write_text("")
+    DiskHome(str(tmp_path))
+    assert files(tmp_path) == sorted(stay)
+    with mock.patch.object(homes, "temporary_folder", return_value=tmp_path):
+        tmp_path.chmod(0o700)
+        DiskHome(None)
+    assert files(tmp_path) == sorted(stay[1:])
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")

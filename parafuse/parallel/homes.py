@@ -21,10 +21,9 @@ from torch import Tensor
 
 from parafuse.errors import ConfigError, MemoryLimitError
 from parafuse.log import note
-from parafuse.offload import CHANGED, ENDING
+from parafuse.offload import CHANGED, ENDING, PAGE
 from parafuse.parallel.image import Image
 
-PAGE = 4096
 LOCK = ".lock"
 DIGITS = 32
 """Of the names of files."""

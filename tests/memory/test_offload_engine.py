@@ -177,6 +177,21 @@ def test_changes_are_those_of_a_pipeline_in_place(offload: str, tmp_path: Path) 
         assert (name, True) == (other, torch.equal(a, b))
 
 
+def test_adapters_that_come_and_go_leave_no_files_in_a_named_folder(tmp_path: Path) -> None:
+    with engine(f"group:to=disk,folder={tmp_path}") as one:
+        want, first = one(**CALL, seed=1).images, {file.name for file in tmp_path.glob("*.weights")}
+        for seed in range(3):
+            weights = adapters.lora(one.pipeline, ("transformer",), rank=3, seed=seed, every=2)
+            one.load_lora_weights(weights, adapter_name=f"a{seed}")
+            one.fuse_lora()
+            assert len(list(tmp_path.glob("*.weights"))) == len(first) + 1
+            one.unfuse_lora()
+            one.unload_lora_weights()
+        assert len(list(tmp_path.glob("*.weights"))) <= len(first) + 1  # unfused weights are not the same to the bit
+        assert (one(**CALL, seed=1).images - want).abs().max() < 1e-3
+    assert {file.name for file in tmp_path.glob("*.weights")} == first
+
+
 def test_methods_that_meet_placeholders_fail_without_going_home(tmp_path: Path) -> None:
     """The comparison would see it: fused into what stands for weights, or saved from that."""
     with engine("group:to=disk") as one:

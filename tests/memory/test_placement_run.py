@@ -3,6 +3,7 @@ compiled blocks and quantization; the members of a pipeline that go with a devic
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from parafuse.config import Config, Parallel
 from parafuse.engine import engine as engine_module
 from parafuse.engine import node_loading
 from parafuse.errors import ConfigError, RankError
+from parafuse.offload import CHANGED, ENDING
 from parafuse.parallel.residence import Residence
 from tests.adapters import lora
 from tests.dist.ranks import RankFailure, run_ranks
@@ -354,6 +356,31 @@ def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"offload_folder=.*: .*file is no folder; give another one"):
         emoji(tmp_path / "file" / "away")
+
+
+def test_files_that_are_used_again_are_the_room_that_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what they have in them, as far as their size tells; not by being there."""
+    with emoji(tmp_path) as engine:
+        before = painted(engine)
+    kept = {file.name: file.stat().st_size for file in tmp_path.glob(f"*{ENDING}") if file.stat().st_size}
+    assert kept
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
+    with emoji(tmp_path) as engine:
+        assert np.array_equal(painted(engine), before)
+    largest = max(kept, key=lambda name: kept[name])
+    other = tmp_path / "others"
+    other.mkdir()
+    for name, size in kept.items():
+        shutil.copy(tmp_path / name, other / name)
+        if name == largest:
+            os.truncate(other / name, 2 * size)  # of another model
+    with pytest.raises(ConfigError, match=r"needs .* MB.*, and the disk has .* free; give another one"):
+        emoji(other)
+    (other / largest).rename(other / f"{largest.removesuffix(ENDING)}{CHANGED}")
+    os.truncate(other / f"{largest.removesuffix(ENDING)}{CHANGED}", kept[largest])
+    with pytest.raises(ConfigError, match=r"needs .* MB.*, and the disk has .* free; give another one"):
+        emoji(other)
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,6 +266,8 @@ def test_reset_device_map(more: dict[str, Any], tmp_path: Path) -> None:
     """Weights are in the host's memory then, to() works again, and the picture is the same."""
     with emoji(tmp_path, **more) as engine:
         before = painted(engine)
+        with pytest.raises(ConfigError, match="enable_model_cpu_offload: "):
+            engine.enable_model_cpu_offload(device="cpu")
         engine.reset_device_map()
         assert engine.hf_device_map is None
         assert engine.plan.placement is None
@@ -277,7 +279,9 @@ def test_reset_device_map(more: dict[str, Any], tmp_path: Path) -> None:
         engine.to("cpu")
         assert np.array_equal(painted(engine), before)
         assert not any("placement" in line for line in engine.handle.applied)
-        engine.enable_model_cpu_offload  # noqa: B018 - it can be reached again
+        engine.enable_model_cpu_offload(device="cpu")
+        assert hasattr(engine.pipeline.transformer, "_hf_hook")
+        assert np.array_equal(painted(engine), before)
     assert "forward" not in vars(engine.pipeline.transformer)
 
 

@@ -256,7 +256,7 @@ class _Layout:
 
 
 class _SharedFile:
-    """An open file that others see is used, by a lock that ends with the process. `name`: the digest of what is in it."""
+    """An open file that others see is used, by a lock that ends with the process. `name`: the digest of its bytes."""
 
     def __init__(self, path: Path, name: str, *, stays: bool):
         import fcntl

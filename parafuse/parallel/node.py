@@ -112,7 +112,8 @@ def hand_out(
 ) -> tuple[Any, str]:
     """On the leader: what `make` gives, which every other rank of the node gets; and why they could not get it, or "".
 
-    `check` raises CannotShareError for what they could not use. `watch` may raise while it waits for one. Raises what `make` raises, on all of them."""
+    `check` raises CannotShareError for what they could not use. `watch` may raise while it waits for one. Raises what
+    `make` raises, on all of them."""
     try:
         value = make()
     except BaseException as error:

@@ -32,12 +32,13 @@ def state_of(pipeline: Any) -> dict[str, Any]:
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     found: dict[str, Any] = {}
     for name, part in parts.items():
+        wrapping: list[tuple[str, Any]] = [one for one in part.named_modules() if hasattr(one[1], "lora_A")]
         found[name] = {
             "values": {key: x.detach().clone() for key, x in part.state_dict().items()},
             "modules": {path: type(one).__name__ for path, one in part.named_modules()},
-            "active": {p: list(one.active_adapters) for p, one in part.named_modules() if hasattr(one, "lora_A")},
+            "active": {path: list(one.active_adapters) for path, one in wrapping},
             "trained": {path: p.requires_grad for path, p in part.named_parameters()},
-            "scaling": {p: dict(one.scaling) for p, one in part.named_modules() if hasattr(one, "lora_A")},
+            "scaling": {path: dict(one.scaling) for path, one in wrapping},
             "peft": (sorted(getattr(part, "peft_config", {})), hasattr(part, "peft_config")),
             "loaded": getattr(part, "_hf_peft_config_loaded", None),
         }

@@ -1,5 +1,5 @@
-"""What goes wrong when one rank hands a model to the others of its machine: each says so by the rank's name, or all load
-for themselves."""
+"""What goes wrong when one rank hands a model to the others of its machine: each says so by the rank's name, or all
+load for themselves."""
 
 from __future__ import annotations
 

@@ -242,7 +242,8 @@ def _asked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[to
     if name != "to":
         named = next((x for x in (*args, *kwargs.values()) if x is not None), name)
         return torch.device(named), {}
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    torch_nn: Any = getattr(torch._C, "_nn")  # noqa: B009 - torch has no stubs for it
+    device, dtype, _, memory_format = torch_nn._parse_to(*args, **kwargs)
     others = {"dtype": dtype, "memory_format": memory_format}
     return device, {key: x for key, x in others.items() if x is not None}
 

@@ -20,6 +20,10 @@ CPU, DISK, AUTO = "cpu", "disk", "auto"
 BLOCK, LEAF = "block", "leaf"
 ENDING = ".weights"
 """Of the files that hold weights on a disk."""
+CHANGED = f".changed{ENDING}"
+"""Of those, in a folder of the user's, that hold what weights became after they were loaded, and go after use."""
+PAGE = 4096
+"""Bytes: what comes together begins at a multiple of it in a file."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -12,25 +12,31 @@ from parafuse.engine.surface import Act
 from parafuse.errors import ConfigError
 
 LOADS = ("load_lora_weights", "load_lora_adapter")
+STATE = ("peft_config", "_hf_peft_config_loaded")
+"""What peft, diffusers and transformers note on a component."""
 
 
 @contextmanager
 def fitting(act: Act, pipeline: Any) -> Iterator[None]:
     """Around a method on every rank. Raises ConfigError where it loads an adapter of another architecture, of which
-    diffusers says so in its own words, or, where no name in it fits, in its log alone."""
+    diffusers says so in its own words, or, where no name in it fits, in its log alone. Whatever fails, layers and
+    adapters are as they were."""
     if act.name not in LOADS:
         yield
         return
     before = adapters(pipeline)
+    found = [_Found(part) for part in pipeline.components.values() if isinstance(part, nn.Module)]
     try:
         yield
-    except ConfigError:
-        raise
-    except (RuntimeError, ValueError, LookupError) as error:
+    except Exception as error:
         for part, names in adapters(pipeline).items():
             for name in names - before.get(part, set()):
                 with suppress(ValueError, KeyError):  # it was taken off by itself
                     getattr(pipeline, part).delete_adapters(name)
+        for one in found:
+            one.restore()
+        if isinstance(error, ConfigError) or not isinstance(error, (RuntimeError, ValueError, LookupError)):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"{act}: the adapter does not fit this model ({' '.join(lines[:2])}).") from error
     if adapters(pipeline) == before and not act.kwargs.get("hotswap"):
@@ -38,6 +44,51 @@ def fitting(act: Act, pipeline: Any) -> Iterator[None]:
             f"{act}: nothing in the adapter is for a part of {type(pipeline).__name__} ({', '.join(before)}); it is "
             "one for another architecture, or its names need another prefix."
         )
+
+
+class _Found:
+    """What peft has put on a component so far: its layers, the adapters in them, and which of these are active."""
+
+    def __init__(self, part: nn.Module):
+        self._part = part
+        self._layers = {layer: (_within(layer), list(layer.active_adapters)) for _, layer in _wrapping(part)}
+        self._trained = [(x, x.requires_grad) for x in part.parameters()]
+        self._state = {name: vars(part)[name] for name in STATE if name in vars(part)}
+
+    def restore(self) -> None:
+        """Takes off what has come since then. diffusers leaves its layers around those of the model, which then have
+        other names in whatever is saved, and another adapter active."""
+        for path, layer in _wrapping(self._part):
+            if layer not in self._layers:
+                parent, _, name = path.rpartition(".")
+                setattr(self._part.get_submodule(parent), name, layer.get_base_layer())
+                continue
+            names, active = self._layers[layer]
+            for name in _within(layer) - names:
+                layer.delete_adapter(name)
+            if list(layer.active_adapters) != active:
+                layer.set_adapter(active)
+        for x, is_trained in self._trained:
+            if x.requires_grad != is_trained:
+                x.requires_grad_(is_trained)
+        for name in STATE:
+            if name in self._state:
+                setattr(self._part, name, self._state[name])
+            else:
+                vars(self._part).pop(name, None)
+
+
+def _wrapping(part: nn.Module) -> list[tuple[str, Any]]:
+    """(path, layer) of each layer of peft's around one of the model's, under all its paths."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(path, one) for path, one in part.named_modules(remove_duplicate=False) if isinstance(one, BaseTunerLayer)]
+
+
+def _within(layer: Any) -> set[str]:
+    """The adapters in a layer."""
+    found = [getattr(layer, name, None) for name in (*layer.adapter_layer_names, *layer.other_param_names)]
+    return {name for one in found if isinstance(one, (Mapping, nn.ModuleDict, nn.ParameterDict)) for name in one}
 
 
 def adapters(pipeline: Any) -> dict[str, set[str]]:

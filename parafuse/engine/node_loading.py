@@ -21,11 +21,13 @@ from parafuse.engine.source import ModelSource, read_json
 from parafuse.engine.targets import weighty
 from parafuse.log import note
 from parafuse.parallel.node import Node, hand_out, leave, meet_on_node, take
+from parafuse.parallel.node_memory import CannotShareError
 from parafuse.parallel.world import World
 from parafuse.quantization import quantize_of
 
 READ = "read"
 """How a rank came to a pipeline that it has loaded itself."""
+BY_ITSELF = "every rank loads the model for itself: "
 
 
 @dataclass
@@ -74,20 +76,24 @@ def _once(source: ModelSource, world: World, make: Callable[[], Any], settings: 
     node = meet_on_node(world)
     try:
         if not node.shares:
-            return make(), READ
+            if node.why and node.leads:
+                note(BY_ITSELF + node.why)
+            return make(), f"{READ}: {node.why}" if node.why and not node.leads else READ
         if node.leads:
-            value, why = hand_out(node, make, given, world.watch)
+            value, why = hand_out(node, make, given, world.watch, introduce)
             if why:
-                note(f"every rank loads the model for itself: {why}")
+                note(BY_ITSELF + why)
             return value, READ
         import_classes(source)
         value, why = take(node, given, world.timeout_s, world.watch)
     finally:
         leave(node)
-    if why:
-        return make(), f"{READ}: {why}"
-    introduce(value[0])
-    return value, _from(node)
+    if not why:
+        try:
+            introduce(value)
+        except CannotShareError as error:
+            why = str(error)
+    return (make(), f"{READ}: {why}") if why else (value, _from(node))
 
 
 def import_classes(source: ModelSource) -> None:
@@ -101,16 +107,24 @@ def import_classes(source: ModelSource) -> None:
                 getattr(importlib.import_module(part[0]), str(part[1]), None)
 
 
-def introduce(pipeline: Any) -> None:
+def introduce(made: tuple[Any, Any]) -> None:
     """Makes classes of transformers known to this process, as they make themselves when one of them is built: without
-    that, `output_hidden_states` is not heard. Without memory; what is built is dropped."""
+    that, `output_hidden_states` is not heard. Without memory; what is built is dropped. `made`: a pipeline and more.
+
+    Raises CannotShareError for a class that is not built from its configuration alone: then no rank maps it."""
     from accelerate import init_empty_weights
     from transformers import PreTrainedModel
 
-    for part in pipeline.components.values():
+    for name, part in made[0].components.items():
         if isinstance(part, PreTrainedModel):
-            with init_empty_weights(include_buffers=True):
-                type(part)(copy.deepcopy(part.config))
+            try:
+                with init_empty_weights(include_buffers=True):
+                    type(part)(copy.deepcopy(part.config))
+            except Exception as error:  # whatever the class does
+                raise CannotShareError(
+                    f"{name}: {type(part).__name__} cannot be built from its configuration alone "
+                    f"({type(error).__name__}: {error})"
+                ) from error
 
 
 def _from(node: Node) -> str:

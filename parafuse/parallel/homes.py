@@ -7,9 +7,12 @@ import errno
 import hashlib
 import mmap
 import os
+import re
+import stat
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,18 +20,23 @@ import torch
 from torch import Tensor
 
 from parafuse.errors import ConfigError, MemoryLimitError
-from parafuse.offload import ENDING
+from parafuse.log import note
+from parafuse.offload import CHANGED, ENDING, PAGE
 from parafuse.parallel.image import Image
 
-PAGE = 4096
 LOCK = ".lock"
+DIGITS = 32
+"""Of the names of files."""
+PIECE = 1 << 24
+"""Bytes of a file that are read at once, to see what is in it."""
 
 
 class Home(Protocol):
     """Keeps the images of one component, by number."""
 
     def keep(self, images: Sequence[Image]) -> None:
-        """Takes the bytes of all of them, in the place of what it had."""
+        """Takes the bytes of all of them, in the place of what it had, and puts the weights away. All or nothing: what
+        fails leaves every weight with its values where it was, and what is kept then is not told."""
         ...
 
     def read(self, number: int, out: Tensor) -> None:
@@ -53,15 +61,24 @@ class HostHome:
     def keep(self, images: Sequence[Image]) -> None:
         before = {whole.data_ptr(): whole for _, whole in self._kept}
         self._kept = []
-        for image in images:
-            sources = image.sources()
-            whole = before.get(sources[0].data_ptr()) if sources else None
-            if whole is None or not _lies_in(whole, image, sources):
-                whole = torch.empty(image.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
-                for part, source in zip(image.split(whole), sources, strict=True):
-                    part.copy_(source)
-            image.put_away()  # what was there is let go one by one
-            self._kept.append((image, whole))
+        try:
+            for image in images:
+                whole = self._whole(image, before)
+                self._kept.append((image, whole))
+                image.put_away()  # what was there is let go one by one
+        except BaseException:
+            put_back(self, [image for image, _ in self._kept])
+            raise
+
+    def _whole(self, image: Image, before: Mapping[int, Tensor]) -> Tensor:
+        """The bytes of an image. `before`: what was kept so far, by address."""
+        sources = image.sources()
+        whole = before.get(sources[0].data_ptr()) if sources else None
+        if whole is None or not _lies_in(whole, image, sources):
+            whole = torch.empty(image.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+            for part, source in zip(image.split(whole), sources, strict=True):
+                part.copy_(source)
+        return whole
 
     def read(self, number: int, out: Tensor) -> None:
         out.copy_(self._kept[number][1], non_blocking=True)
@@ -75,8 +92,9 @@ class HostHome:
 
 
 class DiskHome:
-    """A file, named by what is in it: processes with the same weights share it. It goes with the last one that uses it,
-    or stays where the user has named the folder."""
+    """A file, named by what is in it: processes with the same weights share it. It goes with the last one that uses it.
+    In a folder that the user has named the first one stays, which the next start finds; others, of weights that were
+    changed since, go."""
 
     def __init__(self, folder: str | None):
         self._stays = folder is not None
@@ -85,12 +103,15 @@ class DiskHome:
             self.folder.mkdir(mode=0o700 if folder is None else 0o777, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"offload: folder={str(self.folder)!r}: cannot be made ({error.strerror}).") from error
+        if folder is None:
+            _check_own(self.folder)
         self._images: list[Image] = []
         self._starts: list[int] = []
         self._file: _SharedFile | None = None
-        if not self._stays:
-            with _locked(self.folder):
-                _sweep(self.folder)
+        self._first: _SharedFile | None = None
+        """In a folder of the user's."""
+        with _locked(self.folder):
+            _sweep(self.folder, all_files=not self._stays)
 
     def keep(self, images: Sequence[Image]) -> None:
         starts, total = list[int](), 0
@@ -100,23 +121,40 @@ class DiskHome:
         sources = [image.sources() for image in images]
         name = _digest(images, sources)
         before = self._file
-        if before is None or before.path.stem != name:
-            with _locked(self.folder):
-                path = self.folder / f"{name}{ENDING}"
-                if not path.exists() or path.stat().st_size != total:
-                    self._write(path, images, sources, starts, total)
-                self._file = _SharedFile(path, stays=self._stays)
+        if self._first is not None and self._first.name == name:
+            self._file = self._first
+        elif before is None or before.name != name:
+            self._file = self._take(name, _Layout(images, starts, total), sources)
+        if self._stays and self._first is None:
+            self._first = self._file
         for image in images:
             image.put_away()
         self._images, self._starts = list(images), starts
-        if before is not None and before is not self._file:
+        if before is not None and before is not self._file and before is not self._first:
             before.close()
 
-    def _write(
-        self, path: Path, images: Sequence[Image], sources: list[list[Tensor]], starts: list[int], total: int
-    ) -> None:
-        """Whole or not at all. Raises ConfigError where the disk has too little room."""
-        status = os.statvfs(self.folder)
+    def _take(self, name: str, layout: _Layout, sources: list[list[Tensor]]) -> _SharedFile:
+        """The file of this name, written where there is none. One that is there was written by somebody else, or long
+        ago: all of it is read once, and it is written anew where it is not what its name says."""
+        lasting, wrong = self.folder / f"{name}{ENDING}", (0, 0)
+        while True:
+            with _locked(self.folder):
+                is_change = self._first is not None and not lasting.exists()
+                path = self.folder / f"{name}{CHANGED}" if is_change else lasting
+                if not path.exists() or path.stat().st_size != layout.total or _identity(path.stat()) == wrong:
+                    self._write(path, layout, sources)
+                    return _SharedFile(path, name, stays=self._stays and not is_change)
+                found = _SharedFile(path, name, stays=self._stays and not is_change)
+            if found.digest(layout) == name:
+                return found
+            wrong = _identity(os.fstat(found.descriptor))
+            found.close()
+            note(f"offload: {str(path)!r} is not what was written to it once; it is written anew")
+
+    def _write(self, path: Path, layout: _Layout, sources: list[list[Tensor]]) -> None:
+        """Whole or not at all, and where it stays also if the machine stops. Raises ConfigError where the disk has too
+        little room."""
+        total, status = layout.total, os.statvfs(self.folder)
         free = status.f_bavail * status.f_frsize
         full = f"offload: folder={str(self.folder)!r}: needs {total / 1e9:.3f} GB, and the disk has "
         if free < total:
@@ -125,10 +163,13 @@ class DiskHome:
         try:
             with part.open("wb") as file:
                 file.truncate(total)
-                for image, parts, start in zip(images, sources, starts, strict=True):
+                for image, parts, start in zip(layout.images, sources, layout.starts, strict=True):
                     for run, source in zip(image.runs, parts, strict=True):
                         file.seek(start + run.start)
                         file.write(_bytes(source))
+                if self._stays:
+                    file.flush()
+                    os.fsync(file.fileno())
             part.replace(path)
         except OSError as error:
             if error.errno != errno.ENOSPC:
@@ -156,9 +197,10 @@ class DiskHome:
         return [torch.frombuffer(pages, dtype=torch.uint8, offset=run.start, count=run.nbytes) for run in image.runs]
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._file, self._images, self._starts = None, [], []
+        for file in (self._file, self._first):
+            if file is not None:
+                file.close()
+        self._file, self._first, self._images, self._starts = None, None, [], []
 
 
 class MixedHome:
@@ -171,8 +213,16 @@ class MixedHome:
 
     def keep(self, images: Sequence[Image]) -> None:
         names = list(self._which())
-        for name, home in self._homes.items():
-            home.keep([image for image, own in zip(images, names, strict=True) if own == name])
+        kept: list[tuple[Home, list[Image]]] = []
+        try:
+            for name, home in self._homes.items():
+                own = [image for image, its in zip(images, names, strict=True) if its == name]
+                home.keep(own)
+                kept.append((home, own))
+        except BaseException:
+            for home, own in kept:
+                put_back(home, own)
+            raise
         self._places = [(self._homes[own], names[:number].count(own)) for number, own in enumerate(names)]
 
     def read(self, number: int, out: Tensor) -> None:
@@ -189,13 +239,29 @@ class MixedHome:
         self._places = []
 
 
-class _SharedFile:
-    """An open file that others see is used, by a lock that ends with the process."""
+def put_back(home: Home, images: Sequence[Image]) -> None:
+    """What a home keeps goes back into the weights, where they were; without a copy where that is the host's memory."""
+    for number, image in enumerate(images):
+        image.put_back(home.runs(number))
 
-    def __init__(self, path: Path, *, stays: bool):
+
+@dataclass(frozen=True)
+class _Layout:
+    """How images lie in a file."""
+
+    images: Sequence[Image]
+    starts: list[int]
+    total: int
+    """Bytes of the file."""
+
+
+class _SharedFile:
+    """An open file that others see is used, by a lock that ends with the process. `name`: the digest of its bytes."""
+
+    def __init__(self, path: Path, name: str, *, stays: bool):
         import fcntl
 
-        self.path = path
+        self.path, self.name = path, name
         self.descriptor = os.open(path, os.O_RDONLY)
         fcntl.flock(self.descriptor, fcntl.LOCK_SH)
         self._end = weakref.finalize(self, _let_go, self.descriptor, path, stays)  # also when the process ends
@@ -210,6 +276,18 @@ class _SharedFile:
                     f"offload: {str(self.path)!r} is shorter than it was; did somebody change it? Load the model again."
                 )
             done += got
+
+    def digest(self, layout: _Layout) -> str:
+        """Of what is in it, as `_digest` has it of weights."""
+        found, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+        for image, start in zip(layout.images, layout.starts, strict=True):
+            found.update(_described(image))
+            for run in image.runs:
+                for done in range(0, run.nbytes, PIECE):
+                    piece = buffer[: min(PIECE, run.nbytes - done)]
+                    self.read(start + run.start + done, piece)
+                    found.update(piece)
+        return found.hexdigest()[:DIGITS]
 
     def close(self) -> None:
         self._end()
@@ -227,11 +305,14 @@ def _let_go(descriptor: int, path: Path, stays: bool) -> None:
     os.close(descriptor)
 
 
-def _sweep(folder: Path) -> None:
-    """Removes what processes have left that were killed."""
+def _sweep(folder: Path, *, all_files: bool) -> None:
+    """Removes what processes have left that were killed; other files than these stay. `all_files`: also of weights as
+    they were loaded."""
     import fcntl
 
-    for path in (*folder.glob(f"*{ENDING}"), *folder.glob("*.part")):
+    endings = (CHANGED, ENDING) if all_files else (CHANGED,)
+    ours = re.compile(rf"[0-9a-f]{{{DIGITS}}}(" + "|".join([*map(re.escape, endings), r".*\.\d+\.part"]) + ")")
+    for path in [path for path in folder.iterdir() if ours.fullmatch(path.name)]:
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)
             try:
@@ -239,6 +320,21 @@ def _sweep(folder: Path) -> None:
                 path.unlink(missing_ok=True)
             finally:
                 os.close(descriptor)
+
+
+def _check_own(folder: Path) -> None:
+    """Raises ConfigError for a temporary folder that somebody else can write to: others may have made it before."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"offload: folder={str(folder)!r}: it is not a folder that this user alone can write to, so what is in it "
+            "cannot be trusted; remove it, or give folder=... of your own."
+        )
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    """Another one for a file that was written anew."""
+    return found.st_ino, found.st_mtime_ns
 
 
 def temporary_folder() -> Path:
@@ -280,7 +376,11 @@ def _digest(images: Sequence[Image], sources: list[list[Tensor]]) -> str:
     """Of all bytes and how they lie."""
     found = hashlib.sha256()
     for image, parts in zip(images, sources, strict=True):
-        found.update(repr((image.nbytes, image.runs)).encode())
+        found.update(_described(image))
         for source in parts:
             found.update(_bytes(source))
-    return found.hexdigest()[:32]
+    return found.hexdigest()[:DIGITS]
+
+
+def _described(image: Image) -> bytes:
+    return repr((image.nbytes, image.runs)).encode()

@@ -64,6 +64,8 @@ class Image:
         self.slots: list[Slot] = []
         self.runs: list[Run] = []
         self.nbytes = 0
+        self._were: list[torch.device] = []
+        """Where each run was."""
         self._sources: list[Tensor] = []
         weights = list(weights)
         for weight in weights:
@@ -81,6 +83,7 @@ class Image:
         first -= first % math.lcm(*(x.dtype.itemsize for x in members))
         last = max(map(_end, members))
         self.runs.append(Run(self.nbytes, last - first))
+        self._were.append(members[0].device)
         self.nbytes += -(-(last - first) // ALIGN) * ALIGN
         if not has_values(members[0]):
             return
@@ -105,6 +108,10 @@ class Image:
         """Gives the weights their data, in these bytes."""
         for slot in self.slots:
             slot.tensor.data = slot.view(runs[slot.run])
+
+    def put_back(self, runs: Sequence[Tensor]) -> None:
+        """The same, where the weights were."""
+        self.put([run.to(device) for run, device in zip(runs, self._were, strict=True)])
 
     def put_away(self) -> None:
         for slot in self.slots:

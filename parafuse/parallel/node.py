@@ -42,6 +42,8 @@ class Node:
     """Of the leader's socket; empty: nothing is handed over here."""
     listening: socket.socket | None = None
     """On the leader."""
+    why: str = ""
+    """Why nothing is handed over, where it could have been."""
 
     @property
     def leads(self) -> bool:
@@ -57,9 +59,20 @@ def meet_on_node(world: World) -> Node:
     here = _machine() if can_share() else ""
     machines = world.everyone("machines", here)
     ranks = [rank for rank, machine in enumerate(machines) if machine == here and here] or [world.rank]
-    listening = _listen() if len(ranks) > 1 and ranks[0] == world.rank else None
-    addresses = world.everyone("addresses", "" if listening is None else str(listening.getsockname()))
-    return Node(ranks, world.rank, addresses[ranks[0]], listening)
+    listening, why = None, ""
+    if len(ranks) > 1 and ranks[0] == world.rank:
+        try:
+            listening = _listen()
+        except OSError as error:  # the path of the temporary folder is too long for a socket, say
+            why = f"no socket in {tempfile.gettempdir()!r} ({error.strerror or error})"
+    address = "" if listening is None else str(listening.getsockname())
+    try:
+        said = world.everyone("addresses", json.dumps([address, why]))
+    except BaseException:
+        leave(Node(ranks, world.rank, address, listening))
+        raise
+    address, why = json.loads(said[ranks[0]])
+    return Node(ranks, world.rank, address, listening, why)
 
 
 def _machine() -> str:
@@ -73,8 +86,13 @@ def _machine() -> str:
 def _listen() -> socket.socket:
     folder = tempfile.mkdtemp(prefix="parafuse-")  # opened by this user alone
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    server.bind(str(Path(folder) / "weights"))
-    server.listen(64)
+    try:
+        server.bind(str(Path(folder) / "weights"))
+        server.listen(64)
+    except BaseException:
+        server.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return server
 
 
@@ -86,17 +104,24 @@ def leave(node: Node) -> None:
 
 
 def hand_out(
-    node: Node, make: Callable[[], Any], given: Mapping[str, Any], watch: Callable[[], None] | None = None
+    node: Node,
+    make: Callable[[], Any],
+    given: Mapping[str, Any],
+    watch: Callable[[], None] | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> tuple[Any, str]:
     """On the leader: what `make` gives, which every other rank of the node gets; and why they could not get it, or "".
 
-    `watch` may raise while it waits for one. Raises what `make` raises, on all of them."""
+    `check` raises CannotShareError for what they could not use. `watch` may raise while it waits for one. Raises what
+    `make` raises, on all of them."""
     try:
         value = make()
     except BaseException as error:
         _send_all(node, _FAILED, pickle.dumps(_told(error, node.rank)), None, watch)
         raise
     try:
+        if check is not None:
+            check(value)
         packed = pack(value, given)
     except CannotShareError as error:
         _send_all(node, _ALONE, pickle.dumps(str(error)), None, watch)
@@ -156,13 +181,15 @@ def take(
     Raises what the leader has failed with; RankError where it ended, or is silent for `deadline_s`."""
     leader = node.ranks[0]
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-        peer.connect(node.address)
+        try:
+            peer.connect(node.address)
+        except OSError as error:
+            raise RankError(f"rank {leader} ended before it handed out the model; its own output says why.") from error
         if _user_of(peer) != os.geteuid():
             raise RankError(f"rank {leader}: its socket belongs to another user.")
         peer.settimeout(GLANCE_S)
         head, descriptors = _head(peer, leader, deadline_s, watch)
         try:
-            peer.settimeout(deadline_s)
             data = _exactly(peer, _LENGTH.unpack(head[1:])[0], leader)
             if head[:1] == _FAILED:
                 raise pickle.loads(data)
@@ -195,10 +222,11 @@ def _head(
             if watch is not None:
                 watch()
             continue
-        except ConnectionError:
+        except OSError:
             head, descriptors = b"", []
         if not head:
             raise RankError(f"rank {leader} ended while it loaded the model; its own output says why.")
+        peer.settimeout(deadline_s)
         return head + _exactly(peer, 1 + _LENGTH.size - len(head), leader), list(descriptors)
 
 
@@ -207,7 +235,11 @@ def _exactly(peer: socket.socket, nbytes: int, leader: int) -> bytes:
     while len(found) < nbytes:
         try:
             piece = peer.recv(min(nbytes - len(found), 1 << 20))
-        except ConnectionError:
+        except TimeoutError as error:
+            raise RankError(
+                f"rank {leader} sent nothing for {peer.gettimeout():.0f} s while it handed out the model."
+            ) from error
+        except OSError:
             piece = b""
         if not piece:
             raise RankError(f"rank {leader} ended while it handed out the model.")

@@ -138,7 +138,11 @@ class Residence:
     def settle(self) -> None:
         """Moves all weights to their home. All or nothing."""
         self._was = next((x.device for weight in self.root.parameters() for x in carriers(weight)), self.device)
-        self._derive()
+        try:
+            self._derive()
+        except BaseException:
+            self.close()
+            raise
         self.turn.join(self)
 
     def close(self) -> None:
@@ -254,8 +258,12 @@ class Residence:
                 self._release(other)
         self._bring(unit)
         unit.users += 1
-        self._learn(unit)
-        self._look_ahead(unit)
+        try:
+            self._learn(unit)
+            self._look_ahead(unit)
+        except BaseException:  # no memory for what comes ahead, say: then nobody calls `leave`
+            self.leave(module)
+            raise
 
     def leave(self, module: nn.Module) -> None:
         unit = self._of.get(module)
@@ -326,6 +334,9 @@ class Residence:
                 unit.data = flight.land()
                 unit.image.put(unit.image.split(unit.data))
         except BaseException:
+            if unit.data is not None:
+                unit.image.put_away()
+                unit.data = None
             self.ledger.went(unit.image.nbytes)
             raise
         finally:
@@ -385,7 +396,7 @@ class Residence:
             yield
 
     def _unhold(self, unit: Unit) -> None:
-        unit.users -= 1
+        unit.users = max(0, unit.users - 1)
         if not unit.users and not unit.stays:
             self._release(unit)
 
@@ -423,7 +434,7 @@ class Residence:
             return
         if self._depth:
             raise RuntimeError("weights cannot go home in the middle of a call")
-        self.send_away()
+        self.send_away(even_busy=True)  # a unit that an error has left there would keep data that is not its own
         self.carrier.settle()
         self._at_home = True
         for unit in self.units:
@@ -441,9 +452,13 @@ class Residence:
     def _renew(self) -> None:
         """After a change. Where the new weights cannot be kept, they stay in the host's memory, and the error says
         why."""
+        before = self.units
         try:
             self._derive()
         except BaseException:
+            if self.units is not before:  # they were kept, and what came after that has failed
+                for unit in self.units:
+                    unit.image.put(self.home.runs(unit.number))
             self.units = []
             self._forget()
             raise

@@ -16,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 import parafuse
+from parafuse.engine.offload.component import OffloadedComponent
 from parafuse.errors import ConfigError, MemoryLimitError, UnsupportedError
+from parafuse.offload import offload_of
 from parafuse.parallel.homes import DiskHome
 from parafuse.parallel.residence import Residence, Turn
 from tests import adapters
@@ -176,6 +178,79 @@ def test_changes_are_those_of_a_pipeline_in_place(offload: str, tmp_path: Path) 
     assert not any(bool(p.isnan().any()) for p in weights)
     for (name, a), (other, b) in zip(want, got, strict=True):
         assert (name, True) == (other, torch.equal(a, b))
+
+
+def test_adapters_that_come_and_go_leave_no_files_in_a_named_folder(tmp_path: Path) -> None:
+    with engine(f"group:to=disk,folder={tmp_path}") as one:
+        want, first = one(**CALL, seed=1).images, {file.name for file in tmp_path.glob("*.weights")}
+        for seed in range(3):
+            weights = adapters.lora(one.pipeline, ("transformer",), rank=3, seed=seed, every=2)
+            one.load_lora_weights(weights, adapter_name=f"a{seed}")
+            one.fuse_lora()
+            assert len(list(tmp_path.glob("*.weights"))) == len(first) + 1
+            one.unfuse_lora()
+            one.unload_lora_weights()
+        assert len(list(tmp_path.glob("*.weights"))) <= len(first) + 1  # unfused weights are not the same to the bit
+        assert (one(**CALL, seed=1).images - want).abs().max() < 1e-3
+    assert {file.name for file in tmp_path.glob("*.weights")} == first
+
+
+def formats_seen(pipeline: Any, call: dict[str, Any]) -> tuple[set[bool], Tensor]:
+    """Whether weights of convolutions are channels-last where they are computed with, and the picture."""
+    seen: set[bool] = set()
+    real = torch.nn.Conv2d._conv_forward
+
+    def convolved(self: Any, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        if min(weight.shape[1:]) > 1:
+            seen.add(weight.is_contiguous(memory_format=torch.channels_last))
+        return real(self, x, weight, bias)
+
+    with mock.patch.object(torch.nn.Conv2d, "_conv_forward", convolved):
+        return seen, pipeline(**call, generator=torch.Generator().manual_seed(1)).images
+
+
+@pytest.mark.parametrize("offload", ["group:to=disk", "sequential:to=disk"])
+def test_another_memory_format_is_what_comes(offload: str) -> None:
+    call = sdxl.call_text(1) | {"num_inference_steps": 2, "output_type": "pt"}
+    call.pop("seed", None)
+    plain, own = sdxl.build(), sdxl.build()
+    for one in (plain, own):
+        one.set_progress_bar_config(disable=True)
+    for part in (plain.unet, plain.vae):
+        part.to(memory_format=torch.channels_last)
+    seen, want = formats_seen(plain, call)
+    assert seen == {True}
+    with parafuse.apply(own, parafuse.Config(offload=offload)):
+        assert own.unet.to("cpu", memory_format=torch.channels_last) is own.unet
+        own.vae.to(memory_format=torch.channels_last)
+        seen, got = formats_seen(own, call)
+        assert seen == {True}
+        assert (got - want).abs().max() <= 1e-5
+    assert own.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_another_device_is_refused_by_its_number_too() -> None:
+    method = offload_of("group")
+    assert method is not None
+    model = torch.nn.Linear(2, 2)
+    one = OffloadedComponent("unet", model, method, mock.Mock(device=torch.device("cuda", 0)))
+    original = mock.Mock()
+    to, cuda = one._instead("to", original), one._instead("cuda", original)
+    for asked in ("cuda:1", 1, torch.device("cuda", 1), "cpu"):
+        with pytest.raises(ConfigError, match="its weights come to 'cuda:0' by themselves"):
+            to(asked)
+        with pytest.raises(ConfigError, match="its weights come to 'cuda:0' by themselves"):
+            to(device=asked, dtype=torch.float16)
+        with pytest.raises(ConfigError, match="its weights come to 'cuda:0' by themselves"):
+            cuda(asked)
+    with pytest.raises(ConfigError, match="its weights come to 'cuda:0' by themselves"):
+        cuda(device=1)
+    for asked in ("cuda:0", 0, torch.device("cuda")):
+        assert to(asked) is cuda(asked) is to(device=asked) is model
+    assert cuda() is model
+    original.assert_not_called()
+    to("cuda", torch.float16, memory_format=torch.channels_last)
+    original.assert_called_once_with(dtype=torch.float16, memory_format=torch.channels_last)
 
 
 def test_methods_that_meet_placeholders_fail_without_going_home(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ compiled blocks and quantization; the members of a pipeline that go with a devic
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from parafuse.config import Config, Parallel
 from parafuse.engine import engine as engine_module
 from parafuse.engine import node_loading
 from parafuse.errors import ConfigError, RankError
+from parafuse.offload import CHANGED, ENDING
 from parafuse.parallel.residence import Residence
 from tests.adapters import lora
 from tests.dist.ranks import RankFailure, run_ranks
@@ -264,6 +266,8 @@ def test_reset_device_map(more: dict[str, Any], tmp_path: Path) -> None:
     """Weights are in the host's memory then, to() works again, and the picture is the same."""
     with emoji(tmp_path, **more) as engine:
         before = painted(engine)
+        with pytest.raises(ConfigError, match="enable_model_cpu_offload: "):
+            engine.enable_model_cpu_offload(device="cpu")
         engine.reset_device_map()
         assert engine.hf_device_map is None
         assert engine.plan.placement is None
@@ -275,7 +279,9 @@ def test_reset_device_map(more: dict[str, Any], tmp_path: Path) -> None:
         engine.to("cpu")
         assert np.array_equal(painted(engine), before)
         assert not any("placement" in line for line in engine.handle.applied)
-        engine.enable_model_cpu_offload  # noqa: B018 - it can be reached again
+        engine.enable_model_cpu_offload(device="cpu")
+        assert hasattr(engine.pipeline.transformer, "_hf_hook")
+        assert np.array_equal(painted(engine), before)
     assert "forward" not in vars(engine.pipeline.transformer)
 
 
@@ -354,6 +360,31 @@ def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"offload_folder=.*: .*file is no folder; give another one"):
         emoji(tmp_path / "file" / "away")
+
+
+def test_files_that_are_used_again_are_the_room_that_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what they have in them, as far as their size tells; not by being there."""
+    with emoji(tmp_path) as engine:
+        before = painted(engine)
+    kept = {file.name: file.stat().st_size for file in tmp_path.glob(f"*{ENDING}") if file.stat().st_size}
+    assert kept
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
+    with emoji(tmp_path) as engine:
+        assert np.array_equal(painted(engine), before)
+    largest = max(kept, key=lambda name: kept[name])
+    other = tmp_path / "others"
+    other.mkdir()
+    for name, size in kept.items():
+        shutil.copy(tmp_path / name, other / name)
+        if name == largest:
+            os.truncate(other / name, 2 * size)  # of another model
+    with pytest.raises(ConfigError, match=r"needs .* MB.*, and the disk has .* free; give another one"):
+        emoji(other)
+    (other / largest).rename(other / f"{largest.removesuffix(ENDING)}{CHANGED}")
+    os.truncate(other / f"{largest.removesuffix(ENDING)}{CHANGED}", kept[largest])
+    with pytest.raises(ConfigError, match=r"needs .* MB.*, and the disk has .* free; give another one"):
+        emoji(other)
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,64 +10,19 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from parafuse.engine.offload.component import RootCalls, Summons, UnitCalls
+from parafuse.engine.offload.component import Summons
 from parafuse.engine.offload.units import groups_of
 from parafuse.engine.quantize.pack import packed
-from parafuse.errors import ConfigError, MemoryLimitError, UnsupportedError
-from parafuse.parallel import homes
+from parafuse.errors import UnsupportedError
 from parafuse.parallel.carry import HostCarrier, Ledger
-from parafuse.parallel.homes import ENDING, DiskHome, Home, HostHome
+from parafuse.parallel.homes import DiskHome, Home, HostHome
 from parafuse.parallel.image import Image, nbytes_of
 from parafuse.parallel.residence import Residence, Turn
 from parafuse.quantization import Int8Weight
+from tests.memory.towers import CPU, settled, tower
 from tests.memory.watch import Watch
-
-CPU = torch.device("cpu")
-
-
-class Tower(nn.Module):
-    """Blocks in an order that its caller chooses."""
-
-    def __init__(self, count: int = 4, width: int = 6) -> None:
-        super().__init__()
-        self.enter = nn.Linear(width, width)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(count)])
-        self.order = list(range(count))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
-        for number in self.order:
-            x = self.blocks[number](x)
-        return x
-
-
-def tower(**sizes: int) -> Any:
-    torch.manual_seed(0)
-    return Tower(**sizes).eval().requires_grad_(False)
-
-
-def settled(
-    model: Any, home: Home | None = None, modules: Callable[[], list[nn.Module]] | None = None, **more: Any
-) -> tuple[Residence, Callable[[], None]]:
-    """A residence with its blocks (or `modules`) as units, and what takes it off again."""
-    modules = modules or (lambda: list(model.blocks))
-    one = Residence(
-        model, lambda: groups_of(model, modules()), home or HostHome(pinned=False), CPU, HostCarrier(), Ledger(),
-        more.pop("turn", Turn()), **more,
-    )  # fmt: skip
-    one.settle()
-    standing = [Summons(one, enters=False, quiet=modules()), UnitCalls(one), RootCalls(one, checks=False)]
-    for each in standing:
-        each.install()
-
-    def off() -> None:
-        for each in reversed(standing):
-            each.remove()
-        one.close()
-
-    return one, off
 
 
 @pytest.fixture(params=["host", "disk"])
@@ -249,6 +198,73 @@ def test_a_call_that_fails_leaves_nothing_there() -> None:
     off()
 
 
+def failing_ahead(real: Any, at: int) -> Any:
+    """`HostCarrier.start`, of which one call that fetches ahead finds no memory."""
+    calls = [0]
+
+    def start(self: HostCarrier, home: Home, number: int, nbytes: int, *, ahead: bool) -> Any:
+        calls[0] += ahead
+        if ahead and calls[0] == at:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, home, number, nbytes, ahead=ahead)
+
+    return start
+
+
+def by_hooks(model: Any, **more: Any) -> tuple[Residence, Callable[[], None]]:
+    """As with a component that nothing else stands on."""
+    one = Residence(
+        model, lambda: groups_of(model, list(model.blocks)), HostHome(pinned=False), CPU, HostCarrier(), Ledger(),
+        Turn(), **more,
+    )  # fmt: skip
+    one.settle()
+    summons = Summons(one, enters=True)
+    summons.install()
+    return one, lambda: (summons.remove(), one.close())[1]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("put_on", [settled, by_hooks])
+def test_no_memory_for_what_comes_ahead_leaves_nothing_there(put_on: Any, at: int) -> None:
+    model, x = tower(), torch.randn(2, 6)
+    want = model(x)
+    one, off = put_on(model, prefetch=1)
+    model(x)
+    one.send_away()
+    with (
+        mock.patch.object(HostCarrier, "start", failing_ahead(HostCarrier.start, at)),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        model(x)
+    assert not any(unit.users for unit in one.units)
+    one.send_away()
+    assert one.ledger.resident_bytes == 0
+    assert all(bool(p.isnan().all()) for p in model.parameters())
+    with one.at_home(changes=False):
+        model.state_dict()
+    assert torch.equal(model(x), want)
+    off()
+    assert torch.equal(model(x), want)
+
+
+def test_what_an_interruption_has_left_there_goes_home_before_weights_are_read() -> None:
+    """torch calls no hook after one."""
+    model, x = tower(), torch.randn(2, 6)
+    want = model(x)
+    one, off = by_hooks(model)
+    with (
+        mock.patch.object(type(model.blocks[1][1]), "forward", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        model.blocks[1](x)
+    assert any(unit.users for unit in one.units)
+    with one.at_home(changes=False):
+        model.state_dict()
+    assert one.ledger.resident_bytes == 0
+    assert torch.equal(model(x), want)
+    off()
+
+
 def test_components_take_turns() -> None:
     turn, x = Turn(), torch.randn(2, 6)
     first, second, beside = tower(), tower(), tower()
@@ -317,123 +333,3 @@ def test_what_is_read_at_home_stays_as_it_is(home: Home) -> None:
     assert len({x.untyped_storage().data_ptr() for x in state.values()}) == len(state)
     assert all(bool(p.isnan().all()) for p in model.parameters())
     off()
-
-
-# files
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != homes.LOCK)
-
-
-def test_the_same_weights_have_one_file_and_a_named_folder_keeps_it(tmp_path: Path) -> None:
-    offs = [settled(tower(), DiskHome(str(tmp_path)))[1] for _ in range(2)]
-    assert len(files(tmp_path)) == 1
-    for off in offs:
-        off()
-    (name,) = files(tmp_path)
-    written = (tmp_path / name).stat().st_mtime_ns
-    model, x = tower(), torch.randn(2, 6)
-    want = model(x)
-    _, off = settled(model, DiskHome(str(tmp_path)))
-    assert (tmp_path / name).stat().st_mtime_ns == written
-    assert torch.equal(model(x), want)
-    off()
-
-
-def test_a_temporary_file_goes_with_the_last_that_uses_it(tmp_path: Path) -> None:
-    with mock.patch.object(homes, "temporary_folder", return_value=tmp_path / "own"):
-        first, second = (settled(tower(), DiskHome(None))[1] for _ in range(2))
-        first()
-        assert len(files(tmp_path / "own")) == 1
-        second()
-        assert files(tmp_path / "own") == []
-
-
-HOLDS = """
-    import sys, time
-    from unittest import mock
-    from pathlib import Path
-    from parafuse.parallel import homes
-    from tests.memory.test_residence import settled, tower
-    with mock.patch.object(homes, "temporary_folder", lambda: Path(sys.argv[1])):
-        kept = settled(tower(width=8), homes.DiskHome(None))
-    print("there", flush=True)
-    if sys.argv[2] == "waits":
-        time.sleep(60)
-"""
-
-
-def test_a_process_that_ends_or_is_killed_leaves_no_file(tmp_path: Path) -> None:
-    folder = tmp_path / "own"
-    script = textwrap.dedent(HOLDS)
-    subprocess.run([sys.executable, "-c", script, str(folder), "ends"], check=True, capture_output=True, timeout=120)
-    assert files(folder) == []
-    with subprocess.Popen([sys.executable, "-c", script, str(folder), "waits"], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"there\n"
-        assert len(files(folder)) == 1
-        with mock.patch.object(homes, "temporary_folder", return_value=folder):
-            _, off = settled(tower(), DiskHome(None))
-            off()
-            assert len(files(folder)) == 1  # somebody uses it
-            process.send_signal(signal.SIGKILL)
-            process.wait(timeout=30)
-            assert len(files(folder)) == 1
-            _, off = settled(tower(), DiskHome(None))
-            off()
-    assert files(folder) == []
-
-
-def test_a_full_disk_is_said_with_the_numbers_and_nothing_is_changed(tmp_path: Path) -> None:
-    model, x = tower(), torch.randn(2, 6)
-    want = model(x)
-    full = mock.Mock(f_bavail=1, f_frsize=512)
-    with (
-        mock.patch.object(homes.os, "statvfs", return_value=full),
-        pytest.raises(ConfigError, match=r"needs 0\.000 GB, and the disk has 0\.000 GB free; give folder="),
-    ):
-        settled(model, DiskHome(str(tmp_path)))
-    assert torch.equal(model(x), want)
-    with (
-        mock.patch.object(homes, "_bytes", side_effect=[b"a"] * 10 + [OSError(errno.ENOSPC, "full")] * 10),
-        pytest.raises(MemoryLimitError, match="the disk has no more"),
-    ):
-        settled(model, DiskHome(str(tmp_path)))
-    assert files(tmp_path) == []
-    assert torch.equal(model(x), want)
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("")
-    with pytest.raises(ConfigError, match="cannot be made"):
-        DiskHome(str(file / "folder"))
-
-
-def test_a_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
-    model = tower()
-    _, off = settled(model, DiskHome(str(tmp_path)), prefetch=1)
-    (path,) = tmp_path.glob(f"*{ENDING}")
-    before = path.read_bytes()
-    os.truncate(path, 100)
-    with pytest.raises(MemoryLimitError, match="is shorter than it was"):
-        model(torch.randn(2, 6))
-    path.write_bytes(before)
-    assert not bool(model(torch.randn(2, 6)).isnan().any())
-    off()
-
-
-def test_what_fails_to_be_kept_after_a_change_stays_in_memory(tmp_path: Path) -> None:
-    model, x = tower(), torch.randn(2, 6)
-    one, off = settled(model, DiskHome(str(tmp_path)))
-    with (
-        mock.patch.object(DiskHome, "_write", side_effect=MemoryLimitError("full")),
-        pytest.raises(MemoryLimitError),
-        one.at_home(),
-    ):
-        model.enter.weight.data += 1
-    assert not bool(model(x).isnan().any())
-    want = model(x)
-    off()
-    assert torch.equal(model(x), want)

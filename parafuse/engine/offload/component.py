@@ -39,6 +39,14 @@ class OffloadedComponent:
         """Whose it is, where pipelines may share it."""
 
     def install(self) -> None:
+        """All or nothing."""
+        try:
+            self._put_on()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _put_on(self) -> None:
         self.residence.settle()
         self._undo.append(self.residence.close)
         there = [name for name in (*READS, *CHANGES, *OFFLOADS) if callable(getattr(self.module, name, None))]
@@ -59,14 +67,15 @@ class OffloadedComponent:
                 return original(*args, **kwargs)
 
         def moved(*args: Any, **kwargs: Any) -> Any:
-            device, dtype = _asked(name, args, kwargs)
-            if device is not None and device.type != self.residence.device.type:
+            device, others = _asked(name, args, kwargs)
+            own = self.residence.device
+            if device is not None and (device.type != own.type or device.index not in (None, own.index or 0)):
                 raise ConfigError(
                     f"{name}: device={str(device)!r}: {self.name} is offloaded ({self.method.said}), and its "
-                    f"weights come to {self.residence.device.type!r} by themselves when it is called; take parafuse "
-                    "off first (remove(), or close() of an engine)."
+                    f"weights come to {str(own)!r} by themselves when it is called; take parafuse off first (remove(), "
+                    "or close() of an engine)."
                 )
-            return self.module if dtype is None else original(dtype)
+            return original(**others) if others else self.module
 
         def refused(*_: Any, **__: Any) -> None:
             raise ConfigError(f"{name}: {beside_offload(name, self.method)}.")
@@ -231,17 +240,18 @@ class RootCalls(OnForward):
         self._checks = False
 
 
-def _asked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device and dtype that `to`, `cuda` or `cpu` is asked for."""
+def _asked(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device | None, dict[str, Any]]:
+    """The device that `to`, `cuda` or `cpu` is asked for, and what else, which changes weights where they are."""
+    args, kwargs = tuple(map(_device, args)), {key: _device(x) for key, x in kwargs.items()}
     if name != "to":
-        return torch.device(name), None
-    device: Any = None
-    dtype: Any = None
-    for x in (*args, *kwargs.values()):
-        if isinstance(x, torch.dtype):
-            dtype = x
-        elif isinstance(x, Tensor):
-            device, dtype = x.device, x.dtype
-        elif isinstance(x, (str, torch.device)) or (isinstance(x, int) and not isinstance(x, bool)):
-            device = torch.device("cuda", x) if isinstance(x, int) else torch.device(x)
-    return device, dtype
+        named = next((x for x in (*args, *kwargs.values()) if x is not None), name)
+        return torch.device(named), {}
+    torch_nn: Any = getattr(torch._C, "_nn")  # noqa: B009 - torch has no stubs for it
+    device, dtype, _, memory_format = torch_nn._parse_to(*args, **kwargs)
+    others = {"dtype": dtype, "memory_format": memory_format}
+    return device, {key: x for key, x in others.items() if x is not None}
+
+
+def _device(x: Any) -> Any:
+    """A number as the device that it means."""
+    return torch.device("cuda", x) if isinstance(x, int) and not isinstance(x, bool) else x

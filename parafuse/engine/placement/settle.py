@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ from parafuse.engine.placement.homes import home_in
 from parafuse.engine.placement.inventory import Inventory, gigabytes, inventory
 from parafuse.errors import ConfigError
 from parafuse.hardware import memory_bytes, num_cuda_devices, visible_gpus
-from parafuse.offload import ENDING
+from parafuse.offload import CHANGED, ENDING, PAGE
 from parafuse.placement import AUTO, DISK, MAP, max_memory_of, placement_of
 from parafuse.quantization import Quantize
 
 if TYPE_CHECKING:
+    from parafuse.engine.placement.pieces import Owner
     from parafuse.engine.source import ModelSource
 
 
@@ -103,26 +105,49 @@ def placed(
         return Placed(why="all of it fits on one device")
     else:
         homes = balanced(pieces, there, str(asked))
-    on_disk = sum(one.num_bytes for one in owners if home_in(homes, one.block or one.path) == DISK)
-    if on_disk and config.offload_folder:
+    on_disk = [one for one in owners if home_in(homes, one.block or one.path) == DISK]
+    if any(one.num_bytes for one in on_disk) and config.offload_folder:
         check_disk(config.offload_folder, on_disk)
     return Placed(homes=_shortest(homes), num_devices=there.num_devices)
 
 
-def check_disk(folder: str, num_bytes: int) -> None:
-    """Raises ConfigError for a folder that cannot be one, or whose disk has too little room. Files of an earlier start
-    may be used again, and count as room."""
+def check_disk(folder: str, owners: Iterable[Owner]) -> None:
+    """Raises ConfigError for a folder that cannot be one, or whose disk has too little room for what these own.
+
+    A component needs none where a file of an earlier start has the size of what it has on the disk: that is used again
+    if it holds the same, which is known once the weights are loaded. Other files are no room."""
     there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         why = "is no folder" if not there.is_dir() else "cannot be written"
         raise ConfigError(f"offload_folder={folder!r}: {there} {why}; give another one.")
-    kept = sum(file.stat().st_size for file in Path(folder).glob(f"*{ENDING}"))
-    free = shutil.disk_usage(there).free + kept
-    if num_bytes > free:
+    parts: dict[str, list[int]] = {}
+    for one in owners:
+        parts.setdefault(one.component, []).append(one.num_bytes)
+    sizes, new, again = _kept(Path(folder)), 0, 0
+    for own in parts.values():
+        fits = [size for size in sizes if abs(size - sum(own)) <= PAGE * len(own)]  # filled up, and without buffers
+        if fits:
+            sizes.remove(fits[0])
+            again += sum(own)
+        else:
+            new += sum(own)
+    free = shutil.disk_usage(there).free
+    if new > free:
+        beside = f" beside {gigabytes(again)} that files of an earlier start seem to hold" if again else ""
         raise ConfigError(
-            f"offload_folder={folder!r}: needs {gigabytes(num_bytes)}, and the disk has {gigabytes(free)} free; give "
+            f"offload_folder={folder!r}: needs {gigabytes(new)}{beside}, and the disk has {gigabytes(free)} free; give "
             "another one."
         )
+
+
+def _kept(folder: Path) -> list[int]:
+    """Bytes of the files that stay from start to start."""
+    found: list[int] = []
+    for file in folder.glob(f"*{ENDING}"):
+        with suppress(OSError):  # its process has removed it meanwhile
+            if not file.name.endswith(CHANGED):
+                found.append(file.stat().st_size)
+    return found
 
 
 def _shortest(homes: Mapping[str, str]) -> dict[str, str]:

@@ -55,7 +55,7 @@ PICTURES = (
             num_decoder_blocks=(1,) * 4, latent_channels=4,
         ),
         latents=(4, 16, 12), odd=(4, 13, 11), picture=(3, 128, 96), odd_picture=(3, 104, 88),
-        tiles=dict(tile_sample_min_size=64, tile_latent_min_size=8),
+        tiles=dict(tile_sample_min_size=64, tile_latent_min_size=8, tile_overlap_factor=0.25),
     ),
     Case(
         name="AutoencoderDC",

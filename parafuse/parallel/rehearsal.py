@@ -52,6 +52,7 @@ class Rehearsal(TorchDispatchMode):
         """Results of calls, by `id`, that an operator was given: their values are needed."""
         self._results: dict[int, Tensor] = {}
         self._in_part = False
+        self._touched: set[int] = set()
 
     def stand_in(self, like: Tensor, call: int) -> Tensor:
         """For a result of a call."""
@@ -66,20 +67,21 @@ class Rehearsal(TorchDispatchMode):
 
     def lineage(self, x: Tensor) -> Lineage | None:
         """None for a tensor with values."""
-        known = self._lineages.get(_storage(x))
+        known = self._lineages.get(address(x))
         return known if known is not None else UNKNOWN if x.is_meta else None
 
     @contextmanager
     def part(self) -> Any:
-        """Context in which a part is run on stand-ins alone: what it draws would be other noise on each rank."""
-        self._in_part = True
+        """Context in which a part is run on tensors without values; gives the addresses of what it looks at. What it
+        draws would be other noise on each rank."""
+        self._in_part, self._touched = True, set()
         try:
-            yield
+            yield self._touched
         finally:
             self._in_part = False
 
     def _mark(self, x: Tensor, lineage: Lineage) -> None:
-        self._lineages[_storage(x)] = lineage
+        self._lineages[address(x)] = lineage
         self._held.append(x.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,7 +93,10 @@ class Rehearsal(TorchDispatchMode):
         if not found:
             return func(*args, **kwargs)
         lineage = UNKNOWN if self._in_part else UNKNOWN.union(*found)
-        self.use(given)
+        if self._in_part:
+            self._touched.update(map(address, given))
+        else:
+            self.use(given)
         if all(not x.is_meta for x in given) and _is_view(func):
             return func(*args, **kwargs)
         written = _written(func, args, kwargs)
@@ -107,11 +112,12 @@ class Rehearsal(TorchDispatchMode):
             raise UnsupportedError(f"{func}: needs the values of a tile before all tiles are known") from error
         if not self._in_part:
             for x in tensors_in(result):
-                self._mark(x, lineage | (self._lineages.get(_storage(x)) or UNKNOWN))
+                self._mark(x, lineage | (self._lineages.get(address(x)) or UNKNOWN))
         return result
 
 
-def _storage(x: Tensor) -> int:
+def address(x: Tensor) -> int:
+    """The same for tensors that share memory."""
     return x.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 

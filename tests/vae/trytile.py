@@ -26,7 +26,7 @@ def work(names):
                     out.append(f"{c.name} {op} odd={odd} bitwise={torch.equal(got,want)} {dict(t.seen)} {dt:.2f}")
                 except Exception as e:
                     tb=traceback.extract_tb(e.__traceback__)[-3:]
-                    out.append(f"{c.name} {op} odd={odd} FAIL {type(e).__name__}: {str(e)[:300]} {tb if 'Unsupp' not in type(e).__name__ else ''}")
+                    out.append(f"{c.name} {op} odd={odd} FAIL {type(e).__name__}: {str(e)[:230]} {tb[-1].filename[-40:]}:{tb[-1].lineno}")
                 finally: t.remove()
     return out
 if __name__=="__main__":

@@ -20,9 +20,11 @@ from torch.utils._pytree import tree_leaves
 from parafuse.errors import ConfigError, UnsupportedError
 from parafuse.log import note
 from parafuse.parallel.bundle import exchange
+from parafuse.parallel.effects import Parts
 from parafuse.parallel.encoding import spread
 from parafuse.parallel.hooks import Forward, override
-from parafuse.parallel.part_calls import EVERYWHERE, Call, Finder, Met, NeededEarly, Player, compute
+from parafuse.parallel.part_calls import EVERYWHERE, Call, Finder, KeepsMore, Known, Met, NeededEarly, Player, compute
+from parafuse.parallel.part_state import Place, Snapshot
 from parafuse.parallel.rehearsal import Rehearsal, tensors_in
 
 METHODS = ("decode", "encode")
@@ -58,6 +60,10 @@ class TiledAutoencoder:
         self._group, self._num_ranks, self._rank = group.group_name, group.size(), dist.get_rank(group)
         self._undo: list[Callable[[], None]] = []
         self._said = False
+        self._keep: dict[str, list[Place]] = {}
+        """What parts keep from call to call, as far as it is known."""
+        self._known: Known = {}
+        self._parts = Parts(module)
 
     def install(self) -> None:
         """Switches tiling on, where it is off."""
@@ -99,7 +105,9 @@ class TiledAutoencoder:
         return shared
 
     def _run(self, original: Forward, args: Any, kwargs: Any, device: torch.device) -> Any:
-        noise = _Noise(args, kwargs, device)
+        if self._parts.have_other_objects():
+            self._known, self._parts = {}, Parts(self.module)
+        noise, before = _Noise(args, kwargs, device), Snapshot(self.module)
         calls, used, num_groups = self._rehearse(original, args, kwargs, noise)
         if num_groups < 2 and not any(call.kept for call in calls):
             self._say_one_tile()
@@ -107,29 +115,34 @@ class TiledAutoencoder:
         owners = spread(_sizes(calls, num_groups), self._num_ranks)
         values = self._exchanged(calls, owners, used, device)
         self.seen.update({"spread": 1, "tiles": num_groups, "tiles here": owners.count(self._rank)})
-        player = Player(calls, values)
-        with Met(self.module, player):
-            result = original(*args, **kwargs)
-        return result
+        try:
+            with Met(self.module, self._keep, Player(calls, values)):
+                return original(*args, **kwargs)
+        finally:
+            before.restore_without_values()
 
     def _rehearse(self, original: Forward, args: Any, kwargs: Any, noise: _Noise) -> tuple[list[Call], set[int], int]:
-        """The calls of parts, which results are needed by `id`, and the number of groups. Leaves noise as it was."""
+        """The calls of parts, which results are needed by `id`, and the number of groups. Leaves noise and module as
+        they were."""
         early: set[int] = set()
         while True:
-            mode = Rehearsal()
-            finder = Finder(self.module, mode, early)
+            mode, before = Rehearsal(), Snapshot(self.module)
+            finder = Finder(mode, early, self._known)
             try:
-                with Met(self.module, finder), mode:
+                with Met(self.module, self._keep, finder), mode:
                     original(*args, **kwargs)
-                return finder.calls, mode.used, finder.num_groups
+                return finder.calls, mode.used, finder.groups()
             except NeededEarly as found:
                 early |= found.calls
+            except KeepsMore as found:
+                self._keep.setdefault(found.name, []).extend(found.places)
             except UnsupportedError as error:
                 raise UnsupportedError(
                     f"vae='tiled': {self.name} ({type(self.module).__name__}) cannot be spread over ranks: {error}; use "
                     "vae='sharded' or vae='replicated'."
                 ) from error
             finally:
+                before.restore()
                 noise.restore()
 
     def _exchanged(self, calls: list[Call], owners: list[int], used: set[int], device: torch.device) -> dict[int, Tensor]:

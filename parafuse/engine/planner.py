@@ -81,6 +81,7 @@ def resolve(
         attention=attention.backend,
         sparse=str(config.sparse or ""),
         text_encoders=str(config.text_encoders),
+        vae=config.vae,
         placement=where.homes,
         devices_per_rank=where.num_devices,
         offload_folder=(config.offload_folder or "") if where.homes else "",

@@ -168,9 +168,7 @@ class Finder:
         given: Given = tree_map(lambda x: x, (args, kwargs, [read(place) for place in part.places]))
         leaves, spec, looked_at = self._gives(part, given)
         group = self._group([x for x, looks in zip(tree_flatten(given)[0], looked_at, strict=True) if looks])
-        after = tree_unflatten(
-            [self._mode.stand_in(x, number) if isinstance(x, Tensor) else x for x in leaves], spec
-        )
+        after = tree_unflatten([self._mode.stand_in(x, number) if isinstance(x, Tensor) else x for x in leaves], spec)
         call = Call(part, None if group == EVERYWHERE else given, group, after)
         self._maker |= {id(x): number for x in call.results()}
         self.calls.append(call)

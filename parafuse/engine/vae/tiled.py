@@ -25,6 +25,7 @@ from parafuse.parallel.encoding import spread
 from parafuse.parallel.hooks import Forward, override
 from parafuse.parallel.part_calls import EVERYWHERE, Call, Finder, KeepsMore, Known, Met, NeededEarly, Player, compute
 from parafuse.parallel.part_state import Place, Snapshot
+from parafuse.parallel.placeholder import settled
 from parafuse.parallel.rehearsal import Rehearsal, tensors_in
 
 METHODS = ("decode", "encode")
@@ -49,15 +50,14 @@ class TiledAutoencoder:
     gets the whole result."""
 
     def __init__(self, name: str, module: nn.Module, ranks: ProcessGroup | None = None):
-        """`ranks`: who shares the work; None: all ranks. Raises ConfigError for a class without tiling."""
+        """`ranks`: who shares the work; None: there is one rank, where tiling is switched on and nothing else changes.
+        Raises ConfigError for a class without tiling."""
         refuse_without_tiling(name, module)
-        group = ranks if ranks is not None else dist.group.WORLD
-        if group is None:
-            raise ConfigError("vae='tiled': there is one rank; start several, or use vae='replicated'.")
         self.name, self.module = name, module
         self.seen: Counter[str] = Counter()
         """Calls that were spread, and those of one tile; tiles, and those computed here."""
-        self._group, self._num_ranks, self._rank = group.group_name, group.size(), dist.get_rank(group)
+        self._group = "" if ranks is None else ranks.group_name
+        self._num_ranks, self._rank = (1, 0) if ranks is None else (ranks.size(), dist.get_rank(ranks))
         self._undo: list[Callable[[], None]] = []
         self._said = False
         self._keep: dict[str, list[Place]] = {}
@@ -71,7 +71,7 @@ class TiledAutoencoder:
         if not module.use_tiling:
             module.use_tiling = True
             self._undo.append(lambda: setattr(module, "use_tiling", False))
-        for method in METHODS:
+        for method in METHODS if self._num_ranks > 1 else ():
             if callable(getattr(module, method, None)):
                 self._undo.append(override(module, method, self._spread(method, getattr(module, method))))
 
@@ -90,6 +90,7 @@ class TiledAutoencoder:
 
     def _spread(self, method: str, original: Forward) -> Forward:
         def shared(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = settled(args), settled(kwargs)
             given = tensors_in((args, kwargs))
             if torch.is_grad_enabled() and any(x.requires_grad for x in given):
                 raise UnsupportedError(
@@ -109,12 +110,14 @@ class TiledAutoencoder:
             self._known, self._parts = {}, Parts(self.module)
         noise, before = _Noise(args, kwargs, device), Snapshot(self.module)
         calls, used, num_groups = self._rehearse(original, args, kwargs, noise)
-        if num_groups < 2 and not any(call.kept for call in calls):
+        if num_groups < 2:
             self._say_one_tile()
+        if num_groups < 2 and not any(call.kept for call in calls):
             return original(*args, **kwargs)
         owners = spread(_sizes(calls, num_groups), self._num_ranks)
         values = self._exchanged(calls, owners, used, device)
-        self.seen.update({"spread": 1, "tiles": num_groups, "tiles here": owners.count(self._rank)})
+        if num_groups > 1:
+            self.seen.update({"spread": 1, "tiles": num_groups, "tiles here": owners.count(self._rank)})
         try:
             with Met(self.module, self._keep, Player(calls, values)):
                 return original(*args, **kwargs)
@@ -145,7 +148,9 @@ class TiledAutoencoder:
                 before.restore()
                 noise.restore()
 
-    def _exchanged(self, calls: list[Call], owners: list[int], used: set[int], device: torch.device) -> dict[int, Tensor]:
+    def _exchanged(
+        self, calls: list[Call], owners: list[int], used: set[int], device: torch.device
+    ) -> dict[int, Tensor]:
         """The values of all results that are needed, by `id` of what stands in for them. Collective."""
         per_rank: list[list[Tensor]] = [[] for _ in range(self._num_ranks)]
         for call in calls:

@@ -141,9 +141,9 @@ class Config:
     """Where prompts are encoded: everywhere (each rank for itself), or one-rank (each text encoder on one rank, which
     sends what it gives); with :kept=32, results of the last 32 texts are kept for calls that repeat them."""
     vae: str = VAE_AUTO
-    """How ranks share decoding and encoding of pictures: replicated (each rank for itself), tiled (diffusers' own tiles,
-    spread over ranks), sharded (undivided, each rank a part of the picture); auto: what changes no picture and pays, in
-    an engine's requests; docs/vae.md."""
+    """How ranks share decoding and encoding of pictures: replicated (each rank for itself), tiled (diffusers' own
+    tiles, spread over ranks), sharded (undivided, each rank a part of the picture); auto: what changes no picture and
+    pays, in an engine's requests; docs/vae.md."""
     placement: Placement | Mapping[str, Any] | str | None = None
     """Where the parts of the model are: balanced (components and blocks over the devices of each rank, by bytes, the
     host and a disk as last resorts), auto (so, if it does not fit on one), a map of modules to devices as JSON or a

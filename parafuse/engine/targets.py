@@ -85,7 +85,7 @@ def wanted_of(target: Any, degree: Callable[[Axis], int], encoding: Encoding, va
 
 
 def _are_shared(vae: str, degree: Callable[[Axis], int]) -> bool:
-    """Whether something is to stand on autoencoders: with `auto` samples are cut first, where there is an axis for it."""
+    """Whether something is to stand on autoencoders: with `auto` samples are cut, where an axis is for that."""
     num_ranks = math.prod(degree(axis) for axis in Axis)
     if vae == VAE_AUTO:
         return num_ranks > 1 and degree(Axis.DATA) == 1

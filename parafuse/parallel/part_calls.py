@@ -1,4 +1,4 @@
-"""Calls of the parts of a module, found by a rehearsal, computed by the rank that owns them, and given back in order."""
+"""Calls of the parts of a module: found by a rehearsal, computed by the rank that owns them, given back in order."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Call:
         return tensors_in(self.after)
 
 
-class NeededEarly(Exception):  # noqa: N818
+class NeededEarly(Exception):
     """Calls whose results are worked on before a later call, so that every rank must make them at once."""
 
     def __init__(self, calls: Iterable[int]):
@@ -78,7 +78,7 @@ class NeededEarly(Exception):  # noqa: N818
         self.calls = set(calls)
 
 
-class KeepsMore(Exception):  # noqa: N818
+class KeepsMore(Exception):
     """Attributes that a part keeps from call to call, and that were not known."""
 
     def __init__(self, name: str, places: list[Place]):
@@ -268,8 +268,12 @@ def _refill(into: Any, source: Any) -> None:
 def compute(calls: Iterable[Call]) -> dict[int, Tensor]:
     """Makes calls of whole groups; the values of their results, by `id` of what stands in for them."""
     values: dict[int, Tensor] = {}
+
+    def known(x: Any) -> Any:
+        return values.get(id(x), x) if isinstance(x, Tensor) else x
+
     for call in calls:
-        given = tree_map(lambda x: values.get(id(x), x) if isinstance(x, Tensor) else x, call.given)
+        given = tree_map(known, call.given)
         found, like = tensors_in(call.part.run(given)), call.results()
         if [(x.shape, x.dtype) for x in found] != [(x.shape, x.dtype) for x in like]:
             raise UnsupportedError(f"{call.part.name}: gave other shapes than on tensors without values")

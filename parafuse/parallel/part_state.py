@@ -1,5 +1,5 @@
-"""What modules keep from call to call in attributes of their own (caches over time, flags, counters), so that a call can
-be made on its own, with what earlier calls left, and leaves nothing behind."""
+"""What modules keep from call to call in attributes of their own (caches over time, flags, counters), so that a call
+can be made on its own, with what earlier calls left, and leaves nothing behind."""
 
 from __future__ import annotations
 

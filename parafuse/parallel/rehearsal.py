@@ -1,8 +1,8 @@
 """A call made without its work: what the parts of a module would be given is found, their results stand in by shape.
 
-An operator that is given a stand-in gives one (a tensor on the meta device), and what would be written into a tensor from
-a stand-in is not written: from then on that tensor is taken for a stand-in too. So the code between the parts runs as it
-is, at the price of looking at its operators.
+An operator that is given a stand-in gives one (a tensor on the meta device), and what would be written into a tensor
+from a stand-in is not written: from then on that tensor is taken for a stand-in too. So the code between the parts runs
+as it is, at the price of looking at its operators.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -118,7 +118,7 @@ class Rehearsal(TorchDispatchMode):
 
 def address(x: Tensor) -> int:
     """The same for tensors that share memory."""
-    return x.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+    return x.untyped_storage()._cdata
 
 
 def _meta(tree: Any) -> Any:

@@ -1,8 +1,8 @@
 """The tiles of an autoencoder's own tiled decode and encode, spread over ranks: bitwise what one rank gives.
 
-The autoencoder's own code cuts, crops and blends. It runs twice: once as a rehearsal (parallel/rehearsal.py), which finds
-what each part (decoder, encoder, convolutions beside them) would be given, and once with the results of all ranks at
-hand. Between both each rank computes its tiles, and one exchange brings all of them.
+The autoencoder's own code cuts, crops and blends. It runs twice: once as a rehearsal (parallel/rehearsal.py), which
+finds what each part (decoder, encoder, convolutions beside them) would be given, and once with the results of all ranks
+at hand. Between both each rank computes its tiles, and one exchange brings all of them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def has_tiling(module: Any) -> bool:
 def refuse_without_tiling(name: str, module: Any) -> None:
     if not has_tiling(module):
         raise ConfigError(
-            f"vae='tiled': {name} is {type(module).__name__}, which has no tiling; use vae='sharded' (undivided, on all "
-            "ranks) or vae='replicated'."
+            f"vae='tiled': {name} is {type(module).__name__}, which has no tiling; use vae='sharded' (undivided, on "
+            "all ranks) or vae='replicated'."
         )
 
 
@@ -94,8 +94,8 @@ class TiledAutoencoder:
             given = tensors_in((args, kwargs))
             if torch.is_grad_enabled() and any(x.requires_grad for x in given):
                 raise UnsupportedError(
-                    f"{self.name}.{method}: tiles of other ranks come without gradients; call it under torch.no_grad(), "
-                    "or use vae='replicated'."
+                    f"{self.name}.{method}: tiles of other ranks come without gradients; call it under "
+                    "torch.no_grad(), or use vae='replicated'."
                 )
             if not self.module.use_tiling:  # switched off since, by the user
                 self.seen["one tile"] += 1
@@ -141,8 +141,8 @@ class TiledAutoencoder:
                 self._keep.setdefault(found.name, []).extend(found.places)
             except UnsupportedError as error:
                 raise UnsupportedError(
-                    f"vae='tiled': {self.name} ({type(self.module).__name__}) cannot be spread over ranks: {error}; use "
-                    "vae='sharded' or vae='replicated'."
+                    f"vae='tiled': {self.name} ({type(self.module).__name__}) cannot be spread over ranks: {error}; "
+                    "use vae='sharded' or vae='replicated'."
                 ) from error
             finally:
                 before.restore()

@@ -41,7 +41,9 @@ DEVICES = ("auto", "cpu", "cuda")
 Auto = Literal["auto"]
 REWRITES = ("qkv", "text", "modulation", "rope")
 """Exact changes of what a denoiser computes, in the order in which they are put on."""
-VAE_AUTO, VAE_REPLICATED, VAE_TILED, VAE_SHARDED = VAES = ("auto", "replicated", "tiled", "sharded")
+VAE_AUTO, VAE_BY_SIZE, VAE_REPLICATED, VAE_TILED, VAE_SHARDED = VAES = (
+    "auto", "by-size", "replicated", "tiled", "sharded",
+)  # fmt: skip
 """How several ranks decode latents to pictures, and encode pictures."""
 LOSSY = "lossy"
 """In a field's metadata: the values of it that change pictures by more than the order of sums. Each has a measured
@@ -142,8 +144,8 @@ class Config:
     sends what it gives); with :kept=32, results of the last 32 texts are kept for calls that repeat them."""
     vae: str = VAE_AUTO
     """How ranks share decoding and encoding of pictures: replicated (each rank for itself), tiled (diffusers' own
-    tiles, spread over ranks), sharded (undivided, each rank a part of the picture); auto: what changes no picture and
-    pays, in an engine's requests; docs/vae.md."""
+    tiles, spread over ranks), sharded (undivided, each rank a part of the picture), by-size (in an engine's requests
+    large calls are shared, in the form that changes no picture); auto: by-size on several ranks; docs/vae.md."""
     placement: Placement | Mapping[str, Any] | str | None = None
     """Where the parts of the model are: balanced (components and blocks over the devices of each rank, by bytes, the
     host and a disk as last resorts), auto (so, if it does not fit on one), a map of modules to devices as JSON or a

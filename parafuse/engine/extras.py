@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from parafuse.attention import LOSSY_BACKENDS, TIMED, TORCH, Attention, attention_of
 from parafuse.cache import Cache, StackCache, cache_of, with_calibration
-from parafuse.config import VAE_AUTO, VAE_REPLICATED, VAE_TILED, Axis, Config
+from parafuse.config import VAE_AUTO, VAE_BY_SIZE, VAE_REPLICATED, VAE_TILED, Axis, Config
 from parafuse.encoding import Encoding, Everywhere, encoding_of
 from parafuse.engine.rewrites.choose import Choice
 from parafuse.engine.timings import resolved
@@ -39,7 +39,7 @@ class Extras:
     owner: int | None = field(default=None, compare=False)
     """Of a text encoder: the rank that has it, where it is one."""
     vae: str = VAE_AUTO
-    """How autoencoders are shared."""
+    """How autoencoders are shared; auto: by the size of a call."""
     offload: Offload | None = None
     """Where weights are while they are not used."""
     chosen: Choice | None = None
@@ -52,7 +52,7 @@ class Extras:
             attention=resolved(attention_of(config.attention), device),
             sparse=sparse_of(config.sparse),
             encoding=encoding_of(config.text_encoders),
-            vae=config.vae,
+            vae=VAE_AUTO if config.vae == VAE_BY_SIZE else config.vae,
             offload=settled_on(offload_of(config.offload), device)
             or placed_weights(placement_of(config.placement), config.offload_folder, device),
             cache=with_calibration(cache_of(config.cache)),

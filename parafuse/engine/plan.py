@@ -15,7 +15,7 @@ from parafuse.attention import AUTO as AUTO_ATTENTION
 from parafuse.attention import TORCH, Attention, Timings
 from parafuse.cache import Cache, CalibratedCache, cache_of
 from parafuse.calibration import Calibration
-from parafuse.config import VAE_AUTO, VAE_TILED, Axis, Config, Parallel
+from parafuse.config import VAE_AUTO, VAE_REPLICATED, VAE_SHARDED, VAE_TILED, Axis, Config, Parallel
 from parafuse.encoding import encoding_of
 from parafuse.errors import ConfigError, reject_unknown
 from parafuse.offload import offload_of
@@ -80,8 +80,8 @@ class Plan:
     """Which pairs of a video's tokens attention leaves out, as its text with every field; empty: none."""
     text_encoders: str = "everywhere"
     """Where prompts are encoded, and what is kept of it, as its text with every field."""
-    vae: str = VAE_AUTO
-    """How ranks share decoding and encoding of pictures; "auto" stays: the size of each call tells."""
+    vae: str = VAE_REPLICATED
+    """How ranks share decoding and encoding of pictures."""
     placement: dict[str, str] | None = None
     """Path of a component or of a module of it -> "0", "1", ... (devices as counted within the rank), "cpu" or "disk";
     the longest path decides. None: all parts together on the rank's device."""
@@ -117,6 +117,8 @@ class Plan:
             raise ConfigError("plan.replay: holds decisions of a cache, but plan.cache is empty.")
         parallel.degrees(self.world_size)
         self._check_placement()
+        if self.vae == VAE_AUTO:
+            raise ConfigError("plan.vae='auto': a plan is explicit; only a Config may say 'auto'.")
         if self.attention == AUTO_ATTENTION:
             raise ConfigError("plan.attention='auto': a plan is explicit; only a Config may say 'auto'.")
         self.cache_with_calibration()
@@ -214,7 +216,7 @@ class Plan:
         more += f", attention {self.attention}" if self.attention != TORCH else ""
         more += f", sparse {self.sparse}" if self.sparse else ""
         more += f", text encoders {self.text_encoders}" if encoding_of(self.text_encoders).acts else ""
-        more += f", vae {self.vae}" if self.vae != VAE_AUTO else ""
+        more += f", vae {self.vae}" if self.vae in (VAE_TILED, VAE_SHARDED) else ""
         more += f", {self._placement_line()}" if self.placement else ""
         more += f", offload {self.offload}" if self.offload else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""

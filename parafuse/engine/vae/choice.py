@@ -1,4 +1,4 @@
-"""Which form an autoencoder's decode and encode take on several ranks: replicated, tiled, sharded, or told by each call.
+"""Which form an autoencoder's decode and encode take on several ranks: replicated, tiled, sharded, or by each call.
 
 `auto` changes no picture: it spreads diffusers' tiles where tiling is on already, and divides what is undivided.
 """

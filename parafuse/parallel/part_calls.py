@@ -32,12 +32,16 @@ class Part:
     places: list[Place]
     """Attributes that it keeps from call to call."""
 
-    def run(self, given: Given) -> tuple[Any, Given]:
+    def run(self, given: Given, call: Forward | None = None) -> tuple[Any, Given]:
         """The result, and what is given as the call leaves it."""
         args, kwargs, state = given
         with holding(self.places, state):
-            result = self.original(*args, **kwargs)
+            result = (call or self.original)(*args, **kwargs)
             return result, (args, kwargs, [read(place) for place in self.places])
+
+    def run_with_hooks(self, given: Given) -> tuple[Any, Given]:
+        """The same, by a call of the child: hooks of it bring weights that are elsewhere, say."""
+        return self.run(given, self.original if "." in self.name else self.child)
 
     def hand_out(self, after: tuple[Any, Given], args: Any, kwargs: Any) -> Any:
         """The result of a call; lists, dicts and attributes are changed as the call changes them."""
@@ -274,7 +278,7 @@ def compute(calls: Iterable[Call]) -> dict[int, Tensor]:
 
     for call in calls:
         given = tree_map(known, call.given)
-        found, like = tensors_in(call.part.run(given)), call.results()
+        found, like = tensors_in(call.part.run_with_hooks(given)), call.results()
         if [(x.shape, x.dtype) for x in found] != [(x.shape, x.dtype) for x in like]:
             raise UnsupportedError(f"{call.part.name}: gave other shapes than on tensors without values")
         values |= {id(one): x for one, x in zip(like, found, strict=True)}

@@ -10,6 +10,7 @@ import torch
 
 import parafuse
 from parafuse import Config, Engine, Parallel, Plan
+from parafuse.config import Axis
 from parafuse.engine.apply import Handle, apply
 from parafuse.engine.vae import choice
 from parafuse.errors import ConfigError
@@ -22,7 +23,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def beside(degrees: dict[str, int], options: dict[str, Any], count: int) -> tuple[float, bool, list[str], bool]:
-    """Largest difference of a video, whether a decode by itself is bitwise, lines, and whether all is off at the end."""
+    """Largest difference of a video, whether a decode alone is bitwise, lines, and whether all is off at the end."""
     torch.set_num_threads(1)
     plain = wan_pipeline(tiled=True)
     want = video(plain, count)
@@ -162,7 +163,7 @@ def test_faults_are_told(make: Callable[[], Any], words: str) -> None:
 
 def test_a_plan_is_explicit() -> None:
     values: dict[str, Any] = dict(
-        model="x", model_id="0", world_size=1, degrees={axis: 1 for axis in ("data", "cfg", "pipe", "ring", "ulysses", "tensor")},
+        model="x", model_id="0", world_size=1, degrees=dict.fromkeys(Axis, 1),
         device="cpu", dtype="float32", timeout_s=60.0,
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"plan\.vae='auto': a plan is explicit"):

@@ -75,7 +75,8 @@ def _cell(case: Case, module: Any, method: str, form: str, given: dict[str, Any]
             return f"none: diffusers itself fails ({_short(error)})"
         return _held(case, module, form, lambda: call(case, module, x), want)
     finally:
-        module.use_tiling = case.always_tiled
+        if case.tiles is not None:
+            module.use_tiling = case.always_tiled
 
 
 def _held(case: Case, module: Any, form: str, run: Callable[[], Tensor], want: Tensor) -> str:

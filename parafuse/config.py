@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from parafuse.attention import Attention, attention_of
 from parafuse.cache import Cache, cache_of
 from parafuse.encoding import Encoding, encoding_of
-from parafuse.errors import ConfigError, reject_unknown
+from parafuse.errors import ConfigError, nearest, reject_unknown
 from parafuse.offload import Offload, offload_of
 from parafuse.placement import MaxMemory, Placement, max_memory_of, placement_of
 from parafuse.quantization import Quantize, quantize_of
@@ -41,6 +41,10 @@ DEVICES = ("auto", "cpu", "cuda")
 Auto = Literal["auto"]
 REWRITES = ("qkv", "text", "modulation", "rope")
 """Exact changes of what a denoiser computes, in the order in which they are put on."""
+VAE_AUTO, VAE_BY_SIZE, VAE_REPLICATED, VAE_TILED, VAE_SHARDED = VAES = (
+    "auto", "by-size", "replicated", "tiled", "sharded",
+)  # fmt: skip
+"""How several ranks decode latents to pictures, and encode pictures."""
 LOSSY = "lossy"
 """In a field's metadata: the values of it that change pictures by more than the order of sums. Each has a measured
 loss, which its help quotes (`make losses`)."""
@@ -138,6 +142,10 @@ class Config:
     text_encoders: Encoding | str = "everywhere"
     """Where prompts are encoded: everywhere (each rank for itself), or one-rank (each text encoder on one rank, which
     sends what it gives); with :kept=32, results of the last 32 texts are kept for calls that repeat them."""
+    vae: str = VAE_AUTO
+    """How ranks share decoding and encoding of pictures: replicated (each rank for itself), tiled (diffusers' own
+    tiles, spread over ranks), sharded (undivided, each rank a part of the picture), by-size (in an engine's requests
+    large calls are shared, in the form that changes no picture); auto: by-size on several ranks; docs/vae.md."""
     placement: Placement | Mapping[str, Any] | str | None = None
     """Where the parts of the model are: balanced (components and blocks over the devices of each rank, by bytes, the
     host and a disk as last resorts), auto (so, if it does not fit on one), a map of modules to devices as JSON or a
@@ -173,6 +181,9 @@ class Config:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be true or false.")
         if self.cuda_graphs and not self.compile:
             raise ConfigError("cuda_graphs=True: captures what is compiled; give compile=True too.")
+        if self.vae not in VAES:
+            hint = nearest(self.vae, VAES) if isinstance(self.vae, str) else ""
+            raise ConfigError(f"vae={self.vae!r}: must be one of {', '.join(VAES)}{hint or '.'}")
         self._check_rewrites()
         self._check_placement()
         self._check_offload()

@@ -34,6 +34,7 @@ SUITES = (
     "sparse",
     "memory",
     "options",
+    "vae",
     "drop_in",
     "measuring",
 )  # the fastest answer first

@@ -30,6 +30,7 @@ from parafuse.engine.rewrites.choose import STEPWISE
 from parafuse.engine.standing import Standing, standing_on
 from parafuse.engine.suitability import asked_for, check_component, check_target, extras_for, whole
 from parafuse.engine.targets import Wanted, device_of, wanted_of, weighty
+from parafuse.engine.vae.choice import Spread, never
 from parafuse.engine.video import SparseVideo
 from parafuse.errors import ConfigError
 from parafuse.kernels.attention import Choice
@@ -82,6 +83,8 @@ class Handle:
     _stuck: list[Standing] = field(default_factory=list[Standing])
     """On components that were replaced while another library stood on them."""
     _is_inside: Callable[[], bool] | None = None
+    _together: Callable[[], bool] = never
+    """Whether all ranks make the call that is made now."""
     _undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     _is_off: bool = False
     _before: dict[str, Count] = field(default_factory=dict[str, Count])
@@ -169,6 +172,7 @@ class Handle:
             if not any(one is other for _, other in self._on):
                 self._on.append((name, one))
                 one.users.append(self)
+                one.agree(self._together)
                 if self._is_inside:
                     one.guard(self, self._is_inside)
             if not any(one is other for _, other in kept):
@@ -238,7 +242,7 @@ class Handle:
         return [(module, method) for _, module, method in wanted] == [(one.module, one.method) for _, one in self._on]
 
     def _wanted(self, target: Any, mesh: Mesh) -> list[Wanted]:
-        return wanted_of(target, mesh.degree, self.extras.encoding)
+        return wanted_of(target, mesh.degree, self.extras.encoding, self.extras.vae)
 
     def renew(self, target: Any, arriving: Sequence[Component] = ()) -> None:
         """Puts it on what the target has now or is about to get, and takes it off what that has no more. Local. Raises
@@ -296,6 +300,16 @@ class Handle:
         for _, one in self._on:
             one.guard(self, is_inside)
 
+    def agree(self, together: Callable[[], bool]) -> None:
+        """Tells when all ranks are known to make the calls that this one makes: then autoencoders may be shared."""
+        self._together = together
+        for _, one in self._on:
+            one.agree(together)
+
+    def autoencoders(self) -> dict[str, Spread]:
+        """Component -> what shares its calls."""
+        return {name: one.autoencoder for name, one in self._on if one.autoencoder is not None}
+
     def block_plans(self) -> dict[str, tuple[str, BlockPlan]]:
         """Key of the store -> class of a block and how it is split, of all that have run."""
         found: dict[str, tuple[str, BlockPlan]] = {}
@@ -315,6 +329,8 @@ class Handle:
         groups = {str(axis): group for axis, group in self.mesh.groups.items()}
         if self.mesh.sequence is not None and self.mesh.sequence not in groups.values():
             groups["sequence"] = self.mesh.sequence
+        if self.mesh.world is not None and self.mesh.world not in groups.values():
+            groups["all"] = self.mesh.world
         return {f"{axis}.{kind}": c for axis, group in groups.items() for kind, c in counters(group).kinds.items()}
 
     @contextmanager
@@ -364,7 +380,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         return _without_mesh(target, method)
     if mesh is not None:
         degrees = {axis: mesh.degree(axis) for axis in Axis}
-    wanted = asked_for(target, degrees, extras.encoding)
+    wanted = asked_for(target, degrees, extras.encoding, extras.vae)
     check_target(target, extras, device, degrees)
     each_has = extras_for(extras, wanted, target, ranks)
     found = [check_component(*each, degrees, each_has[each[1:]]) for each in wanted]

@@ -262,7 +262,8 @@ class Engine(Surface):
         self._guard()
 
     def _guard(self) -> None:
-        """In the process that has started ranks: refuses calls of a component which these would not hear of."""
+        """All ranks make the calls of a request; a process that has started ranks refuses others, which these miss."""
+        self.handle.agree(lambda: self._busy)
         if self._workers:
             self.handle.guard(lambda: self._busy)
 

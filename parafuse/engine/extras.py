@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from parafuse.attention import LOSSY_BACKENDS, TIMED, TORCH, Attention, attention_of
 from parafuse.cache import Cache, StackCache, cache_of, with_calibration
-from parafuse.config import Axis, Config
+from parafuse.config import VAE_AUTO, VAE_BY_SIZE, VAE_REPLICATED, VAE_TILED, Axis, Config
 from parafuse.encoding import Encoding, Everywhere, encoding_of
 from parafuse.engine.rewrites.choose import Choice
 from parafuse.engine.timings import resolved
@@ -38,6 +38,8 @@ class Extras:
     """Where text encoders run, and what is kept of what they give."""
     owner: int | None = field(default=None, compare=False)
     """Of a text encoder: the rank that has it, where it is one."""
+    vae: str = VAE_AUTO
+    """How autoencoders are shared; auto: by the size of a call."""
     offload: Offload | None = None
     """Where weights are while they are not used."""
     chosen: Choice | None = None
@@ -50,6 +52,7 @@ class Extras:
             attention=resolved(attention_of(config.attention), device),
             sparse=sparse_of(config.sparse),
             encoding=encoding_of(config.text_encoders),
+            vae=VAE_AUTO if config.vae == VAE_BY_SIZE else config.vae,
             offload=settled_on(offload_of(config.offload), device)
             or placed_weights(placement_of(config.placement), config.offload_folder, device),
             cache=with_calibration(cache_of(config.cache)),
@@ -60,7 +63,7 @@ class Extras:
         )
 
     def __bool__(self) -> bool:
-        return self != Extras()
+        return replace(self, vae=self.vae if self.vae == VAE_TILED else VAE_AUTO) != Extras()
 
     def without_cache(self) -> Extras:
         """For a denoiser that cannot have one, beside another that can."""
@@ -71,7 +74,11 @@ class Extras:
         return Extras(encoding=self.encoding, owner=owner if self.encoding.one_rank else None)
 
     def of_denoiser(self) -> Extras:
-        return replace(self, encoding=Everywhere())
+        return replace(self, encoding=Everywhere(), vae=VAE_AUTO)
+
+    def of_autoencoder(self) -> Extras:
+        """For an autoencoder, which has nothing else."""
+        return Extras(vae=self.vae)
 
     def with_rewrites(self, chosen: Choice) -> Extras:
         """For a denoiser that gets these of them."""
@@ -132,6 +139,7 @@ class Extras:
         found += ["compiled blocks"] if self.compile else []
         found += ["CUDA graphs"] if self.cuda_graphs else []
         found += [f"text encoders {self.encoding.brief}"] if self.encoding.acts else []
+        found += [f"vae {self.vae}"] if self.vae not in (VAE_AUTO, VAE_REPLICATED) else []
         found += [f"offload {self.offload.brief}"] if self.offload else []
         if self.chosen is not None:
             return found + list(self.chosen.left_off)  # each rewrite says itself what it does

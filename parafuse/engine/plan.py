@@ -15,7 +15,7 @@ from parafuse.attention import AUTO as AUTO_ATTENTION
 from parafuse.attention import TORCH, Attention, Timings
 from parafuse.cache import Cache, CalibratedCache, cache_of
 from parafuse.calibration import Calibration
-from parafuse.config import Axis, Config, Parallel
+from parafuse.config import VAE_AUTO, VAE_REPLICATED, VAE_SHARDED, VAE_TILED, Axis, Config, Parallel
 from parafuse.encoding import encoding_of
 from parafuse.errors import ConfigError, reject_unknown
 from parafuse.offload import offload_of
@@ -33,6 +33,7 @@ OPTIONAL = (
     "attention_timings",
     "sparse",
     "text_encoders",
+    "vae",
     "placement",
     "devices_per_rank",
     "offload_folder",
@@ -79,6 +80,8 @@ class Plan:
     """Which pairs of a video's tokens attention leaves out, as its text with every field; empty: none."""
     text_encoders: str = "everywhere"
     """Where prompts are encoded, and what is kept of it, as its text with every field."""
+    vae: str = VAE_REPLICATED
+    """How ranks share decoding and encoding of pictures."""
     placement: dict[str, str] | None = None
     """Path of a component or of a module of it -> "0", "1", ... (devices as counted within the rank), "cpu" or "disk";
     the longest path decides. None: all parts together on the rank's device."""
@@ -114,6 +117,8 @@ class Plan:
             raise ConfigError("plan.replay: holds decisions of a cache, but plan.cache is empty.")
         parallel.degrees(self.world_size)
         self._check_placement()
+        if self.vae == VAE_AUTO:
+            raise ConfigError("plan.vae='auto': a plan is explicit; only a Config may say 'auto'.")
         if self.attention == AUTO_ATTENTION:
             raise ConfigError("plan.attention='auto': a plan is explicit; only a Config may say 'auto'.")
         self.cache_with_calibration()
@@ -168,6 +173,7 @@ class Plan:
             attention=self._attention(),
             sparse=self.sparse or None,
             text_encoders=self.text_encoders,
+            vae=self.vae,
             placement=self._placed(),
             offload_folder=(self.offload_folder or None) if self.placement else None,
             offload=self.offload or None,
@@ -192,6 +198,7 @@ class Plan:
         """Whether the model runs as it is."""
         extras = (self.cache, self.quantize, self.compile, self.rewrites, self.sparse, self.offload)
         is_plain = self.attention == TORCH and not encoding_of(self.text_encoders).kept
+        is_plain = is_plain and self.vae != VAE_TILED
         return self.world_size == 1 and not self.placement and not any(extras) and is_plain
 
     def without_replay(self) -> Plan:
@@ -209,6 +216,7 @@ class Plan:
         more += f", attention {self.attention}" if self.attention != TORCH else ""
         more += f", sparse {self.sparse}" if self.sparse else ""
         more += f", text encoders {self.text_encoders}" if encoding_of(self.text_encoders).acts else ""
+        more += f", vae {self.vae}" if self.vae in (VAE_TILED, VAE_SHARDED) else ""
         more += f", {self._placement_line()}" if self.placement else ""
         more += f", offload {self.offload}" if self.offload else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from parafuse.attention import attention_of
 from parafuse.cache import cache_of, calibration_of, with_calibration
-from parafuse.config import Axis, Config
+from parafuse.config import VAE_AUTO, VAE_BY_SIZE, VAE_REPLICATED, Axis, Config
 from parafuse.engine.memory.check import check_memory
 from parafuse.engine.placement.settle import computes_on_host, placed
 from parafuse.engine.plan import Plan
@@ -83,6 +83,7 @@ def resolve(
         attention=attention.backend,
         sparse=str(config.sparse or ""),
         text_encoders=str(config.text_encoders),
+        vae=_vae(config.vae, world_size),
         placement=where.homes,
         devices_per_rank=where.num_devices,
         offload_folder=(config.offload_folder or "") if where.homes else "",
@@ -91,6 +92,13 @@ def resolve(
         calibration=calibration.to_dict() if calibration is not None else None,
         why=why,
     )
+
+
+def _vae(asked: str, world_size: int) -> str:
+    """The form of autoencoders: which of several ranks' forms pays is told by the size of each call."""
+    if asked != VAE_AUTO:
+        return asked
+    return VAE_BY_SIZE if world_size > 1 else VAE_REPLICATED
 
 
 def _settled(

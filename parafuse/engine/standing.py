@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from parafuse.cache import JOINT, StackCache, TokenMerging
-from parafuse.config import Axis
+from parafuse.config import VAE_AUTO, VAE_REPLICATED, Axis
 from parafuse.engine.caches.caching import Caching, CallWatch
 from parafuse.engine.caches.choose import curves_for, rule_of
 from parafuse.engine.caches.clock import Clock
@@ -29,6 +29,9 @@ from parafuse.engine.rewrites.choose import make
 from parafuse.engine.rewrites.qkv import FusedProjections
 from parafuse.engine.rewrites.rewrite import Rewrite, Site
 from parafuse.engine.stack import attending_parts, block_stack, repeated_blocks
+from parafuse.engine.targets import DECODE
+from parafuse.engine.vae.choice import ByCall, Spread, make_spread
+from parafuse.engine.vae.tiled import METHODS
 from parafuse.engine.video import SparseVideo
 from parafuse.errors import ConfigError
 from parafuse.kernels.attention import Choice
@@ -74,6 +77,8 @@ class Standing:
     """What leaves pairs of its video's tokens out."""
     encoder: TextEncoder | None = None
     """What a text encoder gives: sent, and kept."""
+    autoencoder: Spread | None = None
+    """What shares the calls of an autoencoder between ranks."""
     regional: Regional | None = None
     """Its compiled blocks."""
     offloading: Offloading | None = None
@@ -102,9 +107,24 @@ class Standing:
             kept = self.extras.encoding.kept
             self.encoder = TextEncoder(self.module, self.mesh, owner=self.extras.owner, kept=kept)
             self._put_on(self.encoder)
+        elif self._is_shared_autoencoder:
+            world = self.mesh.world if self.mesh.num_ranks > 1 else None
+            self.autoencoder = make_spread(self.extras.vae, self.name, self.module, world)
+            self._put_on(self.autoencoder)
         else:
             self._install_on_denoiser(rounds, clock)
         self._sign()
+
+    @property
+    def _is_shared_autoencoder(self) -> bool:
+        """An autoencoder, whose calls are not cut by samples."""
+        by_samples = self.mesh.degree(Axis.DATA) > 1 and self.extras.vae in (VAE_AUTO, VAE_REPLICATED)
+        return self.method == DECODE and not by_samples
+
+    def agree(self, together: Callable[[], bool]) -> None:
+        """`together`: whether all ranks make the call that is made now."""
+        if isinstance(self.autoencoder, ByCall):
+            self.autoencoder.together = together
 
     def _install_on_denoiser(self, rounds: Rounds, clock: Clock) -> None:
         degree, is_forward, cache = self.mesh.degree, self.method == "forward", self.extras.cache
@@ -289,13 +309,22 @@ class Standing:
 
     def _sign(self) -> None:
         """Makes it found by `standing_on`."""
-        vars(self.module)[self.method].standing = self
+        for method in self._methods:
+            vars(self.module)[method].standing = self
+
+    @property
+    def _methods(self) -> list[str]:
+        """On which it stands."""
+        both = METHODS if self.autoencoder is not None else (self.method,)
+        return [method for method in both if method in vars(self.module)]
 
     def guard(self, user: Any, is_inside: IsInside) -> None:
         """Refuses calls while all users that have such a condition are outside of it: the other ranks would not take
         part."""
         if not self._guards:
-            self._undo.append(guard(self.module, self.method, self._is_inside))
+            if isinstance(self.autoencoder, ByCall):
+                return  # a call that other ranks do not make is not shared
+            self._undo += [guard(self.module, method, self._is_inside) for method in self._methods]
             self._sign()
         self._guards.append((user, is_inside))
 
@@ -338,6 +367,8 @@ class Standing:
         degree, found = self.mesh.degree, list[str]()
         if self.encoder is not None:
             return [self.encoder.line(name)]
+        if self.autoencoder is not None:
+            return self.autoencoder.lines()
         if self.sequence and self.mesh.sequence_degree > 1:
             axes = " x ".join(f"{a} {degree(a)}" for a in (Axis.RING, Axis.ULYSSES) if degree(a) > 1)
             found.append(f"sequence parallel ({axes}) on {name}: {len(self.sequence.blocks)} blocks")
@@ -345,7 +376,9 @@ class Standing:
             found.append(f"data parallel (data {degree(Axis.DATA)}) on {name}")
         if self.guidance:
             found.append(f"guidance parallel (cfg {degree(Axis.CFG)}) on {name}")
-        found += [f"{line} on {name}" for line in replace(self.extras, compile=False, offload=None).lines()]
+        found += [
+            f"{line} on {name}" for line in replace(self.extras, compile=False, offload=None, vae=VAE_AUTO).lines()
+        ]
         chosen = self.choice if self.choice is not None and self.choice.acts else None
         found += [] if chosen is None else [f"attention on {name}: {line}" for line in chosen.lines()]
         if self.sparse:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from parafuse.cache import JOINT, SEPARATE, UNET, Cache, StackCache, cache_of
-from parafuse.config import Axis
+from parafuse.config import VAE_SHARDED, VAE_TILED, Axis
 from parafuse.encoding import Encoding, encoding_of
 from parafuse.engine.caches.choose import KINDS, fitting, refuse_kind
 from parafuse.engine.caches.clock import schedulers_of
@@ -21,7 +21,19 @@ from parafuse.engine.rewrites.choose import Beside, choices
 from parafuse.engine.source import ModelSource
 from parafuse.engine.stack import block_stack, repeated_blocks
 from parafuse.engine.standing import Standing, standing_on
-from parafuse.engine.targets import DENOISERS, STACKS, Wanted, denoisers, is_encoder, wanted_of
+from parafuse.engine.targets import (
+    AUTOENCODERS,
+    DECODE,
+    DENOISERS,
+    STACKS,
+    Wanted,
+    autoencoders,
+    denoisers,
+    is_autoencoder,
+    is_encoder,
+    wanted_of,
+)
+from parafuse.engine.vae.tiled import has_tiling, refuse_without_tiling
 from parafuse.errors import ConfigError
 from parafuse.parallel.encoding import spread
 from parafuse.parallel.hooks import is_overridden
@@ -56,12 +68,15 @@ def check_components(source: ModelSource, plan: Plan, given: Mapping[str, Any] |
     )
 
 
-def asked_for(target: Any, degrees: Mapping[Axis, int], encoding: Encoding) -> list[Wanted]:
+def asked_for(target: Any, degrees: Mapping[Axis, int], encoding: Encoding, vae: str) -> list[Wanted]:
     """What it goes on. Raises ConfigError where there is nothing for it."""
-    wanted = wanted_of(target, degrees.__getitem__, encoding)
+    wanted = wanted_of(target, degrees.__getitem__, encoding, vae)
+    _check_autoencoders(target, vae)
+    if is_autoencoder(target):
+        return wanted
     if not any(is_encoder(name) for name, _, _ in wanted):
         _refuse_encoding(encoding)
-    if all(is_encoder(name) for name, _, _ in wanted):
+    if all(is_encoder(name) or method == DECODE for name, _, method in wanted):
         splits = degrees[Axis.RING] * degrees[Axis.ULYSSES] > 1
         denoisers(target, STACKS if splits else DENOISERS)  # says what is missing
     return wanted
@@ -73,6 +88,17 @@ def _refuse_encoding(encoding: Encoding) -> None:
         raise ConfigError(
             f"text_encoders={encoding.brief!r}: there is none of {', '.join(TEXT_ENCODERS)} here; leave it out."
         )
+
+
+def _check_autoencoders(target: Any, vae: str) -> None:
+    """Raises ConfigError where there is none to share, or none with tiles."""
+    if vae not in (VAE_TILED, VAE_SHARDED):
+        return
+    found = autoencoders(target)
+    if not found:
+        raise ConfigError(f"vae={vae!r}: there is none of {', '.join(AUTOENCODERS)} here; leave it out.")
+    if vae == VAE_TILED and not any(has_tiling(module) for _, module in found):
+        refuse_without_tiling(*found[0])
 
 
 def whole(wanted: list[Wanted]) -> list[nn.Module]:
@@ -87,6 +113,7 @@ def extras_for(
     encoders = [(name, module) for name, module, _ in wanted if is_encoder(name)]
     owners = spread([sum(p.nbytes for p in module.parameters()) for _, module in encoders], num_ranks)
     of_encoders = {module: extras.of_encoder(owner) for (_, module), owner in zip(encoders, owners, strict=True)}
+    of_autoencoder = extras.of_autoencoder()
     extras = extras.of_denoiser()
     modules = [(name, module) for name, module, method in wanted if method == "forward" and not is_encoder(name)]
     cached = fitting(extras.cache, modules) if extras.cache is not None and wanted else ()
@@ -98,7 +125,7 @@ def extras_for(
         fits = extras if name in cached else extras.without_cache()
         fits = fits.with_rewrites(each[module]) if module in each else fits
         fits = of_encoders.get(module, fits)
-        found[module, method] = fits if method == "forward" else Extras()
+        found[module, method] = fits if method == "forward" else of_autoencoder
     return found
 
 

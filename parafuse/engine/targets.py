@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 from torch import nn
 
-from parafuse.config import Axis
+from parafuse.config import VAE_AUTO, VAE_REPLICATED, VAE_TILED, Axis
 from parafuse.encoding import Encoding
 from parafuse.engine.following import Component, is_manager, managed
 from parafuse.engine.quantize.settle import TEXT_ENCODERS
+from parafuse.engine.vae.tiled import has_tiling
 from parafuse.errors import ConfigError
 
 STACKS = ("transformer", "transformer_2", "unconditional_transformer")
@@ -21,6 +23,10 @@ DENOISERS = (
 )  # fmt: skip
 """Components that a pipeline calls in every step."""
 DECODERS = ("vae", "movq", "vqgan", "vqvae")
+DECODE = "decode"
+"""By which an autoencoder is found; what stands there stands on `encode` too."""
+AUTOENCODERS = (*DECODERS, "audio_vae")
+"""Components that turn latents into pictures or sound, and back."""
 
 
 Modules = list[tuple[str, nn.Module]]
@@ -59,15 +65,44 @@ Wanted = tuple[str, nn.Module, str]
 """Name, component, and the method of it that is to be shared."""
 
 
-def wanted_of(target: Any, degree: Callable[[Axis], int], encoding: Encoding) -> list[Wanted]:
-    """What parafuse is to stand on: denoisers, and text encoders where they are not simply run everywhere."""
+def wanted_of(target: Any, degree: Callable[[Axis], int], encoding: Encoding, vae: str) -> list[Wanted]:
+    """What parafuse is to stand on: denoisers, text encoders where they are not simply run everywhere, and autoencoders
+    where ranks share a call of one. `vae`: how they do."""
+    if is_autoencoder(target):
+        return [] if vae == VAE_REPLICATED else [(type(target).__name__, target, DECODE)]
     splits = degree(Axis.RING) * degree(Axis.ULYSSES) > 1
     modules = denoisers(target, STACKS if splits else DENOISERS, required=False)
-    found = _batched(target, modules) if degree(Axis.DATA) > 1 else [(*one, "forward") for one in modules]
+    found = [(*one, "forward") for one in modules]
+    if _are_shared(vae, degree):
+        shared = [one for one in autoencoders(target) if vae != VAE_TILED or has_tiling(one[1])]
+        found += [(name, module, DECODE) for name, module in shared]
+    elif degree(Axis.DATA) > 1:
+        found = _batched(target, modules)
     if encoding.acts and not isinstance(target, nn.Module):
         named = _named(target, TEXT_ENCODERS)
         found += [(name, module, "forward") for name, module in named if isinstance(module, nn.Module)]
     return [one for i, one in enumerate(found) if not any(one[1:] == other[1:] for other in found[:i])]
+
+
+def _are_shared(vae: str, degree: Callable[[Axis], int]) -> bool:
+    """Whether something is to stand on autoencoders: with `auto` samples are cut, where an axis is for that."""
+    num_ranks = math.prod(degree(axis) for axis in Axis)
+    if vae == VAE_AUTO:
+        return num_ranks > 1 and degree(Axis.DATA) == 1
+    return vae != VAE_REPLICATED and (num_ranks > 1 or vae == VAE_TILED)
+
+
+def is_autoencoder(target: Any) -> bool:
+    """Whether the target itself is one: a module that decodes."""
+    return isinstance(target, nn.Module) and callable(getattr(target, DECODE, None))
+
+
+def autoencoders(target: Any) -> Modules:
+    """(name, module) of a pipeline's autoencoders, or of the target itself."""
+    if isinstance(target, nn.Module):
+        return [(type(target).__name__, target)] if is_autoencoder(target) else []
+    named = _named(target, AUTOENCODERS)
+    return [(name, one) for name, one in named if isinstance(one, nn.Module) and hasattr(one, DECODE)]
 
 
 def is_encoder(name: str) -> bool:

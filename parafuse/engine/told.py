@@ -28,6 +28,7 @@ def told_by(handle: Handle, seen: Seen, exchanged: Mapping[str, Count]) -> dict[
         "attention": {name: one.report() for name, one in handle.choices().items()},
         "sparse": {name: one.attention.report() for name, one in handle.sparse().items()},
         "text_encoders": {name: dict(one.seen) for name, one in handle.encoders().items()},
+        "vae": [line for one in handle.autoencoders().values() for line in one.lines()],
         "guidance": {name: one.report(seen[one]) for name, one in handle.guidance.items()},
         "data": {name: one.report(seen[one]) for name, one in handle.data.items()},
         "offload": handle.offloading.ledger.report() if handle.offloading is not None else None,

@@ -11,7 +11,7 @@ from parafuse.config import Config
 from parafuse.engine.plan import Plan
 from parafuse.errors import ConfigError
 
-PLACING = ("placement", "max_memory", "offload_folder", "offload", "text_encoders")
+PLACING = ("placement", "max_memory", "offload_folder", "offload", "text_encoders", "vae")
 """Options of commands that run an engine; others keep a model together on a rank's device."""
 
 

@@ -210,6 +210,44 @@ class Slab(Tensor):
         out.is_copy = True
         return out
 
+    def unmerged(self) -> Slab:
+        """The same tensor cut along the merged dim as a whole, into parts that follow on each other. Collective."""
+        cut, dim, rank = self.cut, self.cut.dim, self.ranks.rank
+        if cut.outer == 1:
+            return self
+        flat = Cut(dim, even_bounds(cut.size, self.ranks.degree))
+
+        def rows(source: int, target: int) -> list[Range]:
+            """What a rank has of another one's new part, by row of the whole dim."""
+            blocks = [(cut.total * n + cut.bounds[source], cut.total * n + cut.bounds[source + 1]) for n in range(cut.outer)]
+            common = [_overlap(block, flat.range(target)) for block in blocks]
+            return [c for c in common if _length(c)]
+
+        def piece(target: int) -> Tensor | None:
+            own = [
+                self.local.narrow(dim, start // cut.total * cut.length(rank) + start % cut.total - self.mine[0], stop - start)
+                for start, stop in rows(rank, target)
+            ]
+            return torch.cat(own, dim) if own else None
+
+        per_row = math.prod(self.shape) // cut.size
+        counts = [sum(_length(r) for r in rows(source, rank)) for source in range(self.ranks.degree)]
+        pieces = [piece(target) for target in range(self.ranks.degree)]
+        parts = self.ranks.exchange(pieces, [per_row * count for count in counts], self.local)
+        shape = list(self.shape)
+        shape[dim] = flat.length(rank)
+        result = empty(shape, self.local)
+        for source, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            if not count:
+                continue
+            shape[dim] = count
+            lengths = [_length(r) for r in rows(source, rank)]
+            for (start, stop), values in zip(rows(source, rank), part.view(shape).split(lengths, dim), strict=True):
+                result.narrow(dim, start - flat.bounds[rank], stop - start).copy_(values)
+        out = self.like(result, flat)
+        out.is_copy = True
+        return out
+
     def whole(self) -> Tensor:
         """The whole tensor, on every rank, gathered straight into its memory. Collective."""
         cut, dim, rank = self.cut, self.cut.dim, self.ranks.rank
@@ -243,13 +281,19 @@ class Slab(Tensor):
         kwargs = kwargs or {}
         from parafuse.parallel.slab_rules import FUNCTIONS  # they need this class
 
+        if getattr(func, "__name__", "") == "flex_attention":  # is compiled, which meets its parts elsewhere
+            raise refuse("flex_attention")
         rule = None if func in METADATA else FUNCTIONS.get(func)
-        with torch._C.DisableTorchFunctionSubclass():
-            if rule is not None:
-                result = rule(func, args, kwargs)
-                if result is not NotImplemented:
-                    return result
-            return func(*args, **kwargs)
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                if rule is not None:
+                    result = rule(func, args, kwargs)
+                    if result is not NotImplemented:
+                        return result
+                return func(*args, **kwargs)
+        except UnsupportedError as error:
+            error.add_note(f"called as {torch.overrides.resolve_name(func)}")
+            raise
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from parafuse.parallel.slab import Cut, Slab, empty, lead_of, refuse
 from parafuse.parallel.slab_sums import SUMS, attention, linear
 from parafuse.parallel.slab_views import VIEWS
-from parafuse.parallel.slab_windows import WINDOWS
+from parafuse.parallel.slab_windows import WINDOWS, stft
 
 
 def run(func: Any, args: Any, kwargs: Any) -> Any:
@@ -138,5 +138,6 @@ FUNCTIONS: dict[Any, Any] = {
     functional.linear: linear,
     functional.scaled_dot_product_attention: attention,
     Tensor.__setitem__: assign,
+    torch.stft: stft,
 }
 """Functions that are met before torch takes them apart."""

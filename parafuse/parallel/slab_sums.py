@@ -307,7 +307,16 @@ def _of_batch(x: Any, lead: Slab) -> Any:
     return x if dim < 0 or x.shape[dim] == 1 else lead.cut.rows(x, dim, lead.ranks.rank)
 
 
+def distances(func: Any, args: Any, kwargs: Any) -> Any:
+    """cdist to a whole table."""
+    x, table, *rest = args
+    if not isinstance(x, Slab) or isinstance(table, Slab) or x.cut.dim == x.ndim - 1:
+        raise refuse("cdist", "to a split table")
+    return x.like(func(x.local, table, *rest))
+
+
 SUMS: dict[str, Any] = {
+    "_euclidean_dist": distances, "_cdist_forward": distances,
     "native_group_norm": group_norm, "native_layer_norm": last_dims_norm, "_fused_rms_norm": last_dims_norm,
     "rms_norm": last_dims_norm, "_softmax": softmax, "_log_softmax": softmax, "mm": product, "bmm": product,
     "addmm": add_product, "baddbmm": add_product,

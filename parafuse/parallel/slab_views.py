@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parafuse.parallel.slab import Cut, Slab, empty, even_bounds, lead_of, refuse
+from parafuse.parallel.slab import Cut, Slab, even_bounds, lead_of, refuse
 
 UNBALANCED = 1.25
 """Bounds are renewed where the longest part is longer than an even one by this factor and a row."""
@@ -41,9 +41,7 @@ def view(func: Any, args: Any, kwargs: Any) -> Any:
         return x.local.new_empty(size)
     dim, outer, rows, unit = _place(x, size)
     if unit:  # the dim becomes (rows / unit, unit): the first of both is split
-        bounds = x.cut.bounds
-        if any(end % unit for end in bounds):
-            bounds = tuple(round(end / unit) * unit for end in bounds[:-1]) + bounds[-1:]
+        bounds = _multiples(x.cut.bounds, unit)
         moved = x.recut(bounds)
         cut = Cut(dim, tuple(end // unit for end in bounds), outer)
     else:
@@ -55,6 +53,11 @@ def view(func: Any, args: Any, kwargs: Any) -> Any:
     shared = result.untyped_storage()._cdata == x.local.untyped_storage()._cdata
     out.is_copy = func is torch.ops.aten.view.default and (x.is_copy or not shared)
     return out
+
+
+def _multiples(bounds: tuple[int, ...], unit: int) -> tuple[int, ...]:
+    """The nearest bounds that divide by `unit`."""
+    return (*(round(end / unit) * unit for end in bounds[:-1]), bounds[-1])
 
 
 def _place(x: Slab, size: list[int]) -> tuple[int, int, int, int]:
@@ -141,7 +144,7 @@ def slice_(func: Any, args: Any, kwargs: Any) -> Any:
         return _view_of(x, x.local.view_as(x.local), cut)
     if cut.outer > 1:
         if step != 1 or start % cut.total or stop % cut.total:
-            raise refuse("slice", "of a part of merged dims")
+            return slice_(func, (x.unmerged(), dim, start, stop, step), {})
         each = cut.length(x.ranks.rank)
         rows = (start // cut.total * each, stop // cut.total * each)
         return _view_of(x, x.local[(slice(None),) * dim + (slice(*rows),)], Cut(dim, cut.bounds, rows_of(start, stop, cut)))
@@ -206,6 +209,8 @@ def cat(func: Any, args: Any, kwargs: Any) -> Any:
     cut = lead.cut
     if dim != cut.dim:
         return lead.like(torch.cat([rows_as(x, cut.dim, cut, lead) for x in tensors], dim))
+    if cut.outer > 1 and any(x.shape[dim] % cut.total for x in tensors):
+        return cat(func, ([x.unmerged() if isinstance(x, Slab) else x for x in tensors], dim), {})
     if cut.outer > 1:
         rows = [rows_as(x, dim, Cut(dim, cut.bounds, x.shape[dim] // cut.total), lead) for x in tensors]
         blocks = sum(x.shape[dim] for x in tensors) // cut.total
@@ -308,18 +313,13 @@ def gather(func: Any, args: Any, kwargs: Any) -> Any:
     return lead.like(func(rows[0], dim, rows[1], **kwargs))
 
 
-def unfold(func: Any, args: Any, kwargs: Any) -> Any:
-    """Windows along another dim."""
-    x, dim, size, step = args
-    if dim % x.ndim == x.cut.dim:
-        raise refuse("unfold", "along the split dim")
-    return _view_of(x, x.local.unfold(dim, size, step), x.cut)
-
-
 def pixel_shuffle(func: Any, args: Any, kwargs: Any) -> Any:
     x, r = args
     *batch, channels, height, width = x.shape
     n = len(batch)
+    if x.cut.dim != n and x.cut.outer == 1:  # row by row
+        times = r if x.cut.dim > n else 1
+        return x.like(func(x.local, r), Cut(x.cut.dim, tuple(end * times for end in x.cut.bounds)))
     y = x.reshape(*batch, channels // (r * r), r, r, height, width)
     order = [*range(n), n, n + 3, n + 1, n + 4, n + 2]
     return y.permute(order).reshape(*batch, channels // (r * r), height * r, width * r)
@@ -329,6 +329,9 @@ def pixel_unshuffle(func: Any, args: Any, kwargs: Any) -> Any:
     x, r = args
     *batch, channels, height, width = x.shape
     n = len(batch)
+    if x.cut.dim > n and x.cut.outer == 1 and height % r == width % r == 0:
+        x = x.recut(_multiples(x.cut.bounds, r))
+        return x.like(func(x.local, r), Cut(x.cut.dim, tuple(end // r for end in x.cut.bounds)))
     y = x.reshape(*batch, channels, height // r, r, width // r, r)
     order = [*range(n), n, n + 2, n + 4, n + 1, n + 3]
     return y.permute(order).reshape(*batch, channels * r * r, height // r, width // r)
@@ -347,6 +350,6 @@ VIEWS: dict[str, Any] = {
     "transpose": transpose, "t": transpose, "unsqueeze": unsqueeze, "squeeze": squeeze, "expand": expand,
     "repeat": repeat, "slice": slice_, "select": select, "split": split, "split_with_sizes": split, "unbind": unbind,
     "cat": cat, "stack": stack, "index_select": index_select, "index": index, "flip": flip, "embedding": embedding,
-    "gather": gather, "unfold": unfold, "pixel_shuffle": pixel_shuffle, "pixel_unshuffle": pixel_unshuffle,
+    "gather": gather, "pixel_shuffle": pixel_shuffle, "pixel_unshuffle": pixel_unshuffle,
     "roll": roll,
 }  # fmt: skip

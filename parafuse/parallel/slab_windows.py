@@ -257,7 +257,44 @@ def smooth(func: Any, args: Any, kwargs: Any) -> Any:
     return x.like(result.contiguous(), Cut(cut.dim, bounds))
 
 
-WINDOWS: dict[str, Any] = {"convolution": convolution, "constant_pad_nd": constant_pad}
+def unfold(func: Any, args: Any, kwargs: Any) -> Any:
+    """Windows of a dim, in a new last dim."""
+    x, dim, size, step = args
+    if dim % x.ndim != x.cut.dim:
+        return x.like(x.local.unfold(dim, size, step))
+    if x.cut.outer > 1:
+        raise refuse("unfold", "of merged dims")
+    bounds = _windowed_bounds(x.cut, (x.cut.total - size) // step + 1, step, 0, size)
+    rows, cut = _windows(x, bounds, step, 0, size), Cut(x.cut.dim, bounds)
+    if cut.length(x.ranks.rank) == 0:
+        return x.like(rows.new_empty((*rows.shape, size)), cut)
+    return x.like(rows.unfold(dim, size, step), cut)
+
+
+def stft(func: Any, args: Any, kwargs: Any) -> Any:
+    """Spectra of windows of samples: each rank those of its own."""
+    names = ("input", "n_fft", "hop_length", "win_length", "window", "center", "pad_mode")
+    named = dict(zip(names, args, strict=False)) | kwargs
+    x, size = named.pop("input"), named["n_fft"]
+    if not isinstance(x, Slab) or x.cut.dim != x.ndim - 1:
+        return NotImplemented
+    step = named.get("hop_length") or size // 4
+    if named.pop("center", True):
+        mode = named.pop("pad_mode", "reflect")
+        x = functional.pad(x.view(1, -1, x.shape[-1]), (size // 2, size // 2), mode).view(*x.shape[:-1], -1)
+    named.pop("pad_mode", None)
+    bounds = _windowed_bounds(x.cut, (x.cut.total - size) // step + 1, step, 0, size)
+    rows, cut = _windows(x, bounds, step, 0, size), Cut(x.ndim, bounds)
+    empty = cut.length(x.ranks.rank) == 0
+    if empty:  # the other dims are learned of one window
+        rows = rows.new_zeros((*rows.shape[:-1], size))
+    result = func(rows, center=False, **named)
+    if result.ndim != x.ndim + 1:
+        raise refuse("stft", "as real numbers")
+    return x.like(result[..., :0] if empty else result, cut)
+
+
+WINDOWS: dict[str, Any] = {"unfold": unfold, "convolution": convolution, "constant_pad_nd": constant_pad}
 WINDOWS |= {f"{kind}_pad{n}d": mirrored_pad for kind in ("reflection", "replication") for n in (1, 2, 3)}
 WINDOWS |= {f"{kind}{n}d": nearest for kind in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3)}
 WINDOWS |= dict.fromkeys(

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from parafuse.errors import ConfigError, UnsupportedError
 from parafuse.parallel.hooks import override
 from parafuse.parallel.slab import Slab, SlabRanks
+from parafuse.parallel.slab_blank import Blank, Blanks
 
 METHODS = ("decode", "encode")
 Method = Callable[..., Any]
@@ -96,7 +97,9 @@ class ShardedAutoencoder:
             args = (*args[:place], slab, *args[place + 1 :])
         else:
             kwargs = kwargs | {place: slab}
-        return made_whole(original(*args, **kwargs))
+        with Blanks():
+            result = original(*args, **kwargs)
+        return made_whole(result)
 
     @contextmanager
     def _tile_by_tile(self, name: str) -> Iterator[None]:
@@ -133,6 +136,8 @@ def made_whole(tree: Any) -> Any:
 def _leaf_made_whole(leaf: Any) -> Any:
     if isinstance(leaf, Slab):
         return leaf.whole()
+    if isinstance(leaf, Blank):
+        return leaf.plain()
     if not isinstance(leaf, (Tensor, nn.Module)) and hasattr(leaf, "__dict__"):
         for name, value in vars(leaf).items():
             if isinstance(value, Slab):

@@ -23,7 +23,9 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     """An operator with a slab among its arguments."""
     name = func.overloadpacket.__name__ if func.namespace == "aten" else ""
     rule = RULES.get(name)
-    if rule is None and torch.Tag.pointwise in func.tags:
+    if any(argument.is_out for argument in func._schema.arguments):
+        raise refuse(str(func.overloadpacket), "with out=")
+    if rule is None and torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
         rule = pointwise
     if rule is not None:
         return rule(func, args, kwargs)

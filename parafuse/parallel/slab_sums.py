@@ -42,7 +42,8 @@ def reduce(func: Any, args: Any, kwargs: Any) -> Any:
     dims = _dims(x, named.get("dim"))
     if x.cut.dim not in dims:
         result = func(*(x.local if a is x else a for a in args), **kwargs)
-        cut = _off(x, dims, keepdim)
+        one = result[0] if isinstance(result, (tuple, list)) else result
+        cut = _off(x, dims, one.ndim == x.ndim)
         return tuple(x.like(r, cut) for r in result) if isinstance(result, (tuple, list)) else x.like(result, cut)
     name = func.overloadpacket.__name__
     if name in ("sum", "mean"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from parafuse.parallel.slab import Cut, Slab, even_bounds, lead_of, refuse
 
@@ -81,6 +82,21 @@ def _place(x: Slab, size: list[int]) -> tuple[int, int, int, int]:
     return len(size) - 1, size[-1], 1, 0  # one row, and nothing after it
 
 
+class Row(Tensor):
+    """Rows of the split dim that every rank got: copies. The model's own would be a view, so a change in place is
+    refused; all else gives plain tensors."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        in_place = (name.endswith("_") and not name.startswith("__")) or name == "__setitem__" or name[:3] == "__i"
+        if in_place and args and isinstance(args[0], Row):
+            raise refuse(f"Tensor.{name}", "in place of one row of the split dim")
+        with torch._C.DisableTorchFunctionSubclass():
+            args, kwargs = tree_map_only(Row, lambda x: x.as_subclass(Tensor), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 def permute(func: Any, args: Any, kwargs: Any) -> Any:
     x, dims = args
     dims = [d % x.ndim for d in dims]
@@ -106,7 +122,7 @@ def squeeze(func: Any, args: Any, kwargs: Any) -> Any:
     dims = [d % x.ndim for d in (dims if isinstance(dims, (tuple, list, range)) else (dims,))]
     gone = [d for d in dims if x.shape[d] == 1]
     if x.cut.dim in gone:
-        return torch.ops.aten.squeeze.dims(x.whole(), gone)
+        return x.whole().squeeze(gone).as_subclass(Row)
     cut = x.cut.at(x.cut.dim - sum(d < x.cut.dim for d in gone))
     return _view_of(x, x.local.squeeze(gone), cut)
 
@@ -170,7 +186,7 @@ def select(func: Any, args: Any, kwargs: Any) -> Any:
     if dim != x.cut.dim:
         return _view_of(x, x.local.select(dim, index), x.cut.at(x.cut.dim - (dim < x.cut.dim)))
     block, row = divmod(index % x.shape[dim], x.cut.total)
-    return x.fetch([(row, row + 1)] * x.ranks.degree).select(dim, block)
+    return x.fetch([(row, row + 1)] * x.ranks.degree).select(dim, block).as_subclass(Row)
 
 
 def split(func: Any, args: Any, kwargs: Any) -> Any:
@@ -188,7 +204,7 @@ def split(func: Any, args: Any, kwargs: Any) -> Any:
 def unbind(func: Any, args: Any, kwargs: Any) -> Any:
     x, dim = args[0], (args[1] if len(args) > 1 else 0) % args[0].ndim
     if dim == x.cut.dim:
-        return tuple(x.whole().unbind(dim))
+        return tuple(row.as_subclass(Row) for row in x.whole().unbind(dim))
     return tuple(_view_of(x, part, x.cut.at(x.cut.dim - (dim < x.cut.dim))) for part in x.local.unbind(dim))
 
 
@@ -240,8 +256,6 @@ def stack(func: Any, args: Any, kwargs: Any) -> Any:
 def rows_by_index(x: Slab, index: Sequence[int], bounds: tuple[int, ...]) -> Slab:
     """Rows by number, in any order, repeated or not; `bounds` of the result. Collective: a rank gets the range between
     the first and the last row that it needs."""
-    if x.cut.outer > 1:
-        raise refuse("index", "of rows of merged dims")
     spans = [(min(index[a:b]), max(index[a:b]) + 1) if b > a else (0, 0) for a, b in pairwise(bounds)]
     rank = x.ranks.rank
     here, (first, last) = index[bounds[rank] : bounds[rank + 1]], spans[rank]
@@ -257,7 +271,7 @@ def index_select(func: Any, args: Any, kwargs: Any) -> Any:
         raise refuse("index_select", "by a split index")
     if dim % x.ndim != x.cut.dim:
         return x.like(x.local.index_select(dim, index))
-    return rows_by_index(x, index.tolist(), even_bounds(len(index), x.ranks.degree))
+    return rows_by_index(x.unmerged(), index.tolist(), even_bounds(len(index), x.ranks.degree))
 
 
 def index(func: Any, args: Any, kwargs: Any) -> Any:
@@ -276,7 +290,7 @@ def index(func: Any, args: Any, kwargs: Any) -> Any:
         if len(given) > 1 or tensors[0].ndim != 1:
             raise refuse("index", "by several tensors")
         numbers = [n % x.shape[x.cut.dim] for n in tensors[0].tolist()]
-        return rows_by_index(x, numbers, even_bounds(len(numbers), x.ranks.degree))
+        return rows_by_index(x.unmerged(), numbers, even_bounds(len(numbers), x.ranks.degree))
     result = func(x.local, indices)
     num_new = max(i.ndim for i in tensors)
     adjacent = given == list(range(given[0], given[-1] + 1))
@@ -291,7 +305,8 @@ def flip(func: Any, args: Any, kwargs: Any) -> Any:
     others = [d for d in dims if d != x.cut.dim]
     out = x.like(x.local.flip(others))
     if len(others) < len(dims):
-        out = rows_by_index(out, range(x.cut.total)[::-1], x.cut.bounds)
+        out = out.unmerged()
+        out = rows_by_index(out, range(out.cut.total)[::-1], out.cut.bounds)
     return out
 
 

@@ -54,8 +54,9 @@ def convolution(func: Any, args: Any, kwargs: Any) -> Any:
         raise refuse("convolution", "with a split weight")
     if x.cut.dim == 0:
         return x.like(func(x.local, *args[1:]))
-    if x.cut.dim == 1 or x.cut.outer > 1:
-        raise refuse("convolution", "over split channels or merged dims")
+    if x.cut.dim == 1:
+        raise refuse("convolution", "over split channels")
+    x = x.unmerged()
     count, at = x.ndim - 2, x.cut.dim - 2
     stride, padding, dilation = (_per_dim(v, count) for v in (stride, padding, dilation))
     if transposed:
@@ -123,8 +124,9 @@ def pool(func: Any, args: Any, kwargs: Any) -> Any:
     ceil_mode = rest[1 if is_max else 0] if len(rest) > is_max else False
     counts_padding = rest[1] if not is_max and len(rest) > 1 else True
     divisor = rest[2] if not is_max and len(rest) > 2 else None
-    if x.cut.outer > 1 or ceil_mode or (padding[at] and not is_max and not counts_padding):
-        raise refuse(func.__name__, "with a rounded-up size, merged dims, or uncounted padding")
+    x = x.unmerged()
+    if ceil_mode or (padding[at] and not is_max and not counts_padding):
+        raise refuse(func.__name__, "with a rounded-up size or uncounted padding")
     reach = dilation[at] * (kernel[at] - 1) + 1
     length = (x.cut.total + 2 * padding[at] - reach) // stride[at] + 1
     bounds = _windowed_bounds(x.cut, length, stride[at], padding[at], reach)
@@ -170,8 +172,7 @@ def constant_pad(func: Any, args: Any, kwargs: Any) -> Any:
     others, left, right = _pads(pad, x)
     if not left and not right:
         return x.like(func(x.local, others, value))
-    if x.cut.outer > 1:
-        raise refuse("constant_pad_nd", "of merged dims")
+    x = x.unmerged()
     cut, rank = x.cut, x.ranks.rank
     ends = _padded_bounds(cut, left, right)
     ranges = [(a - left, b - left) if b > a else (0, 0) for a, b in pairwise(ends)]
@@ -193,6 +194,7 @@ def mirrored_pad(func: Any, args: Any, kwargs: Any) -> Any:
     x, pad = args
     others, left, right = _pads(pad, x)
     if left or right:
+        x = x.unmerged()
         one_dim = aten.reflection_pad1d if "reflection" in func.__name__ else aten.replication_pad1d
         index = one_dim(torch.arange(x.cut.total, dtype=torch.float64)[None], [left, right])[0].long().tolist()
         x = rows_by_index(x, index, _padded_bounds(x.cut, left, right))
@@ -210,6 +212,7 @@ def nearest(func: Any, args: Any, kwargs: Any) -> Any:
     at = x.cut.dim - 2
     if at < 0:
         return x.like(func(x.local, *args[1:], **kwargs))
+    x = x.unmerged()
     one_dim = aten._upsample_nearest_exact1d if "exact" in func.__name__ else aten.upsample_nearest1d
     line = torch.arange(x.cut.total, dtype=torch.float64, device=x.device)[None, None]
     index = one_dim(line, [size[at]], scales[at])[0, 0].long().tolist()
@@ -231,9 +234,11 @@ def smooth(func: Any, args: Any, kwargs: Any) -> Any:
     the operator itself gives for single rows."""
     x, size, corners, *scales = args
     scales = [scales[n] if n < len(scales) else None for n in range(len(size))]
-    at, cut = x.cut.dim - 2, x.cut
+    at = x.cut.dim - 2
     if at < 0:
         return x.like(func(x.local, *args[1:], **kwargs))
+    x = x.unmerged()
+    cut = x.cut
     alone = [1] * len(size)
     alone[at] = cut.total
     eye = torch.eye(cut.total, device=x.device).view(1, cut.total, *alone)
@@ -262,8 +267,7 @@ def unfold(func: Any, args: Any, kwargs: Any) -> Any:
     x, dim, size, step = args
     if dim % x.ndim != x.cut.dim:
         return x.like(x.local.unfold(dim, size, step))
-    if x.cut.outer > 1:
-        raise refuse("unfold", "of merged dims")
+    x = x.unmerged()
     bounds = _windowed_bounds(x.cut, (x.cut.total - size) // step + 1, step, 0, size)
     rows, cut = _windows(x, bounds, step, 0, size), Cut(x.cut.dim, bounds)
     if cut.length(x.ranks.rank) == 0:

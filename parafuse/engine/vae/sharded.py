@@ -7,6 +7,7 @@ class is known by name: what an operator needs from other ranks is the operator'
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from parafuse.errors import ConfigError, UnsupportedError
 from parafuse.parallel.hooks import override
-from parafuse.parallel.slab import Slab, SlabRanks
+from parafuse.parallel.slab import Slab, SlabRanks, refuse
 from parafuse.parallel.slab_blank import Blank, Blanks
 
 METHODS = ("decode", "encode")
@@ -69,6 +70,7 @@ class ShardedAutoencoder:
             try:
                 with torch.no_grad():
                     if getattr(self.module, "use_tiling", False):
+                        self._seen[name] = "into no tiles: each was too small, or enters no part of the autoencoder"
                         with self._tile_by_tile(name):
                             return original(*args, **kwargs)
                     return self._split(name, original, args, kwargs)
@@ -97,7 +99,7 @@ class ShardedAutoencoder:
             args = (*args[:place], slab, *args[place + 1 :])
         else:
             kwargs = kwargs | {place: slab}
-        with Blanks():
+        with Blanks(), _compiled_parts_named():
             result = original(*args, **kwargs)
         return made_whole(result)
 
@@ -118,6 +120,18 @@ class ShardedAutoencoder:
             return self._split(name, original, args, kwargs)
 
         return run
+
+
+@contextmanager
+def _compiled_parts_named() -> Iterator[None]:
+    """A refusal inside of compiled code (flex attention compiles itself) comes out as a refusal, with its operator."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__ != "torch._dynamo.exc":
+            raise
+        found = re.search(r"torch\.ops\.[\w.]+", str(error))
+        raise refuse(found[0] if found else "torch.compile", "in compiled code") from error
 
 
 def _first_tensor(args: Any, kwargs: Any) -> tuple[int | str, Tensor | None]:

@@ -36,6 +36,7 @@ SUITES = (
     "options",
     "drop_in",
     "measuring",
+    "vae",
 )  # the fastest answer first
 
 

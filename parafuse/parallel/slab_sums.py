@@ -53,10 +53,12 @@ def reduce(func: Any, args: Any, kwargs: Any) -> Any:
         return (total / math.prod(x.shape[d] for d in dims) if name == "mean" else total).to(wide)
     if name in ("amax", "amin", "max", "min", "any", "all") and len(func._schema.returns) == 1:
         least = name in ("amin", "min", "all")
-        part = x.local.amin if least else x.local.amax
-        if x.local.shape[x.cut.dim] == 0:
-            raise refuse(name, "with a rank that has no rows")
-        everyone = x.ranks.gather(part(dims, keepdim=keepdim))
+        local = x.local
+        if local.numel() == 0:  # of no rows the least is the greatest number
+            shape = [1 if d == x.cut.dim else size for d, size in enumerate(x.shape)]
+            kind = None if x.dtype == torch.bool else (torch.finfo if x.is_floating_point() else torch.iinfo)(x.dtype)
+            local = x.local.new_full(shape, (least if kind is None else kind.max if least else kind.min))
+        everyone = x.ranks.gather((local.amin if least else local.amax)(dims, keepdim=keepdim))
         return everyone.amin(0) if least else everyone.amax(0)
     if name == "linalg_vector_norm" and named["ord"] == 2:
         part = x.local.float().square().sum(dims, keepdim=keepdim)

@@ -35,11 +35,10 @@ def _inside(ranges: list[Range], total: int) -> list[Range]:
     return [(min(max(a, 0), total), max(min(b, total), min(max(a, 0), total))) for a, b in ranges]
 
 
-def _margins(wanted: Range, inside: Range) -> Range:
-    """How far a range goes beyond the ends."""
-    if wanted[0] >= wanted[1]:
-        return 0, 0
-    return inside[0] - wanted[0], wanted[1] - inside[1]
+def _margins(wanted: Range, total: int) -> Range:
+    """How many rows of a range are before the first one and behind the last one."""
+    start, stop = wanted
+    return max(min(stop, 0) - start, 0), max(stop - max(start, total), 0)
 
 
 def _windowed_bounds(cut: Cut, length: int, stride: int, pad: int, reach: int) -> tuple[int, ...]:
@@ -81,7 +80,7 @@ def _windows(x: Slab, bounds: tuple[int, ...], stride: int, pad: int, reach: int
     ranges = window_ranges(bounds, x.cut.total, stride, pad, reach)
     inside = _inside(ranges, x.cut.total)
     rank = x.ranks.rank
-    return x.fetch(inside, _margins(ranges[rank], inside[rank]), value)
+    return x.fetch(inside, _margins(ranges[rank], x.cut.total), value)
 
 
 def _transposed(func: Any, x: Slab, how: Any) -> Slab:
@@ -92,7 +91,8 @@ def _transposed(func: Any, x: Slab, how: Any) -> Slab:
     bounds = balanced((0, *(min(max(end * s, 0), length) for end in x.cut.bounds[1:-1]), length))
     wanted: list[Range] = []
     for a, b in pairwise(bounds):
-        first = min(max(-(-(a + pad - reach) // s), 0), total - 1)
+        first = min(-(-(a + pad - reach) // s), (a + pad) // s)  # the second where no row reaches the first place
+        first = min(max(first, 0), total - 1)
         last = min(max((b - 1 + pad) // s, first), total - 1)
         wanted.append((first, last + 1) if b > a else (0, 0))
     rows, rank = x.fetch(wanted), x.ranks.rank
@@ -177,7 +177,7 @@ def constant_pad(func: Any, args: Any, kwargs: Any) -> Any:
     ends = _padded_bounds(cut, left, right)
     ranges = [(a - left, b - left) if b > a else (0, 0) for a, b in pairwise(ends)]
     inside = _inside(ranges, cut.total)
-    margins = _margins(ranges[rank], inside[rank])
+    margins = _margins(ranges[rank], cut.total)
     rows = x.fetch(inside)
     at = 2 * (x.ndim - 1 - cut.dim)
     others[at], others[at + 1] = margins
@@ -239,11 +239,13 @@ def smooth(func: Any, args: Any, kwargs: Any) -> Any:
         return x.like(func(x.local, *args[1:], **kwargs))
     x = x.unmerged()
     cut = x.cut
-    alone = [1] * len(size)
+    alone = [2] * len(size)  # with one column torch's antialiased kernels give something else
     alone[at] = cut.total
-    eye = torch.eye(cut.total, device=x.device).view(1, cut.total, *alone)
+    eye = torch.eye(cut.total, device=x.device).view(1, cut.total, *(cut.total if n == at else 1 for n in range(len(size))))
+    eye = eye.expand(1, cut.total, *alone).contiguous()
     alone[at] = size[at]
-    weights = func(eye, alone, corners, *(s if n == at else None for n, s in enumerate(scales))).view(cut.total, -1)
+    weights = func(eye, alone, corners, *(s if n == at else None for n, s in enumerate(scales)))
+    weights = weights.movedim(at + 2, 2)[0].reshape(cut.total, size[at], -1)[..., 0]
     columns = [column.nonzero().flatten().tolist() or [0] for column in weights.T.cpu()]
     bounds = balanced((*(round(end * size[at] / cut.total) for end in cut.bounds[:-1]), size[at]))
     spans = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,10 @@ def build(case: Case, seed: int = 0) -> Any:
     """The module with random weights, fp32, in eval mode.
 
     No weight is left at one or zero, so that a norm's scale, a bias and a residual that starts at zero all count."""
-    import diffusers.models.autoencoders as autoencoders
+    from diffusers.models import autoencoders
 
     torch.manual_seed(seed)
-    module: nn.Module = getattr(autoencoders, case.cls)(**case.config)
+    module: Any = getattr(autoencoders, case.cls)(**case.config)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in module.parameters():

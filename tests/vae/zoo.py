@@ -137,8 +137,8 @@ VIDEOS = (
         latents=(4, 16, 12), odd=(4, 13, 11), picture=(3, 32, 24), odd_picture=(3, 26, 22), frames=True,
     ),
     Case(
-        name="AutoencoderKLWan", config=CACHED | QUARTER, latents=(4, 3, 16, 12), odd=(4, 2, 13, 11), picture=(3, 5, 64, 48),
-        odd_picture=(3, 3, 52, 44), tiles=ON_STRIDES,
+        name="AutoencoderKLWan", config=CACHED | QUARTER, latents=(4, 3, 16, 12), odd=(4, 2, 13, 11),
+        picture=(3, 5, 64, 48), odd_picture=(3, 3, 52, 44), tiles=ON_STRIDES,
     ),
     Case(
         name="AutoencoderKLWan:residual",
@@ -252,7 +252,8 @@ VIDEOS2 = (
             latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2,
             temporal_compression_ratio=4, sample_size=32,
         ),
-        latents=(4, 6, 7, 4), odd=(4, 6, 10, 4), picture=(3, 24, 56, 32), odd_picture=(3, 24, 80, 32), always_tiled=True, sliced=True,
+        latents=(4, 6, 7, 4), odd=(4, 6, 10, 4), picture=(3, 24, 56, 32), odd_picture=(3, 24, 80, 32),
+        always_tiled=True, sliced=True,
         tiles=dict(tile_overlap_h=8, tile_overlap_w=8, stride=(16, 24, 24)),
     ),
     Case(

@@ -1,0 +1,1 @@
+"""An autoencoder's decode and encode on several ranks."""

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from parafuse.errors import ConfigError, UnsupportedError
 from parafuse.parallel.hooks import override
+from parafuse.parallel.placeholder import settled
 from parafuse.parallel.slab import Slab, SlabRanks, refuse
 from parafuse.parallel.slab_blank import Blank, Blanks
 
@@ -81,6 +82,7 @@ class ShardedAutoencoder:
 
     def _split(self, name: str, original: Method, args: Any, kwargs: Any) -> Any:
         """Runs on a slab of the first tensor among the arguments."""
+        args, kwargs = settled(args), settled(kwargs)
         place, whole = _first_tensor(args, kwargs)
         if whole is None:
             return original(*args, **kwargs)

@@ -332,7 +332,7 @@ def pixel_shuffle(func: Any, args: Any, kwargs: Any) -> Any:
     x, r = args
     *batch, channels, height, width = x.shape
     n = len(batch)
-    if x.cut.dim != n and x.cut.outer == 1:  # row by row
+    if x.cut.dim != n and x.cut.outer == 1 and all(a < b for a, b in x.cut.ranges):  # torch's is wrong for no rows
         times = r if x.cut.dim > n else 1
         return x.like(func(x.local, r), Cut(x.cut.dim, tuple(end * times for end in x.cut.bounds)))
     y = x.reshape(*batch, channels // (r * r), r, r, height, width)
@@ -346,6 +346,9 @@ def pixel_unshuffle(func: Any, args: Any, kwargs: Any) -> Any:
     n = len(batch)
     if x.cut.dim > n and x.cut.outer == 1 and height % r == width % r == 0:
         x = x.recut(_multiples(x.cut.bounds, r))
+        if x.local.numel() == 0:  # of no rows torch's own has other channels
+            shape = (*batch, channels * r * r, *(size // r for size in x.local.shape[n + 1 :]))
+            return x.like(x.local.new_empty(shape), Cut(x.cut.dim, tuple(end // r for end in x.cut.bounds)))
         return x.like(func(x.local, r), Cut(x.cut.dim, tuple(end // r for end in x.cut.bounds)))
     y = x.reshape(*batch, channels, height // r, r, width // r, r)
     order = [*range(n), n, n + 2, n + 4, n + 1, n + 3]

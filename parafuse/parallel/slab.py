@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Cut:
 
 def even_bounds(total: int, degree: int, unit: int = 1) -> tuple[int, ...]:
     """Ends of parts that differ by one unit at most."""
-    return tuple(total // unit * rank // degree * unit for rank in range(degree)) + (total,)
+    return (*(total // unit * rank // degree * unit for rank in range(degree)), total)
 
 
 def take(x: Tensor, dim: int, outer: int, rows: Range) -> Tensor:
@@ -96,19 +97,12 @@ def _strides(local: Tensor, shape: Sequence[int]) -> list[int]:
     return strides
 
 
-@dataclass(frozen=True)
 class SlabRanks:
     """The ranks that hold the slabs of one tensor."""
 
-    group: ProcessGroup
-
-    @property
-    def degree(self) -> int:
-        return dist.get_world_size(self.group)
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank(self.group)
+    def __init__(self, group: ProcessGroup):
+        self.group = group
+        self.degree, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
     def gather(self, x: Tensor) -> Tensor:
         """(...) -> (degree, ...), of the same shape on every rank. Collective."""
@@ -221,13 +215,17 @@ class Slab(Tensor):
 
         def rows(source: int, target: int) -> list[Range]:
             """What a rank has of another one's new part, by row of the whole dim."""
-            blocks = [(cut.total * n + cut.bounds[source], cut.total * n + cut.bounds[source + 1]) for n in range(cut.outer)]
+            blocks = [
+                (cut.total * n + cut.bounds[source], cut.total * n + cut.bounds[source + 1]) for n in range(cut.outer)
+            ]
             common = [_overlap(block, flat.range(target)) for block in blocks]
             return [c for c in common if _length(c)]
 
         def piece(target: int) -> Tensor | None:
             own = [
-                self.local.narrow(dim, start // cut.total * cut.length(rank) + start % cut.total - self.mine[0], stop - start)
+                self.local.narrow(
+                    dim, start // cut.total * cut.length(rank) + start % cut.total - self.mine[0], stop - start
+                )
                 for start, stop in rows(rank, target)
             ]
             return torch.cat(own, dim) if own else None
@@ -263,7 +261,7 @@ class Slab(Tensor):
         if others:
             steps = min(self.shape[along], math.ceil(result.nbytes / GATHERED_BYTES))
         ends = even_bounds(self.shape[along], steps)
-        for start, stop in zip(ends, ends[1:], strict=False):
+        for start, stop in pairwise(ends):
             mine = self.local.narrow(along, start, stop - start) if others else self.local
             out = result.narrow(along, start, stop - start)
             blocks = mine.unflatten(dim, (cut.outer, cut.length(rank))).movedim(dim + 1, 0)

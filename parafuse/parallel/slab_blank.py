@@ -40,7 +40,7 @@ class Blank(Tensor):
         shape = list(self.shape)
         shape[dim] = value.local.shape[dim]
         local = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.__class__ = Slab
+        self.__class__ = Slab  # pyright: ignore[reportAttributeAccessIssue]
         self.local, self.cut, self.ranks, self.is_copy = local, value.cut.at(dim), value.ranks, False
 
     @classmethod

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parafuse.parallel.slab import Cut, Slab, empty, lead_of, refuse
+from parafuse.parallel.slab import Slab, empty, lead_of, refuse
 from parafuse.parallel.slab_sums import SUMS, attention, linear
 from parafuse.parallel.slab_views import VIEWS
 from parafuse.parallel.slab_windows import WINDOWS, stft

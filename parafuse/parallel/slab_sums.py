@@ -48,7 +48,9 @@ def reduce(func: Any, args: Any, kwargs: Any) -> Any:
     name = func.overloadpacket.__name__
     if name in ("sum", "mean"):
         wide = named.get("dtype") or (x.dtype if x.is_floating_point() else torch.int64)
-        part = x.local.sum(dims, keepdim=keepdim, dtype=torch.promote_types(wide, torch.float32) if wide.is_floating_point else wide)
+        part = x.local.sum(
+            dims, keepdim=keepdim, dtype=torch.promote_types(wide, torch.float32) if wide.is_floating_point else wide
+        )
         total = x.ranks.sum(part)
         return (total / math.prod(x.shape[d] for d in dims) if name == "mean" else total).to(wide)
     if name in ("amax", "amin", "max", "min", "any", "all") and len(func._schema.returns) == 1:
@@ -161,7 +163,7 @@ def _normalized(x: Tensor, means: Tensor, variances: Tensor, affine: list[Tensor
         these = [s.reshape(-1) if len(samples) == 1 else s[n] for s in (means, variances)]
         repeats = sample.shape[1] // means.shape[1]
         weight, bias = (None if p is None else p.repeat(repeats) for p in affine)
-        out.append(torch.nn.functional.batch_norm(sample, *these, weight, bias, False, 0.0, eps))
+        out.append(torch.nn.functional.batch_norm(sample, these[0], these[1], weight, bias, False, 0.0, eps))
     return out[0].view(x.shape) if len(out) == 1 else torch.cat(out)
 
 
@@ -329,4 +331,7 @@ SUMS |= dict.fromkeys(
     reduce,
 )
 SUMS |= dict.fromkeys("var std var_mean std_mean".split(), variance)
-SUMS |= dict.fromkeys("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm".split(), batch_norm)
+SUMS |= dict.fromkeys(
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm".split(),
+    batch_norm,
+)

@@ -149,7 +149,8 @@ def repeat(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def slice_(func: Any, args: Any, kwargs: Any) -> Any:
-    x, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    given: Any = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    x, dim, start, stop, step = given
     dim %= x.ndim
     cut = x.cut
     if dim != cut.dim:
@@ -163,7 +164,9 @@ def slice_(func: Any, args: Any, kwargs: Any) -> Any:
             return slice_(func, (x.unmerged(), dim, start, stop, step), {})
         each = cut.length(x.ranks.rank)
         rows = (start // cut.total * each, stop // cut.total * each)
-        return _view_of(x, x.local[(slice(None),) * dim + (slice(*rows),)], Cut(dim, cut.bounds, rows_of(start, stop, cut)))
+        return _view_of(
+            x, x.local[(slice(None),) * dim + (slice(*rows),)], Cut(dim, cut.bounds, rows_of(start, stop, cut))
+        )
     ends = tuple(math.ceil((min(max(end, start), stop) - start) / step) for end in cut.bounds)
     ends = (0, *ends[1:-1], math.ceil((stop - start) / step))
     mine, rank = x.mine[0], x.ranks.rank
@@ -357,7 +360,8 @@ def pixel_unshuffle(func: Any, args: Any, kwargs: Any) -> Any:
 
 def roll(func: Any, args: Any, kwargs: Any) -> Any:
     """Rolled along other dims only: along the split one a rank would need rows of both ends."""
-    x, shifts, dims = (*args, [])[:3]
+    given: Any = (*args, [])[:3]
+    x, shifts, dims = given
     if not dims or x.cut.dim in [d % x.ndim for d in dims]:
         raise refuse("roll", "along the split dim")
     return x.like(x.local.roll(shifts, dims))

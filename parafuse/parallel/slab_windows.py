@@ -113,7 +113,8 @@ def _transposed(func: Any, x: Slab, how: Any) -> Slab:
 def pool(func: Any, args: Any, kwargs: Any) -> Any:
     """avg_pool and max_pool over spatial dims."""
     is_max, spatial = "max" in func.__name__, 3 if "pool3d" in func.__name__ else 2
-    x, kernel, stride, padding, *rest = (*args, *((None, [], 0)[len(args) - 1 :]))
+    given: Any = (*args, *((None, [], 0)[len(args) - 1 :]))
+    x, kernel, stride, padding, *rest = given
     at = x.cut.dim - (x.ndim - spatial)
     if at < 0:
         result = func(x.local, *args[1:], **kwargs)
@@ -168,7 +169,8 @@ def _pads(pad: Sequence[int], x: Slab) -> tuple[list[int], int, int]:
 
 
 def constant_pad(func: Any, args: Any, kwargs: Any) -> Any:
-    x, pad, value = (*args, 0)[:3]
+    given: Any = (*args, 0)[:3]
+    x, pad, value = given
     others, left, right = _pads(pad, x)
     if not left and not right:
         return x.like(func(x.local, others, value))
@@ -241,7 +243,9 @@ def smooth(func: Any, args: Any, kwargs: Any) -> Any:
     cut = x.cut
     alone = [2] * len(size)  # with one column torch's antialiased kernels give something else
     alone[at] = cut.total
-    eye = torch.eye(cut.total, device=x.device).view(1, cut.total, *(cut.total if n == at else 1 for n in range(len(size))))
+    eye = torch.eye(cut.total, device=x.device).view(
+        1, cut.total, *(cut.total if n == at else 1 for n in range(len(size)))
+    )
     eye = eye.expand(1, cut.total, *alone).contiguous()
     alone[at] = size[at]
     weights = func(eye, alone, corners, *(s if n == at else None for n, s in enumerate(scales)))
@@ -256,7 +260,9 @@ def smooth(func: Any, args: Any, kwargs: Any) -> Any:
     rows, (first, last), here = x.fetch(spans), spans[rank], columns[bounds[rank] : bounds[rank + 1]]
     local = [last - first if n == at else length for n, length in enumerate(size)]
     if not here:
-        return x.like(x.local.new_empty((*x.shape[:2], *(0 if n == at else s for n, s in enumerate(size)))), Cut(cut.dim, bounds))
+        return x.like(
+            x.local.new_empty((*x.shape[:2], *(0 if n == at else s for n, s in enumerate(size)))), Cut(cut.dim, bounds)
+        )
     rows = func(rows, local, corners, *(None if n == at else s for n, s in enumerate(scales)))
     rows = rows.movedim(cut.dim, -1).to(torch.promote_types(rows.dtype, torch.float32))
     mix = weights[first:last, bounds[rank] : bounds[rank + 1]].to(rows.dtype)
@@ -281,7 +287,8 @@ def stft(func: Any, args: Any, kwargs: Any) -> Any:
     """Spectra of windows of samples: each rank those of its own."""
     names = ("input", "n_fft", "hop_length", "win_length", "window", "center", "pad_mode")
     named = dict(zip(names, args, strict=False)) | kwargs
-    x, size = named.pop("input"), named["n_fft"]
+    x: Any = named.pop("input")
+    size = named["n_fft"]
     if not isinstance(x, Slab) or x.cut.dim != x.ndim - 1:
         return NotImplemented
     step = named.get("hop_length") or size // 4

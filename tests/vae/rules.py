@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from parafuse.engine.vae.sharded import made_whole
 from parafuse.errors import UnsupportedError
 from parafuse.parallel.comm import counters
-from parafuse.parallel.slab_blank import Blanks
 from parafuse.parallel.slab import Cut, Slab, SlabRanks, even_bounds
+from parafuse.parallel.slab_blank import Blanks
 
 Function = Callable[..., Any]
 
@@ -35,6 +35,10 @@ class Rule:
 
 def _weight(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last)
 
 
 def _conv2d(x: Tensor, **more: Any) -> Tensor:
@@ -92,7 +96,8 @@ def _linear_attention(x: Tensor) -> Tensor:
 
 def _cached_frames(x: Tensor) -> Tensor:
     """Frames one by one, with the last ones kept for the next: a causal decoder."""
-    weight, kept, out = _weight(4, x.shape[1], 3, 3, 3), [None], []
+    weight, out = _weight(4, x.shape[1], 3, 3, 3), []
+    kept: list[Any] = [None]
     for n in range(x.shape[2]):
         frame = x[:, :, n : n + 1]
         before = torch.zeros_like(frame).repeat(1, 1, 2, 1, 1) if kept[0] is None else kept[0]
@@ -155,7 +160,7 @@ WINDOWS = (
     Rule("conv2d, wide reach", (2, 4, 11, 5), 2, lambda x: _conv2d(x, padding=4, dilation=4)),
     Rule("conv2d, large stride", (2, 4, 13, 5), 2, lambda x: _conv2d(x, stride=5)),
     Rule("conv2d of a few rows", (2, 4, 4, 5), 2, lambda x: _conv2d(_conv2d(x, padding=(1, 1))[:, :4], padding=2)),
-    Rule("conv2d, channels last", (2, 4, 13, 5), 2, lambda x: _conv2d(x.to(memory_format=torch.channels_last), padding=1)),
+    Rule("conv2d, channels last", (2, 4, 13, 5), 2, lambda x: _conv2d(_channels_last(x), padding=1)),
     Rule("conv2d, same", (2, 4, 13, 5), 2, lambda x: functional.conv2d(x, _weight(2, 4, 4, 4), padding="same")),
     Rule("conv1d by 1", (2, 4, 13), 2, lambda x: functional.conv1d(x, _weight(3, 4, 1)), 0),
     Rule("conv3d, height", VIDEO, 3, lambda x: functional.conv3d(x, _weight(3, 4, 3, 3, 3), padding=1), 1),
@@ -171,7 +176,7 @@ WINDOWS = (
     Rule("crop by padding", (2, 4, 9, 5), 2, lambda x: functional.pad(x, (0, 0, -4, 1))),
     Rule("pad far", (2, 4, 7), 2, lambda x: functional.conv1d(functional.pad(x, (12, 0)), _weight(2, 4, 5))),
     Rule("replicate", (2, 4, 7, 5), 2, lambda x: functional.pad(x, (1, 1, 2, 3), mode="replicate")),
-    Rule("replicate off the split dim", (2, 4, 7, 5), 2, lambda x: functional.pad(x, (1, 1, 0, 0), mode="replicate"), 0),
+    Rule("replicate elsewhere", (2, 4, 7, 5), 2, lambda x: functional.pad(x, (1, 1, 0, 0), mode="replicate"), 0),
     Rule("replicate 3d", VIDEO, 3, lambda x: functional.pad(x, (1, 1, 1, 1, 2, 0), mode="replicate")),
     Rule("reflect", (2, 4, 9, 5), 2, lambda x: functional.pad(x, (1, 1, 5, 4), mode="reflect")),
     Rule("avg_pool2d", (2, 4, 13, 6), 2, lambda x: functional.avg_pool2d(x, 2)),
@@ -197,7 +202,8 @@ WINDOWS = (
 
 VIEWS = (
     Rule("flatten and back", SQUARE, 2, lambda x: x.flatten(2).transpose(1, 2).reshape(2, 7, 7, 4), 0),
-    Rule("merge with the batch", VIDEO, 3, lambda x: x.permute(0, 2, 3, 4, 1).flatten(0, 3).sin().view(2, 3, 9, 5, 4), 0),
+    Rule("merge with the batch", VIDEO, 3,
+         lambda x: x.permute(0, 2, 3, 4, 1).flatten(0, 3).sin().view(2, 3, 9, 5, 4), 0),
     Rule("space to depth", (2, 4, 10, 6), 2, _space_to_depth),
     Rule("depth to space", VIDEO, 3, _depth_to_space, 0),
     Rule("pixel_shuffle", (2, 4, 7, 7), 2, lambda x: functional.pixel_shuffle(x, 2), 0),
@@ -230,9 +236,10 @@ SUMS = (
     Rule("group_norm", (2, 4, 13, 5), 2, _group_norm, 1),
     Rule("group_norm far from zero", (2, 4, 13, 5), 2, lambda x: _group_norm(x + 100), 1),
     Rule("group_norm, batch split", (5, 4, 6, 5), 0, _group_norm, 0),
-    Rule("group_norm, channels last", (2, 4, 13, 5), 2, lambda x: _group_norm(x.to(memory_format=torch.channels_last)), 1),
+    Rule("group_norm, channels last", (2, 4, 13, 5), 2, lambda x: _group_norm(_channels_last(x)), 1),
     Rule("group_norm of frames", VIDEO, 3, lambda x: _group_norm(x.transpose(1, 2).flatten(0, 1)), 1),
-    Rule("layer_norm", SQUARE, 2, lambda x: functional.layer_norm(x.movedim(1, -1), (4,), _weight(4)).movedim(-1, 1), 0),
+    Rule("layer_norm", SQUARE, 2,
+         lambda x: functional.layer_norm(x.movedim(1, -1), (4,), _weight(4)).movedim(-1, 1), 0),
     Rule("rms_norm", SQUARE, 2, lambda x: functional.rms_norm(x.movedim(1, -1), (4,)), 0),
     Rule("normalize", SQUARE, 2, lambda x: functional.normalize(x, dim=1), 0),
     Rule("softmax", SQUARE, 2, lambda x: [x.softmax(1), (9 * x).softmax(2)], 1),
@@ -243,7 +250,8 @@ SUMS = (
     Rule("linear", SQUARE, 2, lambda x: functional.linear(x, _weight(5, 7), _weight(5)), 0),
     Rule("linear over the split dim", SQUARE, 3, lambda x: functional.linear(x, _weight(5, 7), _weight(5)), 1),
     Rule("matmul", SQUARE, 2, lambda x: [x @ x, x.transpose(2, 3) @ x, _weight(7, 7) @ x]),
-    Rule("einsum", SQUARE, 2, lambda x: [torch.einsum("bchw,bdhw->bcd", x, x), torch.einsum("bchw,dc->bdhw", x, _weight(5, 4))]),
+    Rule("einsum", SQUARE, 2,
+         lambda x: [torch.einsum("bchw,bdhw->bcd", x, x), torch.einsum("bchw,dc->bdhw", x, _weight(5, 4))]),
     Rule("attention", SQUARE, 2, _self_attention, 1),
     Rule("attention of a frame", VIDEO, 3, _per_frame_attention, 1),
     Rule("attention of frames", VIDEO, 3, lambda x: _frames_attention(x, causal=True), 0),
@@ -253,7 +261,8 @@ SUMS = (
     Rule("cdist", SQUARE, 2, lambda x: torch.cdist(x.permute(0, 2, 3, 1).flatten(0, 2), _weight(9, 4)).argmin(1), 0),
     Rule("random", SQUARE, 2, _drawn, 0),
     Rule("where", SQUARE, 2, lambda x: torch.where(x > 0, x, torch.linspace(0, 1, 7)[:, None]).clamp(-1, 0.5), 0),
-    Rule("equal sizes", (4, 4, 4, 4), 2, lambda x: x + _weight(4, 1, 1) * torch.arange(4)[:, None] - torch.arange(4), 0),
+    Rule("equal sizes", (4, 4, 4, 4), 2,
+         lambda x: x + _weight(4, 1, 1) * torch.arange(4)[:, None] - torch.arange(4), 0),
 )  # fmt: skip
 
 RULES = {"windows": WINDOWS, "views": VIEWS, "sums": SUMS}

@@ -74,3 +74,14 @@ def test_groups_of_ranks_decode_their_own() -> None:
 
 def test_gradients_are_refused() -> None:
     assert all("gradients" in found for found in run_ranks(sharded.with_gradients, 2))
+
+
+def test_memory_of_a_rank_falls_with_their_number() -> None:
+    """Of all that operators make, the result with it, and of weights beside it: at most 1.6 / P."""
+    names = list(sharded.LARGE)
+    alone = run_ranks(sharded.peaks, 1, names)[0]
+    for num_ranks in (2, 4):
+        for found in run_ranks(sharded.peaks, num_ranks, names):
+            for name, (made, weights) in found.items():
+                assert made * num_ranks <= 1.4 * alone[name][0], name
+                assert (made + weights) * num_ranks <= 1.6 * (alone[name][0] + weights), name

@@ -28,7 +28,7 @@ Method = Callable[..., Any]
 
 
 def split_dim(x: Tensor) -> int:
-    """The dim along which latents or samples are cut: the longer one of height and width, height of a square; time of
+    """The dim along which latents or samples are cut: the longer of height and width, height of a square; time of
     audio (samples, or channels and samples). Never the frames of a video: decoders keep features from chunk to chunk."""
     if x.ndim <= 3:
         return x.ndim - 1
@@ -145,7 +145,7 @@ def _first_tensor(args: Any, kwargs: Any) -> tuple[int | str, Tensor | None]:
 
 
 def made_whole(tree: Any) -> Any:
-    """The same nest, also of objects that hold tensors (a distribution, say), with every slab made whole. Collective."""
+    """The same nest, also of objects that hold tensors (a distribution), with every slab made whole. Collective."""
     return tree_map(_leaf_made_whole, tree)
 
 

@@ -168,7 +168,7 @@ class Slab(Tensor):
         stays = all(_length(common[r][r]) == _length(want) for r, want in enumerate(wanted))
         start, stop = wanted[rank]
         if stays and margins == (0, 0):
-            return self._own(common[rank][rank])
+            return self.own(common[rank][rank])
         shape = list(self.shape)
         shape[dim] = self.cut.outer * (stop - start + sum(margins))
         result = empty(shape, self.local)
@@ -179,7 +179,7 @@ class Slab(Tensor):
         sizes = [0 if r == rank else per_row * _length(common[r][rank]) for r in range(self.ranks.degree)]
         parts: list[Tensor] = []
         if not stays:
-            pieces = [None if r == rank else self._own(common[rank][r]) for r in range(self.ranks.degree)]
+            pieces = [None if r == rank else self.own(common[rank][r]) for r in range(self.ranks.degree)]
             parts = self.ranks.exchange(pieces, sizes, self.local)
         for r, rows in enumerate(common[k][rank] for k in range(self.ranks.degree)):
             if _length(rows) == 0:
@@ -191,7 +191,8 @@ class Slab(Tensor):
                 place.copy_(parts[r].view(place.shape))
         return result
 
-    def _own(self, rows: Range) -> Tensor:
+    def own(self, rows: Range) -> Tensor:
+        """Some of this rank's rows, by their numbers in the whole tensor."""
         start, stop = rows
         if stop <= start:
             return take(self.local, self.cut.dim, self.cut.outer, (0, 0))

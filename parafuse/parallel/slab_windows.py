@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parafuse.parallel.slab import Cut, Range, Slab, refuse
+from parafuse.parallel.slab import Cut, Range, Slab, empty, refuse
 from parafuse.parallel.slab_views import balanced, rows_by_index
 
 aten: Any = torch.ops.aten
+MENDED_FROM = 8
+"""Values of a rank's rows for each value of a weight from which on rows are mended instead of copied."""
 
 
 def _per_dim(value: Any, count: int) -> list[int]:
@@ -63,6 +65,8 @@ def convolution(func: Any, args: Any, kwargs: Any) -> Any:
     reach = dilation[at] * (weight.shape[x.cut.dim] - 1) + 1
     length = (x.cut.total + 2 * padding[at] - reach) // stride[at] + 1
     bounds = _windowed_bounds(x.cut, length, stride[at], padding[at], reach)
+    if _keeps_rows(x, weight, stride[at], padding[at], reach):
+        return _mended(func, x, (weight, bias, stride, padding, dilation, groups))
     rows = _windows(x, bounds, stride[at], padding[at], reach)
     cut, padding = Cut(x.cut.dim, bounds), [0 if n == at else p for n, p in enumerate(padding)]
     if cut.length(x.ranks.rank) == 0:
@@ -73,6 +77,39 @@ def convolution(func: Any, args: Any, kwargs: Any) -> Any:
         shape[at] = 0
         return x.like(x.local.new_empty((x.shape[0], weight.shape[0], *shape)), cut)
     return x.like(func(rows, weight, bias, stride, padding, dilation, False, output_padding, groups), cut)
+
+
+def _keeps_rows(x: Slab, weight: Tensor, stride: int, pad: int, reach: int) -> bool:
+    """Whether a rank can convolve its own rows as they are and mend the outer ones: each result is in the middle of its
+    window, and rows are so many that another small convolution costs less than a copy of all of them."""
+    is_centred = stride == 1 and pad > 0 and 2 * pad == reach - 1
+    is_long = all(b - a >= 2 * pad for a, b in x.cut.ranges)
+    return is_centred and is_long and x.numel() // x.ranks.degree > MENDED_FROM * weight.numel()
+
+
+def _mended(func: Any, x: Slab, how: Any) -> Slab:
+    """A convolution of own rows as if nothing was beyond them; then the rows at inner borders once more, from a strip
+    of three times their number. So nothing large is copied."""
+    weight, bias, stride, padding, dilation, groups = how
+    dim, pad, rank = x.cut.dim, padding[x.cut.dim - 2], x.ranks.rank
+    ends = {rank - 1: (x.mine[0], x.mine[0] + pad), rank + 1: (x.mine[1] - pad, x.mine[1])}  # what neighbours need
+    pieces = [x.own(ends[r]) if r in ends else None for r in range(x.ranks.degree)]
+    size = x.numel() // x.cut.total * pad
+    parts = x.ranks.exchange(pieces, [size if r in ends else 0 for r in range(x.ranks.degree)], x.local)
+    result = func(x.local, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    padding = [0 if n == dim - 2 else p for n, p in enumerate(padding)]
+    length = x.mine[1] - x.mine[0]
+    for r, place, theirs, own in ((rank - 1, 0, 0, pad), (rank + 1, length - pad, 2 * pad, 0)):
+        if not 0 <= r < x.ranks.degree:
+            continue
+        shape = [3 * pad if d == dim else size for d, size in enumerate(x.shape)]
+        strip = empty(shape, x.local)
+        strip.narrow(dim, own, 2 * pad).copy_(x.local.narrow(dim, 0 if r < rank else length - 2 * pad, 2 * pad))
+        border = strip.narrow(dim, theirs, pad)
+        border.copy_(parts[r].view(border.shape))
+        mended = func(strip, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+        result.narrow(dim, place, pad).copy_(mended)
+    return x.like(result)
 
 
 def _windows(x: Slab, bounds: tuple[int, ...], stride: int, pad: int, reach: int, value: float = 0.0) -> Tensor:
@@ -97,15 +134,15 @@ def _transposed(func: Any, x: Slab, how: Any) -> Slab:
         wanted.append((first, last + 1) if b > a else (0, 0))
     rows, rank = x.fetch(wanted), x.ranks.rank
     cut = Cut(x.cut.dim, bounds)
-    empty = cut.length(rank) == 0
-    if empty:  # of one row the shape of the other dims is learned
+    is_empty = cut.length(rank) == 0
+    if is_empty:  # of one row the shape of the other dims is learned
         shape = list(x.shape)
         shape[x.cut.dim] = 1
         rows = x.local.new_zeros(shape)
     padding = [0 if n == at else p for n, p in enumerate(padding)]
     result = func(rows, weight, bias, stride, padding, dilation, True, output_padding, groups)
     begin = bounds[rank] + pad - wanted[rank][0] * s
-    if empty:
+    if is_empty:
         begin = 0
     return x.like(result.narrow(cut.dim, begin, cut.length(rank)), cut)
 
@@ -298,13 +335,13 @@ def stft(func: Any, args: Any, kwargs: Any) -> Any:
     named.pop("pad_mode", None)
     bounds = _windowed_bounds(x.cut, (x.cut.total - size) // step + 1, step, 0, size)
     rows, cut = _windows(x, bounds, step, 0, size), Cut(x.ndim, bounds)
-    empty = cut.length(x.ranks.rank) == 0
-    if empty:  # the other dims are learned of one window
+    is_empty = cut.length(x.ranks.rank) == 0
+    if is_empty:  # the other dims are learned of one window
         rows = rows.new_zeros((*rows.shape[:-1], size))
     result = func(rows, center=False, **named)
     if result.ndim != x.ndim + 1:
         raise refuse("stft", "as real numbers")
-    return x.like(result[..., :0] if empty else result, cut)
+    return x.like(result[..., :0] if is_empty else result, cut)
 
 
 WINDOWS: dict[str, Any] = {"unfold": unfold, "convolution": convolution, "constant_pad_nd": constant_pad}

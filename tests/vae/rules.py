@@ -152,6 +152,11 @@ VIDEO = (2, 4, 3, 9, 5)
 
 WINDOWS = (
     Rule("conv2d", (2, 4, 13, 5), 2, lambda x: _conv2d(x, padding=1), 1),
+    Rule("conv2d, mended", (2, 2, 61, 40), 2,
+         lambda x: functional.conv2d(x, _weight(2, 2, 5, 3), _weight(2), padding=(2, 1)), 1),
+    Rule("conv2d, mended, channels last", (2, 2, 61, 40), 2,
+         lambda x: functional.conv2d(_channels_last(x), _weight(2, 2, 5, 3), padding=(4, 1), dilation=(2, 1)), 1),
+    Rule("conv3d, mended", (2, 2, 3, 31, 20), 3, lambda x: functional.conv3d(x, _weight(2, 2, 3, 3, 3), padding=1), 1),
     Rule("conv2d over the width", SQUARE, 3, lambda x: _conv2d(x, padding=1), 1),
     Rule("conv2d without padding", (2, 4, 13, 5), 2, _conv2d, 1),
     Rule("conv2d, batch split", (5, 4, 6, 5), 0, lambda x: _conv2d(x, padding=1), 0),

@@ -28,8 +28,8 @@ Method = Callable[..., Any]
 
 
 def split_dim(x: Tensor) -> int:
-    """The dim along which latents or samples are cut: the longer of height and width, height of a square; time of
-    audio (samples, or channels and samples). Never the frames of a video: decoders keep features from chunk to chunk."""
+    """The dim along which latents or samples are cut: the longer of height and width (height of a square), time of
+    audio (samples, or channels and samples). Never the frames of a video: decoders keep features of them."""
     if x.ndim <= 3:
         return x.ndim - 1
     return x.ndim - 2 if x.shape[-2] >= x.shape[-1] else x.ndim - 1

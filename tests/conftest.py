@@ -37,6 +37,7 @@ SUITES = (
     "vae",
     "drop_in",
     "measuring",
+    "vae",
 )  # the fastest answer first
 
 

@@ -17,7 +17,8 @@ from tools.losses import figures
 ROOT = Path(__file__).parents[2]
 LOSSLESS = {
     "parallel", "device", "timeout_s", "allow_pickle", "data", "cfg", "pipe", "ring", "ulysses", "tensor",
-    "compile", "cuda_graphs", "rewrites", "text_encoders", "vae", "offload", "placement", "max_memory", "offload_folder",
+    "compile", "cuda_graphs", "rewrites", "text_encoders", "vae", "offload", "placement", "max_memory",
+    "offload_folder",
 }  # fmt: skip
 """Options that leave pictures as they are; the tests of each show it."""
 FIELDS = {field.name: field for cls in (Config, Parallel) for field in dataclasses.fields(cls)}

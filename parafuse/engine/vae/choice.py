@@ -93,7 +93,7 @@ class ByCall:
                 return original(*args, **kwargs)
             try:
                 return self._in_form(form, method, args, kwargs)
-            except (UnsupportedError, ConfigError) as error:  # the same on all ranks, before anything is exchanged
+            except (UnsupportedError, ConfigError) as error:  # the same on all ranks, at the same operator
                 self._refused[form] = str(error)
                 self._forms.pop(form, None)
                 note(f"{self.name}: every rank makes all of {method}, as {form} cannot be had: {error}")

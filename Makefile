@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-use test-caches test-options test-attention test-memory caches options sparse rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
+.PHONY: help setup demo check test test-use test-caches test-options test-attention test-memory test-vae vae bench-vae caches options sparse rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,15 @@ test-attention: setup ## Run the tests of attention's kernels and of sparse atte
 
 test-memory: setup ## Run the tests of loading, text encoders, placement, offload and prediction of memory (six minutes)
 	$(PYTEST) tests/memory --collected-floor tests/collected_floor_memory.txt
+
+test-vae: setup ## Run the tests of autoencoders on several ranks (five minutes)
+	$(PYTEST) tests/vae --collected-floor tests/collected_floor_vae.txt
+
+vae: setup ## Put every autoencoder class on 2, 3 and 4 ranks: docs/vae-support.md (a quarter of an hour)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.vae
+
+bench-vae: setup ## Measure a decode on 2 ranks against 1 on this machine's CPU
+	$(BIN)/python -m benchmarks.vae_cpu
 
 sparse: setup ## Put sparse attention on every transformer class: docs/sparse-support.md (ten minutes)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sparse

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,15 @@ def memory_bytes() -> int:
         return 0
     limit = _read("/sys/fs/cgroup/memory.max")
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def process_age_s() -> float | None:
+    """Seconds since this process began; None where the system does not tell."""
+    try:
+        begun = int(_read("/proc/self/stat").rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - begun
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
 
 
 def _read(path: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,6 +14,11 @@ from parafuse.engine.surface import Act
 from parafuse.errors import ConfigError
 
 LOADS = ("load_lora_weights", "load_lora_adapter")
+DOES_NOT_FIT = (RuntimeError, ValueError, LookupError, AttributeError, TypeError)
+"""What diffusers and peft raise then; packed weights know less of shapes."""
+FILES = (".safetensors", ".bin", ".pt")
+NAMES_OF_HUB = 2
+"""An owner's and a repository's."""
 STATE = ("peft_config", "_hf_peft_config_loaded")
 """What peft, diffusers and transformers note on a component."""
 
@@ -24,6 +31,7 @@ def fitting(act: Act, pipeline: Any) -> Iterator[None]:
     if act.name not in LOADS:
         yield
         return
+    _refuse_missing(act)
     before = adapters(pipeline)
     found = [_Found(part) for part in pipeline.components.values() if isinstance(part, nn.Module)]
     try:
@@ -35,15 +43,27 @@ def fitting(act: Act, pipeline: Any) -> Iterator[None]:
                     getattr(pipeline, part).delete_adapters(name)
         for one in found:
             one.restore()
-        if isinstance(error, ConfigError) or not isinstance(error, (RuntimeError, ValueError, LookupError)):
+        if isinstance(error, ConfigError) or not isinstance(error, DOES_NOT_FIT):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"{act}: the adapter does not fit this model ({' '.join(lines[:2])}).") from error
+        asked = f" {str(act.args[0])!r}" if act.args and isinstance(act.args[0], (str, os.PathLike)) else ""
+        raise ConfigError(f"{act}: the adapter{asked} does not fit this model ({' '.join(lines[:2])}).") from error
     if adapters(pipeline) == before and not act.kwargs.get("hotswap"):
         raise ConfigError(
             f"{act}: nothing in the adapter is for a part of {type(pipeline).__name__} ({', '.join(before)}); it is "
             "one for another architecture, or its names need another prefix."
         )
+
+
+def _refuse_missing(act: Act) -> None:
+    """Raises ConfigError for a file or folder that is not there, which diffusers takes for the name of a hub's."""
+    asked = act.args[0] if act.args else None
+    if not isinstance(asked, (str, os.PathLike)):
+        return
+    path = Path(asked)
+    is_path = path.is_absolute() or path.suffix in FILES or len(path.parts) != NAMES_OF_HUB
+    if is_path and not path.exists():
+        raise ConfigError(f"{act}: {str(path)!r} does not exist; give a file, a folder, or the id of one on the hub.")
 
 
 class _Found:

@@ -44,12 +44,14 @@ def refuse_wrapped(name: str, modules: list[nn.Module]) -> None:
         if hooks:
             raise ConfigError(
                 f"{where} carries diffusers hooks ({', '.join(hooks)}), such as a cache, offload or context parallel; "
-                "take them off (disable_cache(), remove_all_hooks()) before parafuse is applied."
+                "take them off before parafuse is applied (disable_cache(); where there is no such method, load the "
+                "model again)."
             )
         if hasattr(module, "_hf_hook"):
             raise ConfigError(
                 f"{where} is offloaded or placed by accelerate; take that off before parafuse is applied "
-                "(remove_all_hooks(), or a manager's disable_auto_cpu_offload()), and switch it on again after that."
+                "(remove_all_hooks(), or a manager's disable_auto_cpu_offload()); it can be switched on again after "
+                "that, where parafuse has no offload and no placement."
             )
 
 

@@ -31,9 +31,11 @@ def load_pipeline(
     if not allow_pickle and source.kind != "file":
         kwargs.setdefault("use_safetensors", True)
     try:
-        if source.kind == "file":
-            return _single_file(source, kwargs)
-        return _from_pretrained(source, kwargs)
+        pipeline = _single_file(source, kwargs) if source.kind == "file" else _from_pretrained(source, kwargs)
+        for name, part in pipeline.components.items():
+            if hasattr(part, "requires_grad_") and name not in kwargs:
+                part.requires_grad_(False)  # as adapters leave it: compiled code is made for one of both
+        return pipeline
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, LookupError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:

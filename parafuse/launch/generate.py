@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parafuse import log
+from parafuse import hardware, log
 from parafuse.config import Axis, Config
 from parafuse.engine.plan import Plan
 from parafuse.engine.request import fresh_seed
@@ -163,6 +163,7 @@ def paint(job: Job) -> None:
 
     if not picture.verbose:
         quiet.hide_loading_bars()
+    started = hardware.process_age_s()
     engine = Engine.from_pretrained(
         picture.model,
         job.config,
@@ -185,6 +186,7 @@ def paint(job: Job) -> None:
         output = engine(**_request(prompts, engine, picture.seed, wanted))
         seconds = (time.perf_counter() - begun) / len(prompts)
         if engine.rank == 0:
+            engine.receipt["timings_s"]["start"] = None if started is None else round(started, 3)
             tell(job, engine, output, paths[first * each : (first + len(prompts)) * each], seconds)
     engine.close()
 

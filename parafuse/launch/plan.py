@@ -95,26 +95,40 @@ def predicted(job: PlanJob) -> Prediction:
 
 def table(found: Prediction) -> list[str]:
     """The prediction for people, in GB."""
-    weights = ", ".join(f"{name} {_gb(number)}" for name, number in found.weights.items())
+    unit = Unit("GB", 1e9) if found.nbytes >= GB else Unit("MB", 1e6)
+    weights = ", ".join(f"{name} {unit.of(number)}" for name, number in found.weights.items())
     each = "" if found.plan.world_size == 1 else f", on each of {found.plan.world_size} ranks"
-    lines = [f"GB on {found.plan.device}{each}", f"weights: {weights}"]
+    lines = [f"{unit.name} on {found.plan.device}{each}", f"weights: {weights}"]
     if found.elsewhere:
         places = {place: f"device {place}" if place.isdigit() else place for place in found.elsewhere}
-        lines.append("of these at home on " + ", ".join(f"{places[k]} {_gb(n)}" for k, n in found.elsewhere.items()))
+        lines.append(
+            "of these at home on " + ", ".join(f"{places[k]} {unit.of(n)}" for k, n in found.elsewhere.items())
+        )
     requests = [("first", found.first), ("later", found.later)]
     width = max(map(len, found.first)) + 2
     lines += ["", f"{'':<{width + 7}}" + "".join(f"{name:>12}" for name in COLUMNS)]
     for name, phases in requests[: 1 if found.first == found.later else 2]:
-        lines += [f"{phase:<{width}}{name:<7}{_row(one)}" for phase, one in phases.items()]
-    lines += ["", f"most at a time: {_gb(found.nbytes)} GB ({_most(found)})"]
+        lines += [f"{phase:<{width}}{name:<7}{_row(one, unit)}" for phase, one in phases.items()]
+    lines += ["", f"most at a time: {unit.of(found.nbytes)} {unit.name} ({_most(found)})"]
     if found.host:
-        lines.append(f"host memory, while it is loaded: {_gb(found.host)} GB")
+        lines.append(f"host memory, while it is loaded: {unit.of(found.host)} {unit.name}")
     return lines + [f"taken for granted: {note}" for note in found.notes]
 
 
-def _row(one: Phase) -> str:
+@dataclass(frozen=True)
+class Unit:
+    """In which numbers of bytes are shown."""
+
+    name: str
+    nbytes: float
+
+    def of(self, nbytes: int) -> str:
+        return f"{nbytes / self.nbytes:.2f}"
+
+
+def _row(one: Phase, unit: Unit) -> str:
     numbers = (one.nbytes, one.weights, one.activations, one.exchange, one.kept, one.pipeline, one.libraries)
-    return "".join(f"{_gb(number):>12}" for number in numbers)
+    return "".join(f"{unit.of(number):>12}" for number in numbers)
 
 
 def _most(found: Prediction) -> str:
@@ -127,9 +141,5 @@ def _most(found: Prediction) -> str:
     room = ""
     if there:
         fits = "fits" if there >= found.nbytes else "does not fit"
-        room = f"; {fits}: {where} has {_gb(there)}"
+        room = f"; {fits}: {where} has {there / GB:.1f} GB"
     return f"{phase}, in {one.at}{room}"
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / GB:.2f}" if nbytes >= GB / 100 else f"{nbytes / GB:.5f}"

@@ -180,7 +180,7 @@ class _Pickler(pickle.Pickler):
             self._move(obj)
         elif type(obj) is torch.UntypedStorage:
             return self._stands_for(obj, torch.uint8)  # of newer dtypes; torch rebuilds them from a typed one of bytes
-        elif type(obj) is torch.storage.TypedStorage and obj.nbytes() >= SMALLEST:
+        elif type(obj) is torch.storage.TypedStorage and obj._untyped_storage.nbytes() >= SMALLEST:
             return self._stands_for(obj._untyped_storage, obj.dtype)
         return None
 

@@ -78,6 +78,13 @@ def test_it_is_refused_on_all_ranks_and_nothing_is_left(layer: str) -> None:
         assert active == []
 
 
+@pytest.mark.parametrize("name", ["/nowhere/lora.safetensors", "there/is/none", "lora.safetensors"])
+def test_a_file_that_is_not_there_is_told(name: str) -> None:
+    says = pytest.raises(ConfigError, match=f"'{name}' does not exist; give a file")
+    with Engine.from_pretrained("emoji") as engine, says:
+        engine.load_lora_weights(name)
+
+
 def test_beside_quantized_weights() -> None:
     for said, before, after, active in run_ranks(refused, 2, OTHERS["another width"], "int8", False):
         assert said.startswith("ConfigError: load_lora_weights: the adapter does not fit this model")

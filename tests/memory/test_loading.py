@@ -12,11 +12,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from parafuse import Engine
 from parafuse.config import Config
 from parafuse.engine import node_loading
+from parafuse.engine.loader import load_pipeline
 from parafuse.engine.planner import resolve
 from parafuse.engine.source import locate
-from parafuse.errors import ModelError
+from parafuse.errors import ConfigError, ModelError
 from parafuse.parallel import node
 from parafuse.parallel.world import join_world
 from tests.dist.ranks import RankFailure, close_pools, run_ranks
@@ -188,3 +190,16 @@ def test_what_the_loading_rank_fails_with_reaches_the_others() -> None:
         "ZeroDivisionError: by accident",
         *["RankError: rank 0 failed: ZeroDivisionError: by accident"] * 2,
     ]
+
+
+def test_weights_are_loaded_as_adapters_leave_them() -> None:
+    """Compiled code asks whether a weight wants a gradient: it would be made anew after an adapter came and went."""
+    pipeline = load_pipeline(locate("emoji"), dtype="float32", allow_pickle=False)
+    assert not any(x.requires_grad for x in pipeline.transformer.parameters())
+
+
+def test_a_folder_that_is_none_is_told_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_loading, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is no folder; give another one"):
+        Engine.from_pretrained("emoji", Config(offload=f"model:to=disk,folder={tmp_path / 'file'}"))

@@ -81,9 +81,20 @@ def check_files(source: ModelSource, plan: Plan, given: Mapping[str, Any]) -> No
     """The same for a folder or a file, by the headers of its files. `given`: the keywords of the loader."""
     elsewhere = {"device_map", "quantization_config"} & given.keys()  # others place or pack the weights
     by_part = any(isinstance(given.get(name), dict) for name in ("dtype", "torch_dtype"))
+    offload = offload_of(plan.offload or None)
+    if offload is not None and offload.folder is not None:
+        _check_folder(offload.folder)
     if source.kind in ("folder", "file") and not elsewhere and not by_part and not plan.placement:
-        home = _home(plan.device, offload_of(plan.offload or None))
+        home = _home(plan.device, offload)
         _check(source, home, plan.dtype, bool(plan.quantize), _local(plan.world_size), given)
+
+
+def _check_folder(folder: str) -> None:
+    """Raises ConfigError for one in which no file can be."""
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "is no folder" if not there.is_dir() else "cannot be written"
+        raise ConfigError(f"offload: folder={folder!r}: {there} {why}; give another one.")
 
 
 def _home(device: str, offload: Offload | None) -> str:

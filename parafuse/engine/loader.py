@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parafuse.engine.folder import SAFE, tensor_shapes
+from parafuse.engine.folder import SAFE, WAY_OUT, tensor_shapes
 from parafuse.engine.loading_checks import check_names, custom_file, parameters_of
 from parafuse.engine.loading_keywords import keywords_of
 from parafuse.engine.source import ModelSource, read_json
 from parafuse.errors import ConfigError, ModelError
 from parafuse.parallel.packed import inside
+
+SHAPES = re.compile(r"(\S+) expected shape (?:torch\.Size\()?(\[[\d, ]*\])\)?, but got (?:torch\.Size\()?(\[[\d, ]*\])")
+"""diffusers' words for a tensor in a file that is not as large as in the model."""
 
 
 def load_pipeline(
@@ -42,7 +46,8 @@ def load_pipeline(
         reason = _not_fetched(error) if source.kind == "hub" else None
         if reason:
             raise ModelError(f"model={source.name!r}: {reason}, or give a folder.") from error
-        raise ModelError(f"model={source.name!r}: cannot be loaded ({_first_line(error)})") from error
+        reason = _of_another_shape(source, error) or f"cannot be loaded ({_first_line(error)})"
+        raise ModelError(f"model={source.name!r}: {reason}") from error
 
 
 def _from_pretrained(source: ModelSource, kwargs: dict[str, Any]) -> Any:
@@ -101,6 +106,20 @@ def _random(source: ModelSource, device: Any, kwargs: dict[str, Any]) -> Any:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _of_another_shape(source: ModelSource, error: BaseException) -> str | None:
+    """Which file of a folder has the tensor that diffusers found to have another shape; None for other errors."""
+    found = SHAPES.search(str(error))
+    if found is None or source.kind != "folder":
+        return None
+    tensor, wanted, there = found[1], found[2], found[3]
+    for file in sorted(Path(source.path).glob("*/*.safetensors")):
+        shape = tensor_shapes(file, file.name).get(tensor)
+        if shape is not None and str(shape) == there:
+            name = f"{file.parent.name}/{file.name}"
+            return f"{name} has {tensor} of shape {there}, and its config.json asks for {wanted}. {WAY_OUT}"
+    return None
 
 
 def _not_fetched(error: BaseException) -> str | None:

@@ -203,3 +203,15 @@ def test_a_folder_that_is_none_is_told_before_loading(tmp_path: Path, monkeypatc
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file is no folder; give another one"):
         Engine.from_pretrained("emoji", Config(offload=f"model:to=disk,folder={tmp_path / 'file'}"))
+
+
+def test_a_tensor_of_another_shape_is_named_with_its_file(tmp_path: Path) -> None:
+    there = emoji_in(tmp_path)
+    file = there / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.bias"] = weights["proj_out.bias"][:-1].clone()
+    save_file(weights, file)
+    words = r"transformer/diffusion_pytorch_model.safetensors has proj_out.bias of shape \[\d+\], and its config"
+    with pytest.raises(ModelError, match=words) as said:
+        load_pipeline(locate(str(there)), dtype="float32", allow_pickle=False)
+    assert "low_cpu_mem_usage" not in str(said.value)

@@ -99,9 +99,14 @@ class TextEncoder:
         if not self._kept:
             return
         versions = self._weights()
-        if versions != self._versions or not self._held.is_same(exactly=True, wherever=self._come_and_go):
+        if versions != self._versions or not self._is_as_it_was:
             self.forget()
             self._held, self._versions = Held(self.module), versions
+
+    @property
+    def _is_as_it_was(self) -> bool:
+        """But for the values of weights."""
+        return self._held.is_same(exactly=True, wherever=self._come_and_go)
 
     @property
     def _come_and_go(self) -> bool:
@@ -149,8 +154,9 @@ class TextEncoder:
 
     def _key(self, name: str, args: Any, kwargs: Any) -> tuple[str, str] | None:
         """Equal for calls that give the same; None where nothing is kept: adapters are scaled for this call, say."""
-        self._look()
-        if not self._kept or name in RANDOM or self._held.unknown:
+        if self._kept and self._weights() != self._versions:
+            self._look()
+        if not self._kept or name in RANDOM or self._held.unknown or not self._is_as_it_was:
             return None
         leaves, spec = tree_flatten((args, kwargs))
         found = hashlib.sha256(f"{spec}{torch.is_autocast_enabled('cpu')}{torch.is_autocast_enabled('cuda')}".encode())

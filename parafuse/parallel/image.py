@@ -141,8 +141,6 @@ def sharing(tensors: list[Tensor]) -> list[list[Tensor]]:
     for x in tensors:
         if x.is_meta:
             raise UnsupportedError("offload: some weights are on the meta device, without values; load them first.")
-        if x.numel() > 1 and not any(x.stride()):
-            raise UnsupportedError("offload: some weights are away already: another handle offloads them; remove() it.")
         storages.setdefault(x.untyped_storage()._cdata, []).append(x)
     found: list[list[Tensor]] = []
     for members in storages.values():

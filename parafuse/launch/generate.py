@@ -186,7 +186,7 @@ def paint(job: Job) -> None:
         output = engine(**_request(prompts, engine, picture.seed, wanted))
         seconds = (time.perf_counter() - begun) / len(prompts)
         if engine.rank == 0:
-            engine.receipt["timings_s"]["start"] = None if started is None else round(started, 3)
+            engine.receipt.setdefault("timings_s", {})["start"] = None if started is None else round(started, 3)
             tell(job, engine, output, paths[first * each : (first + len(prompts)) * each], seconds)
     engine.close()
 

@@ -20,6 +20,8 @@ FIXED_PART = {
     ("FLUX.1", "offload group"): ("Ulysses 2", "LoRA"),
     ("FLUX.1", "offload, quantize and compile"): ("one rank",),
     ("Wan 2.1", "offload and first-block cache"): ("Ulysses 2",),
+    ("FLUX.1", "placement on a disk"): ("data 2",),
+    ("Stable Diffusion XL", "text encoders on one rank"): ("data 2",),
     ("Stable Diffusion XL", "offload model"): ("cfg 2",),
     ("HunyuanVideo", "offload and compile"): ("one rank",),
     ("FLUX.1", "all of them"): ("Ulysses 2, cache, LoRA",),

@@ -8,7 +8,6 @@ denoiser twice and for those that stack the branches.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 import parafuse
 from benchmarks.scaling_cpu import IMAGE, ROUNDS, model_and_inputs, timed
-from benchmarks.two_ranks import on_two_ranks
+from benchmarks.two_ranks import Scaling, on_two_ranks
 
 WAYS = ("two calls", "stacked batch")
 GOAL, OF_CEILING = 1.9, 0.95
@@ -80,21 +79,14 @@ def measure(way: str, rank: int) -> dict[str, Any]:
 
 def report(way: str, both: list[dict[str, Any]]) -> bool:
     """Prints one way's figures; True when the goal is met."""
-    one = statistics.median(both[0]["samples"]["one"])
-    two = statistics.median(max(pair) for pair in zip(*(b["samples"]["two"] for b in both), strict=True))
-    alone = statistics.median(max(pair) for pair in zip(*(b["samples"]["independent"] for b in both), strict=True))
-    ratio, ceiling = one / two, 2 * one / alone
-    goal = min(GOAL, OF_CEILING * ceiling)
+    found = Scaling.of(both, GOAL, OF_CEILING)
     expected = IMAGE * 64 * 4 + 8  # one branch's result to the other rank, and word that it is one
-    print(
-        f"{way}: 1 rank {one * 1e3:.1f} ms, 2 ranks {two * 1e3:.1f} ms: {ratio:.2f}x "
-        f"(ceiling {ceiling:.2f}x, goal {goal:.2f}x)"
-    )
+    print(f"{way}: {found}")
     print(
         f"  relative error against one rank {both[0]['error']:.1e}; per step {both[0]['calls']} exchange (1), "
         f"{both[0]['bytes']} bytes sent (formula {expected})"
     )
-    return ratio >= goal and both[0]["calls"] == 1 and both[0]["bytes"] == expected
+    return found.ratio >= found.goal and both[0]["calls"] == 1 and both[0]["bytes"] == expected
 
 
 def main() -> int:

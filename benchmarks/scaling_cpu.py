@@ -8,7 +8,6 @@ rank (the other one idle), on two ranks, and on both at once without any exchang
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 
 import parafuse
-from benchmarks.two_ranks import on_two_ranks
+from benchmarks.two_ranks import Scaling, on_two_ranks
 
 IMAGE, TEXT, WIDTH, HEADS = 1024, 128, 512, 8
 DOUBLE, SINGLE = 2, 4
@@ -84,23 +83,17 @@ def measure(dtype_name: str, rank: int) -> dict[str, Any]:
 
 def report(name: str, both: list[dict[str, Any]]) -> bool:
     """Prints one dtype's table; True when the goal is met."""
-    one = statistics.median(both[0]["samples"]["one"])
-    two = statistics.median(max(pair) for pair in zip(*(b["samples"]["two"] for b in both), strict=True))
-    alone = statistics.median(max(pair) for pair in zip(*(b["samples"]["independent"] for b in both), strict=True))
-    ratio, ceiling = one / two, 2 * one / alone
-    goal = GOALS[name] if ceiling >= 1.9 else min(GOALS[name], 0.93 * ceiling)
-    spread = max(both[0]["samples"]["one"]) / min(both[0]["samples"]["one"])
+    found = Scaling.of(both, GOALS[name])
     expected = 4 * (IMAGE + TEXT) * WIDTH * both[0]["item_bytes"] / 2 * 1 / 2
     counts = both[0]["counts"]
+    print(f"{name}: {found}")
     print(
-        f"{name}: 1 rank {one * 1e3:.1f} ms, 2 ranks {two * 1e3:.1f} ms: {ratio:.2f}x "
-        f"(ceiling {ceiling:.2f}x, goal {goal:.2f}x)"
+        f"  spread of the one-rank samples {found.spread:.2f}; relative error against one rank {both[0]['error']:.1e}"
     )
-    print(f"  spread of the one-rank samples {spread:.2f}; relative error against one rank {both[0]['error']:.1e}")
     print(
         f"  per block: {counts['calls']:.0f} exchanges (2), {counts['bytes']:.0f} bytes sent (formula {expected:.0f})"
     )
-    return ratio >= goal and counts["bytes"] == expected and counts["calls"] == 2
+    return found.ratio >= found.goal and counts["bytes"] == expected and counts["calls"] == 2
 
 
 def main() -> int:

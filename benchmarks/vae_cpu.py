@@ -8,7 +8,6 @@ other one idle), on two ranks, and on both at once without any exchange (the mac
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch.distributed as dist
 from diffusers import AutoencoderKL
 
 import parafuse
-from benchmarks.two_ranks import on_two_ranks
+from benchmarks.two_ranks import Scaling, on_two_ranks
 
 ROUNDS = 7
-GOAL, SHARE_OF_CEILING = 1.7, 0.93
+GOAL = 1.7
 PIXELS = {"256": 256}
 
 
@@ -62,18 +61,12 @@ def measure(name: str, rank: int) -> dict[str, Any]:
 
 def report(name: str, both: list[dict[str, Any]]) -> bool:
     """Prints one size's figures; True when the goal is met."""
-    one = statistics.median(both[0]["samples"]["one"])
-    two = statistics.median(max(pair) for pair in zip(*(b["samples"]["two"] for b in both), strict=True))
-    alone = statistics.median(max(pair) for pair in zip(*(b["samples"]["independent"] for b in both), strict=True))
-    ratio, ceiling = one / two, 2 * one / alone
-    goal = min(GOAL, SHARE_OF_CEILING * ceiling)
-    spread = max(both[0]["samples"]["one"]) / min(both[0]["samples"]["one"])
+    found = Scaling.of(both, GOAL)
+    print(f"{name} x {name}: {found}")
     print(
-        f"{name} x {name}: 1 rank {one * 1e3:.0f} ms, 2 ranks {two * 1e3:.0f} ms: {ratio:.2f}x "
-        f"(ceiling {ceiling:.2f}x, goal {goal:.2f}x)"
+        f"  spread of the one-rank samples {found.spread:.2f}; relative error against one rank {both[0]['error']:.1e}"
     )
-    print(f"  spread of the one-rank samples {spread:.2f}; relative error against one rank {both[0]['error']:.1e}")
-    return ratio >= goal
+    return found.ratio >= found.goal
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from parafuse.errors import UnsupportedError
 from parafuse.parallel.hooks import Forward, override
 from parafuse.parallel.part_state import Place, Snapshot, holding, put, read
-from parafuse.parallel.rehearsal import Rehearsal, address, all_without_values, tensors_in
+from parafuse.parallel.rehearsal import Rehearsal, address, all_without_values, refusing, tensors_in
 
 EVERYWHERE = -1
 """The group of a call that every rank makes."""
@@ -231,15 +231,11 @@ class Finder:
     def _tried(self, part: Part, given: Given) -> tuple[list[Any], TreeSpec, list[bool]]:
         before, leaves = Snapshot(part.child), tree_flatten(given)[0]
         try:
-            with self._mode.part() as touched:
+            with refusing(f"{part.name}: does not run without values"), self._mode.part() as touched:
                 after = part.run(given)
             known = {(id(one), name) for one, name in part.places}
             if more := [place for place in before.others() if (id(place[0]), place[1]) not in known]:
                 raise KeepsMore(part.name, more)
-        except (NotImplementedError, RuntimeError, ValueError) as error:
-            if "meta" not in str(error).lower():
-                raise
-            raise UnsupportedError(f"{part.name}: does not run without values ({error})") from error
         finally:
             before.restore()
         found, spec = tree_flatten(after)

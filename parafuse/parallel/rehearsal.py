@@ -10,7 +10,7 @@ as it is, at the price of looking at its operators.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,18 @@ def all_without_values(tree: Any) -> Any:
 
 def tensors_in(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Raises UnsupportedError for what torch raises where values are asked of the meta device, known by its words
+    alone. Other errors are the code's own, and stay."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        if "meta" not in str(error).lower():
+            raise
+        raise UnsupportedError(f"{what} ({error})") from error
 
 
 class Rehearsal(TorchDispatchMode):
@@ -104,12 +116,8 @@ class Rehearsal(TorchDispatchMode):
             for x in written:
                 self._mark(x, lineage | (self.lineage(x) or UNKNOWN))
             return written[0] if len(written) == 1 else tuple(written)
-        try:
+        with refusing(f"{func}: needs the values of a tile before all tiles are known"):
             result = func(*_meta(args), **_meta(kwargs))
-        except (NotImplementedError, RuntimeError) as error:
-            if "meta" not in str(error).lower():
-                raise
-            raise UnsupportedError(f"{func}: needs the values of a tile before all tiles are known") from error
         if not self._in_part:
             for x in tensors_in(result):
                 self._mark(x, lineage | (self._lineages.get(address(x)) or UNKNOWN))

@@ -214,7 +214,7 @@ def one_fails(factor: float) -> tuple[str, bool]:
         model(x, a)
         begun = time.monotonic()
         pair = [model(x, a)[0], model(x, b * factor)[0]]
-        return attempt(lambda: float((pair[0] + pair[1]).sum())), time.monotonic() - begun < 5
+        return attempt(lambda: float((pair[0] + pair[1]).sum())), time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize(

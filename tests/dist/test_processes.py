@@ -225,7 +225,7 @@ def test_helpers_of_a_rank_end_with_it(begin: Begin, tmp_path: Path) -> None:
     [helper] = pids_in(tmp_path, 1)
     assert alive(helper)
     processes.stop()
-    assert until(lambda: not alive(helper), 3)
+    assert until(lambda: not alive(helper), 20)
 
 
 def parent_of(code: str, tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[int]]:

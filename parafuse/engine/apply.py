@@ -29,8 +29,8 @@ from parafuse.engine.quantize.report import lines
 from parafuse.engine.rewrites.choose import STEPWISE
 from parafuse.engine.standing import Standing, standing_on
 from parafuse.engine.suitability import asked_for, check_component, check_target, extras_for, whole
-from parafuse.engine.targets import Wanted, device_of, wanted_of, weighty
-from parafuse.engine.vae.choice import Spread, never
+from parafuse.engine.targets import DECODE, Wanted, device_of, wanted_of, weighty
+from parafuse.engine.vae.choice import DECODING, Spread, never
 from parafuse.engine.video import SparseVideo
 from parafuse.errors import ConfigError
 from parafuse.kernels.attention import Choice
@@ -306,6 +306,11 @@ class Handle:
         for _, one in self._on:
             one.agree(together)
 
+    @property
+    def cuts_decodes(self) -> bool:
+        """Whether samples of an autoencoder are cut between replicas."""
+        return any(one.data is not None and one.method == DECODE for _, one in self._on)
+
     def autoencoders(self) -> dict[str, Spread]:
         """Component -> what shares its calls."""
         return {name: one.autoencoder for name, one in self._on if one.autoencoder is not None}
@@ -331,6 +336,8 @@ class Handle:
             groups["sequence"] = self.mesh.sequence
         if self.mesh.world is not None and self.mesh.world not in groups.values():
             groups["all"] = self.mesh.world
+        if self.mesh.apart is not None:
+            groups[DECODING] = self.mesh.apart
         return {f"{axis}.{kind}": c for axis, group in groups.items() for kind, c in counters(group).kinds.items()}
 
     @contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from parafuse.config import Axis
 from parafuse.engine.guided import check_guided
-from parafuse.engine.modular import settle_state
+from parafuse.engine.modular import settle_state, takes_generator
 from parafuse.engine.plan import Plan
 from parafuse.engine.progress import StepProgress
 from parafuse.engine.request import can_encode, check_call, check_keywords
@@ -54,6 +56,18 @@ def call_keywords(
     if plan.degree(Axis.CFG) > 1:
         check_guided(pipeline, checked, plan.degree(Axis.CFG))
     return checked
+
+
+def with_noise(pipeline: Any, keywords: dict[str, Any], seed: int | Sequence[int] | None) -> dict[str, Any]:
+    """The keywords of a call with generators made from the seed, where the pipeline takes any."""
+    call = dict(keywords)
+    if not takes_generator(pipeline):
+        pass
+    elif isinstance(seed, int):
+        call["generator"] = torch.Generator("cpu").manual_seed(seed)
+    elif seed is not None:
+        call["generator"] = [torch.Generator("cpu").manual_seed(one) for one in seed]
+    return call
 
 
 def steps_of(pipeline: Any, call: dict[str, Any], *, shown: bool, skips: Callable[[], tuple[int, int]]) -> StepProgress:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,70 +14,48 @@ import torch.distributed as dist
 
 from parafuse.config import Config
 from parafuse.engine import saved
-from parafuse.engine.adapters import fitting
 from parafuse.engine.apply import Handle, apply
-from parafuse.engine.caches.report import check_followed, following, report, skips
-from parafuse.engine.calls import call_keywords, paint, steps_of
 from parafuse.engine.compiling import Compiling
-from parafuse.engine.devices import refuse_numbered, remove_offload
+from parafuse.engine.devices import remove_offload
 from parafuse.engine.extras import Extras
-from parafuse.engine.host_times import host_times
 from parafuse.engine.loading_checks import check_loading, own_config, taken
-from parafuse.engine.modular import continues, hush, takes_generator
+from parafuse.engine.modular import hush
 from parafuse.engine.node_loading import Loaded, load_for_ranks
 from parafuse.engine.offload.pipeline import device_for
+from parafuse.engine.overlap.lane import Lane
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
 from parafuse.engine.quantize.put_on import Quantized, checked
-from parafuse.engine.quantized import compute_dtype, weights_of
-from parafuse.engine.receipt import plain, versions
-from parafuse.engine.request import SAME_CALL, facts, fresh_seed
+from parafuse.engine.quantized import compute_dtype
+from parafuse.engine.request import facts
 from parafuse.engine.sharing import pipeline_over
 from parafuse.engine.source import ModelSource, locate, source_of
-from parafuse.engine.state import PipelineState, components_of
+from parafuse.engine.state import PipelineState
 from parafuse.engine.suitability import check_components
-from parafuse.engine.surface import Act, Surface, referred, resolved
+from parafuse.engine.surface import referred, resolved
 from parafuse.engine.targets import DENOISERS, denoisers, weighty
-from parafuse.engine.told import say_idle, seen_by, told_by
+from parafuse.engine.together import Together
 from parafuse.engine.workers import Workers
 from parafuse.engine.world_size import asked_size, launched_size, refuse_ignored, refuse_several
-from parafuse.errors import ConfigError, RankError, RankMismatchError
+from parafuse.errors import ConfigError, RankError
 from parafuse.log import note
 from parafuse.parallel.mesh import make_mesh
-from parafuse.parallel.placeholder import settled
-from parafuse.parallel.world import AGREE_S, SAME_ARGUMENTS, World, join_world, launched
-
-SAME_PIPELINE = "Change it on the engine (engine.load_lora_weights(...), engine.vae.enable_tiling()), on every rank."
+from parafuse.parallel.world import AGREE_S, World, join_world, launched
 
 
-class Engine(Surface):
+class Engine(Together):
     """Runs a pipeline's own call on all ranks of a plan. Make it with `Engine.from_pretrained`."""
-
-    plan: Plan
-    """What runs: every degree, dtype and device."""
-    handle: Handle
-    receipt: dict[str, Any]
-    """The record of the last request that ended well, ready for JSON."""
-    world: World
-    """What this engine's ranks say to each other."""
-    loaded: dict[str, str]
-    """What of a saved engine is used, a line for each part; empty where none was loaded."""
-    _family: list[Engine | None]
-    """All engines over the same ranks, the first one's parent first; the same order on every rank, closed ones None."""
-    _source: ModelSource
-    _state: PipelineState
-    _workers: Workers | None
-    _progress: bool
-    _busy: bool
-    _load_s: float
-    _loading: list[dict[str, Any]]
-    _closed: bool
-    _compiling: Compiling | None
 
     def __init__(self, pipeline: Any, source: ModelSource, plan: Plan, handle: Handle, world: World, progress: bool):
         self.plan, self.handle, self.world, self.receipt, self.loaded = plan, handle, world, {}, {}
         self._family, self._source, self._state, self._workers = [self], source, PipelineState(pipeline), None
-        self._progress, self._busy, self._load_s, self._closed = progress, False, 0.0, False
+        self._progress, self._load_s, self._closed, self._lane, self._inside = (
+            progress,
+            0.0,
+            False,
+            Lane(),
+            threading.local(),
+        )
         self.pipeline = pipeline
         self._compiling, self._loading = None, []
 
@@ -267,65 +245,15 @@ class Engine(Surface):
         if self._workers:
             self.handle.guard(lambda: self._busy)
 
-    @property
-    def _feeds_ranks(self) -> bool:
-        return self._workers is not None
-
-    @property
-    def rank(self) -> int:
-        """This process's global rank; the pictures are the same on all of them."""
-        return self.world.rank
-
-    def __call__(self, *args: Any, seed: int | Sequence[int] | None = None, **kwargs: Any) -> Any:
-        """The pipeline's own call, on all ranks: same arguments, same output, the same on every rank.
-
-        `seed` makes the noise with a CPU generator, so that it does not depend on the device (several: one for each
-        picture); without it, and without `generator`, one is drawn and told in the receipt. The model's own defaults
-        fill in what is not given. Under a launcher every rank calls it with the same arguments. Raises ConfigError
-        before anything runs."""
-        self._refuse_if_over()
-        keywords = call_keywords(self.pipeline, self._source, self.plan, args, kwargs)
-        if seed is not None and "generator" in keywords:
-            raise ConfigError(f"seed={seed}: given beside generator; leave one out.")
-        if seed is None and "generator" not in keywords and not continues(keywords):
-            seed = self.world.share("seed", fresh_seed)
-        return self._everywhere(
-            {"do": "run", "keywords": keywords, "seed": seed}, keywords, lambda: self.run(keywords, seed)
-        )
-
-    def _refuse_if_over(self) -> None:
-        if self._closed:
-            raise ConfigError("engine: it is closed; make a new one.")
-        if self.world.broken:
-            way_out = "make a new engine" if self._workers else "start all ranks again"
-            raise ConfigError(f"engine: a rank was lost in an earlier request; {way_out}.")
-
-    def _everywhere(self, request: dict[str, Any], values: dict[str, Any], run: Callable[[], Any]) -> Any:
-        """Runs something here, and `request`, which says the same, on the ranks that this engine started."""
-        if self._workers:
-            self._workers.send({"engine": self._family.index(self), **request}, values)
-        self._busy = True
-        try:
-            return run()
-        except BaseException as error:
-            is_agreed = isinstance(error, RankMismatchError) and not self.world.broken  # every rank has raised it
-            is_lost = isinstance(error, RankError) or not isinstance(error, Exception)
-            if self._workers and (self.world.broken or (is_lost and not is_agreed)):
-                self.world.broken = True
-                self._workers.explain(error)
-            raise
-        finally:
-            self._busy = False
-
-    def _agree(self, method: str, values: dict[str, Any], way_out: str = SAME_ARGUMENTS) -> None:
-        """Raises RankError unless all ranks are asked for the same; collective, also for ranks that call another."""
-        self.world.agree("a request", facts(values | {"method": method}), way_out=way_out)
-
     def follow(self, request: dict[str, Any]) -> None:
         """What a rank that was started does with a request."""
         engine = self._family[request["engine"]]
         if engine is None:
             raise RankError("a request for an engine that is closed here.")
+        if request["do"] == "submit":
+            engine._begin(request["keywords"], request["seed"])
+            return
+        self._lane.drain()
         if request["do"] == "run":
             engine.run(request["keywords"], request["seed"])
         elif request["do"] == "act":
@@ -334,113 +262,6 @@ class Engine(Surface):
             engine._from_pipe(request["pipeline_class"], request["kwargs"])
         else:
             engine.close()
-
-    def act(self, act: Act) -> Any:
-        """A method of the pipeline, or of a part of it, on all ranks. Under a launcher every rank calls it.
-
-        Gives what it gives here. Raises what it raises; RankError when ranks were given different arguments."""
-        self._refuse_if_over()
-        act = act.referring(self.pipeline)
-        if self.world.size > 1:
-            refuse_numbered(str(act), act.values())
-        return self._everywhere({"do": "act", "act": act}, act.values(), lambda: self._act(act))
-
-    def _act(self, act: Act) -> Any:
-        """On this rank."""
-        self._agree(str(act), act.values())
-        self.world.share_noise()
-        self.handle.rounds.forget()
-        before = components_of(self.pipeline)
-        with self.world.request(), fitting(act, self.pipeline):
-            result = settled(act.do(self.pipeline, **dict.fromkeys(act.own_device, self.world.device)))
-        try:
-            self._follow_changes()
-        except Exception:
-            for name, part in before.items():
-                if getattr(self.pipeline, name, None) is not part:
-                    setattr(self.pipeline, name, part)
-            raise
-        self.plan = act.changed(self.plan)
-        self._state.let_go()
-        return self if result is self.pipeline else result
-
-    def _follow_changes(self) -> None:
-        """Puts everything on what is new where a component was replaced. Raises ConfigError for one that cannot be
-        split, before anything is changed."""
-        if self.plan.changes_nothing:
-            return
-        if self.handle.mesh is None and not self.handle.quantized and not self.handle.is_off:
-            if denoisers(self.pipeline, DENOISERS, required=False):
-                self._put_on()
-        elif not self.handle.stands_on(self.pipeline):
-            self.handle.renew(self.pipeline)
-            note("components were replaced: parafuse was put on the new ones")
-
-    def run(self, keywords: dict[str, Any], seed: int | Sequence[int] | None) -> Any:
-        """One checked request on this rank. Every rank runs it; an error on one rank is an error on all."""
-        self._agree("__call__", keywords | {"seed": seed}, SAME_CALL)
-        if self.world.size > 1:
-            self.world.agree("a pipeline", self._state.facts(self.handle.owners()), way_out=SAME_PIPELINE)
-        self._follow_changes()
-        call = dict(keywords)
-        if not takes_generator(self.pipeline):
-            pass
-        elif isinstance(seed, int):
-            call["generator"] = torch.Generator("cpu").manual_seed(seed)
-        elif seed is not None:
-            call["generator"] = [torch.Generator("cpu").manual_seed(one) for one in seed]
-        begun, before = time.perf_counter(), self.handle.exchanged()
-        seen = seen_by(self.handle)
-        self.handle.rounds.forget()
-        for sequence in self.handle.sequence.values():
-            if sequence.has_changed():
-                sequence.renew()
-        changed = self.world.any_says("modules", [one.has_changed() for one in seen]) if seen else []
-        for one, has_changed in zip(seen, changed, strict=True):
-            one.forget_if(has_changed)
-        self.world.share_noise()
-        with (
-            following(self.plan.replay, self.handle.skipping),
-            self.handle.request() as memories,
-            steps_of(
-                self.pipeline, call, shown=self._progress and self.rank == 0, skips=lambda: skips(memories)
-            ) as progress,
-            self._threads(),
-            host_times(self.pipeline),
-            self.world.request(),
-        ):
-            output = paint(self.pipeline, call)
-            check_followed(self.plan.replay, memories)
-        say_idle(self.handle, seen)
-        compiled = self._compiling.report() if self._compiling else None
-        self.receipt = {
-            "plan": self.plan.without_replay().to_dict(),
-            "seed": seed,
-            "call": plain(keywords),
-            "versions": versions(),
-            "weights": weights_of(self.pipeline),
-            **told_by(self.handle, seen, before),
-            "loading": self._loading,
-            "cache": report(self.handle.cache, memories, self.world),
-            "compiled": compiled,
-            "timings_s": {
-                "load": round(self._load_s, 3),
-                "request": round(time.perf_counter() - begun, 3),
-                "steps": [round(s, 4) for s in progress.steps_s],
-            },
-        }
-        return output
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """Shares the cores with the ranks that this process started, while a request runs."""
-        before = torch.get_num_threads()
-        if self._workers and self.plan.device == "cpu":
-            torch.set_num_threads(self._workers.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
     def from_pipe(self, pipeline_class: Any, **kwargs: Any) -> Engine:
         """An engine for another pipeline over the same components and ranks, as diffusers' `from_pipe`.
@@ -460,7 +281,7 @@ class Engine(Surface):
         source = source_of(pipeline)
         plan = replace(self.plan, model=source.name, model_id=source.model_id, replay=None)
         engine = type(self)(pipeline, source, plan, Handle(), self.world, self._progress)
-        engine._family, engine._workers = self._family, self._workers
+        engine._family, engine._workers, engine._lane = self._family, self._workers, self._lane
         engine._put_on()
         self._family.append(engine)
         return engine
@@ -472,6 +293,7 @@ class Engine(Surface):
             return
         first = self._family[0] is self
         try:
+            self._lane.drain()
             if not first and self._workers and not self.world.broken:
                 self._workers.send({"engine": self._family.index(self), "do": "close"})
             for one in reversed(self._family[1:]) if first else ():
@@ -483,6 +305,7 @@ class Engine(Surface):
                 self._workers.stop()
                 self._workers = None
             if first:
+                self._lane.close()
                 self.world.leave()
 
     def _take_off(self) -> None:

@@ -19,6 +19,8 @@ class StepProgress:
     def __init__(self, *, shown: bool, total: int | None, user: Callback | None, skips: Callable[[], tuple[int, int]]):
         self.steps_s: list[float] = []
         """Seconds of each step after the first, from callback to callback."""
+        self.is_in_callback = False
+        """Whether the user's own runs now."""
         self._last: float | None = None
         self._user = user
         self._skips = skips
@@ -39,7 +41,13 @@ class StepProgress:
             skipped, of = self._skips()
             text = f"denoising, {skipped} of {of} calls from the cache" if of else "denoising"
             self._bar.update(self._task, completed=step + 1, description=text)
-        return tensors if self._user is None else self._user(pipeline, step, timestep, tensors)
+        if self._user is None:
+            return tensors
+        self.is_in_callback = True
+        try:
+            return self._user(pipeline, step, timestep, tensors)
+        finally:
+            self.is_in_callback = False
 
     def __enter__(self) -> StepProgress:
         if self._bar is not None:

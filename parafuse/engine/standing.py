@@ -108,8 +108,7 @@ class Standing:
             self.encoder = TextEncoder(self.module, self.mesh, owner=self.extras.owner, kept=kept)
             self._put_on(self.encoder)
         elif self._is_shared_autoencoder:
-            world = self.mesh.world if self.mesh.num_ranks > 1 else None
-            self.autoencoder = make_spread(self.extras.vae, self.name, self.module, world)
+            self.autoencoder = make_spread(self.extras.vae, self.name, self.module, self.mesh.apart)
             self._put_on(self.autoencoder)
         else:
             self._install_on_denoiser(rounds, clock)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,8 +14,10 @@ from parafuse.parallel.fingerprint import fingerprint
 
 
 def components_of(pipeline: Any) -> dict[str, Any]:
-    """Name -> component, of those that are there. diffusers' own property fails once the configuration has a key that
-    is no argument of the class."""
+    """Name -> component, of those that are there; of an object that is no pipeline of diffusers', its attributes.
+    diffusers' own property fails once the configuration has a key that is no argument of the class."""
+    if not hasattr(type(pipeline), "components"):
+        return dict(vars(pipeline))
     try:
         found = pipeline.components
     except ValueError:
@@ -30,11 +32,14 @@ class PipelineState:
         self._pipeline = pipeline
         self._known: dict[str, tuple[nn.Module, Parts, str]] = {}
 
-    def facts(self, alone: Mapping[str, int] | None = None) -> dict[str, str]:
+    def facts(
+        self, alone: Mapping[str, int] | None = None, wanted: Callable[[str], bool] = lambda _: True
+    ) -> dict[str, str]:
         """Component -> what it is, equal on ranks where it is alike. Some milliseconds for a large model. `alone`: the
-        rank of those that run on one rank alone, which may change in their calls as they will."""
+        rank of those that run on one rank alone, which may change in their calls as they will. `wanted`: by name."""
         self.let_go()
-        found = {name: self._fact(name, part) for name, part in components_of(self._pipeline).items()}
+        parts = components_of(self._pipeline)
+        found = {name: self._fact(name, part) for name, part in parts.items() if wanted(name)}
         return found | {name: f"on rank {rank} alone" for name, rank in (alone or {}).items()}
 
     def let_go(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from parafuse.config import Axis
 from parafuse.engine.apply import Handle
 from parafuse.engine.quantize.report import report as quantized
+from parafuse.engine.vae.choice import DECODING
 from parafuse.log import note
 from parafuse.parallel.comm import Count, since
 
@@ -20,21 +21,27 @@ def seen_by(handle: Handle) -> Seen:
     return {one: Counter(one.seen) for one in (*handle.guidance.values(), *handle.data.values())}
 
 
-def told_by(handle: Handle, seen: Seen, exchanged: Mapping[str, Count]) -> dict[str, Any]:
-    """`seen`, `exchanged`: as they were before the request."""
+def told_by(handle: Handle, seen: Seen) -> dict[str, Any]:
+    """Of denoising. `seen`: as it was before the request."""
     return {
         "quantized": quantized(handle.quantized.values()),
         "applied": list(handle.applied),
         "attention": {name: one.report() for name, one in handle.choices().items()},
         "sparse": {name: one.attention.report() for name, one in handle.sparse().items()},
         "text_encoders": {name: dict(one.seen) for name, one in handle.encoders().items()},
-        "vae": [line for one in handle.autoencoders().values() for line in one.lines()],
         "guidance": {name: one.report(seen[one]) for name, one in handle.guidance.items()},
         "data": {name: one.report(seen[one]) for name, one in handle.data.items()},
         "offload": handle.offloading.ledger.report() if handle.offloading is not None else None,
-        "exchanged": {
-            name: vars(count) for name, count in since(handle.exchanged(), dict(exchanged)).items() if count.calls
-        },
+    }
+
+
+def exchanged_since(handle: Handle, before: Mapping[str, Count], *, decoding: bool = False) -> dict[str, Any]:
+    """What has gone between ranks since, by axis and kind: of autoencoders, or of all else."""
+    found = since(handle.exchanged(), before)
+    return {
+        name: vars(count)
+        for name, count in found.items()
+        if count.calls and name.startswith(f"{DECODING}.") is decoding
     }
 
 

@@ -36,7 +36,7 @@ def _serve() -> None:
     world = join_world(plan.device, plan.timeout_s, plan.world_size, store, plan.devices_per_rank)
     engine = Engine._on_rank(source, setup, world, progress=False)
     number = 1
-    while (request := next_request(store, number, key)) is not None:
+    while (request := next_request(store, number, key, engine.raise_lost)) is not None:
         number += 1
         try:
             engine.follow(request)

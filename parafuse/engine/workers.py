@@ -14,6 +14,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -154,10 +155,11 @@ def read_signed(text: str, key: str) -> Any:
     return pickle.loads(base64.b64decode(body))
 
 
-def next_request(store: dist.Store, number: int, key: str) -> dict[str, Any] | None:
-    """Waits, for as long as it takes, for request `number`; the parent's death ends this process meanwhile."""
+def next_request(store: dist.Store, number: int, key: str, watch: Callable[[], None]) -> dict[str, Any] | None:
+    """Waits, for as long as it takes, for request `number`; the parent's death ends this process meanwhile. `watch` may
+    raise."""
     name = f"parafuse/request/{number}"
-    wait_for(store, name, math.inf)
+    wait_for(store, name, math.inf, watch)
     text = get(store, name)
     store.set(f"parafuse/read/{os.environ['RANK']}", str(number))
     return read_signed(text, key)

@@ -78,7 +78,16 @@ _WHERE_FROM = {
 }
 """Differs by machine, by process (a set as a list) or by layer (an adapter's), or is set when a model is saved; what a
 module does, it does not say."""
-_MODULE_STATE = {*vars(nn.Module()), "forward", "compile", "decode", "_hf_hook", "_old_forward", "_diffusers_hook"}
+_MODULE_STATE = {
+    *vars(nn.Module()),
+    "forward",
+    "compile",
+    "decode",
+    "encode",
+    "_hf_hook",
+    "_old_forward",
+    "_diffusers_hook",
+}
 """What torch keeps, and what is put on modules to run them: parafuse, hooks that name the rank's own device."""
 
 

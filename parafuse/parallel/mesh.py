@@ -27,6 +27,8 @@ class Mesh:
     """Degrees, device and timeout; empty without groups."""
     world: ProcessGroup | None = None
     """The default group in whose time it was made."""
+    apart: ProcessGroup | None = None
+    """The same ranks in a group of its own: what goes over it may be under way beside a denoiser's exchanges."""
 
     def degree(self, axis: Axis) -> int:
         return self.groups[axis].size() if axis in self.groups else 1
@@ -87,8 +89,8 @@ def make_mesh(degrees: Mapping[Axis, int], device: str, timeout_s: float) -> Mes
         _FREE.remove(found)
     mesh = found or _make(degrees, device)
     if found is None and mesh.groups:
-        mesh = replace(mesh, kind=kind, world=dist.group.WORLD)
-    for group in {*mesh.groups.values(), *([mesh.sequence] if mesh.sequence is not None else [])}:
+        mesh = replace(mesh, kind=kind, world=dist.group.WORLD, apart=dist.new_group())
+    for group in {*mesh.groups.values(), *(one for one in (mesh.sequence, mesh.apart) if one is not None)}:
         # also of one that is used again: an axis of all ranks has the default group, which other meshes have as well
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
     return mesh

@@ -62,6 +62,8 @@ class Rehearsal(TorchDispatchMode):
         """Storages whose addresses are keys."""
         self.used: set[int] = set()
         """Results of calls, by `id`, that an operator was given: their values are needed."""
+        self.has_drawn = False
+        """Whether noise was drawn, as it will be again."""
         self._results: dict[int, Tensor] = {}
         self._in_part = False
         self._touched: set[int] = set()
@@ -100,6 +102,7 @@ class Rehearsal(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._in_part and _draws(func):
             raise UnsupportedError(f"{func}: draws noise inside of a tile, where each rank would draw its own")
+        self.has_drawn |= _draws(func)
         given = tensors_in((args, kwargs))
         found = [lineage for x in given if (lineage := self.lineage(x)) is not None]
         if not found:

@@ -235,9 +235,10 @@ class World:
         return self.store.get(key).decode()
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Context of one request: it ends on all ranks with success, or on all with an error."""
-        key = self._key("outcome")
+    def request(self, topic: str = "outcome") -> Iterator[None]:
+        """Context of one request: it ends on all ranks with success, or on all with an error. Another may be open in
+        another thread, of another topic."""
+        key = self._key(topic)
         try:
             yield
         except BaseException as error:

@@ -24,6 +24,10 @@ SMALLEST = {"decode": 64 * 64, "encode": 512 * 512}
 autoencoders. Below, the exchanges of a divided decode cost more than they save."""
 
 
+DECODING = "vae"
+"""What goes between ranks for autoencoders, among what is exchanged."""
+
+
 class Spread(Protocol):
     """What stands on an autoencoder."""
 

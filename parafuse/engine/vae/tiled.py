@@ -146,7 +146,7 @@ class TiledAutoencoder:
                 ) from error
             finally:
                 before.restore()
-                noise.restore()
+                noise.restore(mode.has_drawn)
 
     def _exchanged(
         self, calls: list[Call], owners: list[int], used: set[int], device: torch.device
@@ -184,8 +184,9 @@ class _Noise:
             own.append(torch.cuda.default_generators[device.index or 0])
         self._states = [(one, one.get_state()) for one in own]
 
-    def restore(self) -> None:
-        for one, state in self._states:
+    def restore(self, has_drawn: bool) -> None:
+        """Only where the call has drawn: others may draw from the process's generators meanwhile."""
+        for one, state in self._states if has_drawn else ():
             one.set_state(state)
 
 

@@ -1,0 +1,1 @@
+"""A request that decodes while the next one denoises."""

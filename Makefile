@@ -10,11 +10,12 @@ WHEELS ?= diffusers torchao platformdirs ftfy wcwidth torchmetrics lightning_uti
 	certifi idna charset-normalizer importlib_metadata zipp jinja2 markupsafe rich
 WHEELS_FOR ?= 3.12
 # Two processes share the tests, file by file: most of them leave a core idle.
+REST := $(addprefix tests/,drop_in measuring caches quantize rewrites options kernels sparse memory vae)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-use test-caches test-options test-attention test-memory test-vae vae bench-vae caches options sparse rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
+.PHONY: help setup demo check test test-use test-caches test-options test-attention test-memory test-vae test-rest vae bench-vae caches options sparse rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,28 +42,33 @@ check: setup ## Lint, format, types, import floors, docs
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_docs.py
 
-test: setup ## Run the tests of the engine (eight minutes); fewer than tests/collected_floor.txt is a failure
-	$(PYTEST) tests/unit tests/dist tests/gpu tests/quality --collected-floor tests/collected_floor.txt
+test: setup ## Run the tests of the engine (eight minutes); fewer than tests/collected_floors.json says is a failure
+	$(PYTEST) tests/unit tests/dist tests/gpu tests/quality --hold-floors
 
 test-use: setup ## Run what users run: members, adapters and guides of diffusers; bench, prove, verify (ten minutes)
-	$(PYTEST) tests/drop_in tests/measuring --collected-floor tests/collected_floor_use.txt
+	$(PYTEST) tests/drop_in tests/measuring --hold-floors
 
 test-caches: setup ## Run the tests of caches, and hold a part of docs/cache-support.md (three minutes)
-	$(PYTEST) tests/caches --collected-floor tests/collected_floor_caches.txt
+	$(PYTEST) tests/caches --hold-floors
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.caches --fixed-part
 
 test-options: setup ## Run the tests of quantization, compile and rewrites, and hold a part of docs/options-support.md (five minutes)
-	$(PYTEST) tests/quantize tests/rewrites tests/options --collected-floor tests/collected_floor_options.txt
+	$(PYTEST) tests/quantize tests/rewrites tests/options --hold-floors
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.options --fixed-part
 
 test-attention: setup ## Run the tests of attention's kernels and of sparse attention (four minutes)
-	$(PYTEST) tests/kernels tests/sparse --collected-floor tests/collected_floor_attention.txt
+	$(PYTEST) tests/kernels tests/sparse --hold-floors
 
 test-memory: setup ## Run the tests of loading, text encoders, placement, offload and prediction of memory (six minutes)
-	$(PYTEST) tests/memory --collected-floor tests/collected_floor_memory.txt
+	$(PYTEST) tests/memory --hold-floors
 
 test-vae: setup ## Run the tests of autoencoders on several ranks (five minutes)
-	$(PYTEST) tests/vae --collected-floor tests/collected_floor_vae.txt
+	$(PYTEST) tests/vae --hold-floors
+
+test-rest: setup ## Run all tests that `make test` leaves out, in one go, and hold parts of the tables of docs/ (half an hour)
+	$(PYTEST) $(REST) --hold-floors
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.caches --fixed-part
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.options --fixed-part
 
 vae: setup ## Put every autoencoder class on 2, 3 and 4 ranks: docs/vae-support.md (a quarter of an hour)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.vae

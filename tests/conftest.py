@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,26 +26,17 @@ hypothesis.settings.register_profile("parafuse", derandomize=True, deadline=None
 hypothesis.settings.load_profile("parafuse")
 
 SUITES = (
-    "unit",
-    "dist",
-    "gpu",
-    "quality",
-    "caches",
-    "quantize",
-    "rewrites",
-    "sparse",
-    "memory",
-    "options",
-    "vae",
-    "drop_in",
-    "measuring",
-    "vae",
+    *"unit dist gpu quality caches kernels quantize rewrites sparse memory options vae drop_in measuring".split(),
 )  # the fastest answer first
+
+
+FLOORS = Path(__file__).with_name("collected_floors.json")
+"""Tests of each suite: fewer are a failure, where the whole suite is asked for with --hold-floors."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--collected-floor", metavar="FILE", help="fail when fewer tests are collected than the number in FILE"
+        "--hold-floors", action="store_true", help=f"fail when fewer tests are collected than {FLOORS.name} says"
     )
 
 
@@ -60,25 +53,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Tests that silently stop being collected would pass for ever: a full run has a floor."""
+    """Tests that silently stop being collected would pass for ever."""
     if not hasattr(session.config, "workerinput") and not session.config.getoption("numprocesses", None):
-        _hold_floor(session.config, len(session.items))
+        _hold_floors(session.config, [item.nodeid for item in session.items])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     """The same, where several processes share the tests: each collects all of them."""
-    _hold_floor(node.config, len(ids))
+    _hold_floors(node.config, ids)
 
 
-def _hold_floor(config: pytest.Config, collected: int) -> None:
-    path = config.getoption("--collected-floor")
-    if path is None:
+def _hold_floors(config: pytest.Config, ids: list[str]) -> None:
+    if not config.getoption("--hold-floors"):
         return
-    floor = int(Path(path).read_text())
-    print(f"\ncollected {collected} tests, floor {floor}")
-    if collected < floor:
-        raise pytest.UsageError(f"{floor - collected} tests are missing. If that is meant, lower the number in {path}.")
+    collected = Counter(name.split("/")[1] for name in ids)
+    floors: dict[str, int] = json.loads(FLOORS.read_text())
+    asked = {suite: floors[suite] for suite in floors if suite in {Path(name).name for name in config.args}}
+    print("\ncollected, and floors: " + ", ".join(f"{suite} {collected[suite]} ({asked[suite]})" for suite in asked))
+    for suite, floor in asked.items():
+        if collected[suite] < floor:
+            missing = f"{floor - collected[suite]} tests of tests/{suite} are missing."
+            raise pytest.UsageError(f"{missing} If that is meant, lower the number in {FLOORS}.")
 
 
 @pytest.fixture(scope="session", autouse=True)

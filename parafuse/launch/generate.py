@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ class Picture(Asked):
     """Pictures for each prompt."""
     plan: str | None = None
     """JSON file with a plan (from --save-plan, or a receipt): run exactly this layout again."""
+    overlap: bool = False
+    """Of several prompts: decode one picture while the next one is denoised. The same pictures; both take memory."""
     save_plan: str | None = None
     """JSON file to write the plan to."""
 
@@ -180,14 +183,17 @@ def paint(job: Job) -> None:
     wanted = {**job.call, "output_type": "pil"} if takes_type else job.call  # videos are arrays by default
     each = len(paths) // len(job.prompts)
     at_once = engine.plan.degree(Axis.DATA) if each == 1 else 1
-    for first in range(0, len(job.prompts), at_once):
-        prompts = job.prompts[first : first + at_once]
-        begun = time.perf_counter()
-        output = engine(**_request(prompts, engine, picture.seed, wanted))
+    groups = [job.prompts[first : first + at_once] for first in range(0, len(job.prompts), at_once)]
+    requests = (_request(prompts, engine, picture.seed, wanted) for prompts in groups)
+    outputs = engine.map(requests) if picture.overlap else (engine(**request) for request in requests)
+    begun, left = time.perf_counter(), iter(paths)
+    for prompts, output in zip(groups, outputs, strict=True):
         seconds = (time.perf_counter() - begun) / len(prompts)
+        own = list(islice(left, len(prompts) * each))
         if engine.rank == 0:
             engine.receipt.setdefault("timings_s", {})["start"] = None if started is None else round(started, 3)
-            tell(job, engine, output, paths[first * each : (first + len(prompts)) * each], seconds)
+            tell(job, engine, output, own, seconds)
+        begun = time.perf_counter()
     engine.close()
 
 

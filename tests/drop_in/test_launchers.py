@@ -43,7 +43,7 @@ def test_two_nodes_under_torchrun(tmp_path: Path) -> None:
         command += ["-m", "parafuse", "generate", "a red apple", *SMALL, "--out", str(out)]
         nodes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
-        said = [node.communicate(timeout=180)[0] for node in nodes]
+        said = [node.communicate(timeout=300)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
@@ -130,7 +130,7 @@ def test_engines_one_after_another(tmp_path: Path, agent: bool) -> None:
         for command, own in starts
     ]
     try:
-        said = [rank.communicate(timeout=180)[0] for rank in ranks]
+        said = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -44,7 +44,7 @@ def parafuse(*argv: str, cwd: Path, **environment: str) -> subprocess.CompletedP
     """The command line, offline unless the environment says otherwise."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
     command = [sys.executable, "-m", "parafuse", *argv]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=300)
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
@@ -143,7 +143,7 @@ def test_a_hub_that_refuses_says_why(tmp_path: Path, hub: str) -> None:
         "HF_HUB_CACHE": str(tmp_path),
     }
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=300
     )
     missing, gated, broken = done.stdout.splitlines()
     assert missing.startswith("model='missing/name': the hub has no such repository, or it is private; check the name")

@@ -93,7 +93,7 @@ def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     argv = [sys.executable, "-m", "parafuse", "verify", *arguments]
     return subprocess.run(
-        argv, env=env | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        argv, env=env | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
 
 

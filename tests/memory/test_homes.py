@@ -186,7 +186,7 @@ HOLDS = """
 def test_a_process_that_ends_or_is_killed_leaves_no_file(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     script = textwrap.dedent(HOLDS)
-    subprocess.run([sys.executable, "-c", script, str(folder), "ends"], check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script, str(folder), "ends"], check=True, capture_output=True, timeout=300)
     assert files(folder) == []
     with subprocess.Popen([sys.executable, "-c", script, str(folder), "waits"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

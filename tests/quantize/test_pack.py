@@ -171,5 +171,5 @@ def test_as_it_does_not_with_torchaos_own_call() -> None:
 
 def _changed(argument: str) -> list[str]:
     command = [sys.executable, "-c", SIDE_EFFECTS, argument]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fresh(where: str, folder: Path, out: Path, quantize: str = "") -> tuple[Tensor, str]:
     command = [sys.executable, "-c", FRESH, where, str(folder), json.dumps(CALL), str(out), quantize]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return torch.load(out)
 

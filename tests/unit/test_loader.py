@@ -252,4 +252,4 @@ def test_nothing_of_this_imports_torch(folder: Path, tmp_path: Path) -> None:
 
 def _python(code: str, first: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{first}{os.pathsep}{ROOT}"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)

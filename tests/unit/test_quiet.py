@@ -14,7 +14,7 @@ def fresh(code: str, *options: str, **env: str) -> subprocess.CompletedProcess[s
     """`code` in a new Python."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
     command = [sys.executable, *options, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 def parafuse_without_torch(tmp_path: Path, *argv: str) -> subprocess.CompletedProcess[str]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline, FluxPipeline
+from PIL import Image
 
 import parafuse
 from parafuse import Config, Engine, Parallel
@@ -453,6 +458,22 @@ def test_an_interrupt_ends_what_is_on_its_way() -> None:
         assert len(steps) < 250
         with pytest.raises(parafuse.ParafuseError, match="a rank was lost"):
             engine(**calls()[0])
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    """In processes of its own: the same files with the option and without."""
+    argv = [*PROMPTS[:3], "--seed", "3", "--steps", "2", "--width", "64", "--height", "64", "--quiet"]
+    for name, more in (("plain", []), ("overlap", ["--overlap"])):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, "-m", "parafuse", "generate", *argv, *more, "--out", str(tmp_path / name / "a.png")]
+        subprocess.run(command, check=True, timeout=300)
+    for number in range(3):
+        plain, overlap = (tmp_path / name / f"a-{number}" for name in ("plain", "overlap"))
+        images = [np.asarray(Image.open(path.with_suffix(".png"))) for path in (plain, overlap)]
+        assert np.array_equal(images[0], images[1])
+        words = [json.loads(path.with_suffix(".json").read_text())["overlap"] for path in (plain, overlap)]
+        assert words[0] is None
+        assert words[1].startswith(OVERLAPS if number else FIRST)
 
 
 def test_what_makes_requests_alike() -> None:

@@ -19,10 +19,15 @@ def _named_classes(model: nn.Module) -> set[str]:
     return names
 
 
+def _runs(item: nn.Module | None) -> bool:
+    """Whether it has a forward; some lists have empty places."""
+    return item is not None and type(item).forward is not nn.Module.forward
+
+
 def _lists(model: nn.Module) -> Iterator[nn.ModuleList]:
     """The outermost ModuleLists whose items have a forward of their own."""
     for child in model.children():
-        if isinstance(child, nn.ModuleList) and all(type(item).forward is not nn.Module.forward for item in child):
+        if isinstance(child, nn.ModuleList) and all(_runs(item) for item in child):
             yield child
         else:
             yield from _lists(child)

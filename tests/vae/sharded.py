@@ -12,6 +12,7 @@ from parafuse.engine.memory.ledger import Ledger
 from parafuse.engine.vae.sharded import ShardedAutoencoder
 from parafuse.errors import ParafuseError
 from parafuse.parallel.comm import counters
+from parafuse.parallel.part_state import Snapshot
 from tests.vae import case as cases
 from tests.vae.case import Case
 from tests.vae.zoo import CASES
@@ -92,6 +93,40 @@ def too_small() -> str:
         assert {kind: count.calls for kind, count in counters("0").kinds.items()} == before
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def refused_early(name: str, method: str) -> tuple[str, list[int], bool]:
+    """What is refused, calls and bytes that were exchanged for it, and whether the module is as it was."""
+    case = case_named(name)
+    module = cases.build(case)
+    handle = shard(module)
+    run, inputs = METHODS[method]
+    kinds = counters(handle.ranks.group).kinds
+    before, attributes = {kind: (c.calls, c.bytes) for kind, c in kinds.items()}, Snapshot(module)
+    try:
+        run(case, module, inputs(case))
+    except ParafuseError as error:
+        sent = [sum(c.calls - before.get(k, (0, 0))[0] for k, c in kinds.items())]
+        sent += [sum(c.bytes - before.get(k, (0, 0))[1] for k, c in kinds.items())]
+        return str(error), sent, not attributes.others()
+    return "", [], False
+
+
+def in_bf16(name: str) -> dict[str, tuple[float, float]]:
+    """By method: the error of bf16 against fp32 on one process, and over ranks."""
+    case = case_named(name)
+    module = cases.build(case)
+    found: dict[str, tuple[float, float]] = {}
+    for method, (run, inputs) in METHODS.items():
+        x = inputs(case, odd=True)
+        exact = run(case, module.float(), x)
+        whole = run(case, module.bfloat16(), x.bfloat16()).float()
+        handle = shard(module)
+        shared = run(case, module, x.bfloat16())
+        assert shared.dtype == torch.bfloat16
+        handle.remove()
+        found[method] = relative(whole, exact), relative(shared.float(), exact)
+    return found
 
 
 def distributions() -> list[float]:

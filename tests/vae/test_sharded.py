@@ -63,6 +63,23 @@ def test_latents_smaller_than_the_ranks_are_refused_before_any_exchange() -> Non
         assert "over 3 ranks" in found
 
 
+@pytest.mark.parametrize(("name", "method"), REFUSED)
+def test_an_operator_in_the_way_is_found_before_anything_is_computed(name: str, method: str) -> None:
+    """One number is exchanged: whether some rank has found one."""
+    for error, sent, is_as_it_was in run_ranks(sharded.refused_early, 2, name, method):
+        assert REFUSED[name, method] in error
+        assert sent == [1, 4]
+        assert is_as_it_was
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "AutoencoderDC", "AutoencoderKLWan", "AutoencoderKLLTXVideo"])
+def test_in_bf16_nothing_is_lost_beyond_bf16(name: str) -> None:
+    for found in run_ranks(sharded.in_bf16, 2, name):
+        for whole, shared in found.values():
+            assert whole > 1e-4
+            assert shared < 1.25 * whole
+
+
 def test_encode_gives_a_distribution_of_whole_tensors() -> None:
     for found in run_ranks(sharded.distributions, 2):
         assert max(found) < 1e-5

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import parafuse
 from tests.vae import case as zoo
 from tests.vae.case import Case
 from tests.vae.zoo import CASES
@@ -31,6 +32,9 @@ def test_it_runs(case: Case, odd: bool) -> None:
         assert bool(result.isfinite().all())
         assert float(result.std()) > 1e-2
         assert not torch.equal(result[0], result[1])  # two samples
+    if odd:
+        with parafuse.apply(module) as handle:  # also on one rank it is looked at
+            assert handle.applied == []
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.unbuilt], ids=lambda case: case.name)

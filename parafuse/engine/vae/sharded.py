@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from parafuse.errors import ConfigError, UnsupportedError
 from parafuse.parallel.hooks import override
+from parafuse.parallel.part_state import Snapshot
 from parafuse.parallel.placeholder import settled
 from parafuse.parallel.slab import Slab, SlabRanks, refuse
 from parafuse.parallel.slab_blank import Blank, Blanks
+from parafuse.parallel.slab_trial import refusal
 
 METHODS = ("decode", "encode")
 Method = Callable[..., Any]
@@ -44,6 +46,8 @@ class ShardedAutoencoder:
         self._undo: list[Callable[[], None]] = []
         self._is_inside = False
         self._seen: dict[str, str] = {}
+        self._tried: set[tuple[Any, ...]] = set()
+        """Methods and shapes that were seen to have no operator in the way."""
 
     def install(self) -> None:
         for name in METHODS:
@@ -94,16 +98,23 @@ class ShardedAutoencoder:
                 f"{self.name}.{name}: an input of {whole.shape[dim]} rows along its longest spatial dim cannot be "
                 f'split over {self.ranks.degree} ranks; use fewer ranks, or vae="replicated".'
             )
+        key = (name, whole.shape, whole.dtype)
+        if key not in self._tried:
+            self._try(lambda given, ranks: _run(original, given[0], given[1], place, dim, ranks), (args, kwargs))
+            self._tried.add(key)
         self._seen[name] = f"along dim {dim} of {tuple(whole.shape)}"
-        slab = Slab.of(whole, dim, self.ranks)
         del whole
-        if isinstance(place, int):
-            args = (*args[:place], slab, *args[place + 1 :])
-        else:
-            kwargs = kwargs | {place: slab}
-        with Blanks(), _compiled_parts_named():
-            result = original(*args, **kwargs)
-        return made_whole(result)
+        return _run(original, args, kwargs, place, dim, self.ranks)
+
+    def _try(self, run: Callable[[Any, SlabRanks], Any], given: Any) -> None:
+        """Raises UnsupportedError, on all ranks, where one of them would. Collective: one small exchange."""
+        before = Snapshot(self.module)
+        try:
+            found = refusal(run, given, self.ranks)
+        finally:
+            before.restore()
+        if self.ranks.sum(torch.tensor(float(found is not None), device=_device_of(given))).item():
+            raise found or UnsupportedError(f"{self.name}: another rank cannot run it on tensors that are split.")
 
     @contextmanager
     def _tile_by_tile(self, name: str) -> Iterator[None]:
@@ -122,6 +133,22 @@ class ShardedAutoencoder:
             return self._split(name, original, args, kwargs)
 
         return run
+
+
+def _run(original: Method, args: Any, kwargs: Any, place: int | str, dim: int, ranks: SlabRanks) -> Any:
+    """The method on a slab in the place of the tensor that is there. Collective on `ranks`."""
+    slab = Slab.of(args[place] if isinstance(place, int) else kwargs[place], dim, ranks)
+    if isinstance(place, int):
+        args = (*args[:place], slab, *args[place + 1 :])
+    else:
+        kwargs = kwargs | {place: slab}
+    with Blanks(), _compiled_parts_named():
+        result = original(*args, **kwargs)
+    return made_whole(result)
+
+
+def _device_of(tree: Any) -> torch.device:
+    return next(x.device for x in tree_leaves(tree) if isinstance(x, Tensor))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Runs a function on several ranks: gloo processes on the CPU, spawned once per world size and used again.
+"""Runs a function on several ranks: gloo processes on the CPU, started once per world size and used again.
 
-A start costs seconds (every process imports torch), a call costs milliseconds. After any failure the processes are
-killed and the next call starts new ones: the ranks that did not fail may wait in a collective for ever.
+They are forked from one process that has imported torch and diffusers and does nothing else: so starts are quick, and
+what was imported is in memory once. After any failure the processes are killed and the next call starts new ones: the
+ranks that did not fail may wait in a collective for ever.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class RankPool:
     """`world_size` processes that wait for calls."""
 
     def __init__(self, world_size: int):
-        context = get_context("spawn")
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["tests.dist.imported"])
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.pipes: list[Connection] = []
         self.processes = []

@@ -10,7 +10,6 @@ WHEELS ?= diffusers torchao platformdirs ftfy wcwidth torchmetrics lightning_uti
 	certifi idna charset-normalizer importlib_metadata zipp jinja2 markupsafe rich
 WHEELS_FOR ?= 3.12
 # Two processes share the tests, file by file: most of them leave a core idle.
-REST := $(addprefix tests/,drop_in measuring caches quantize rewrites options kernels sparse memory vae)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -65,10 +64,7 @@ test-memory: setup ## Run the tests of loading, text encoders, placement, offloa
 test-vae: setup ## Run the tests of autoencoders on several ranks (five minutes)
 	$(PYTEST) tests/vae --hold-floors
 
-test-rest: setup ## Run all tests that `make test` leaves out, in one go, and hold parts of the tables of docs/ (half an hour)
-	$(PYTEST) $(REST) --hold-floors
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.caches --fixed-part
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.options --fixed-part
+test-rest: test-use test-caches test-options test-attention test-memory test-vae ## All tests that `make test` leaves out, one after the other (half an hour)
 
 vae: setup ## Put every autoencoder class on 2, 3 and 4 ranks: docs/vae-support.md (a quarter of an hour)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.vae

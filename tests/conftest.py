@@ -77,6 +77,12 @@ def _hold_floors(config: pytest.Config, ids: list[str]) -> None:
             raise pytest.UsageError(f"{missing} If that is meant, lower the number in {FLOORS}.")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Whatever a test before has set: sums in other orders are other numbers."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_process_left() -> Iterator[None]:
     yield

@@ -22,7 +22,7 @@ from parafuse.engine.loading_checks import check_loading, own_config, taken
 from parafuse.engine.modular import hush
 from parafuse.engine.node_loading import Loaded, load_for_ranks
 from parafuse.engine.offload.pipeline import device_for
-from parafuse.engine.overlap.lane import Lane
+from parafuse.engine.overlap.lane import lane_of
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import resolve
 from parafuse.engine.quantize.put_on import Quantized, checked
@@ -49,13 +49,8 @@ class Engine(Together):
     def __init__(self, pipeline: Any, source: ModelSource, plan: Plan, handle: Handle, world: World, progress: bool):
         self.plan, self.handle, self.world, self.receipt, self.loaded = plan, handle, world, {}, {}
         self._family, self._source, self._state, self._workers = [self], source, PipelineState(pipeline), None
-        self._progress, self._load_s, self._closed, self._lane, self._inside = (
-            progress,
-            0.0,
-            False,
-            Lane(),
-            threading.local(),
-        )
+        self._progress, self._load_s, self._closed = progress, 0.0, False
+        self._lane, self._inside = lane_of(world), threading.local()
         self.pipeline = pipeline
         self._compiling, self._loading = None, []
 

@@ -118,7 +118,7 @@ class Together(Surface):
             with self._together():
                 return self._run(keywords, seed, ticket)
 
-        key = (self._family.index(self), *alike(keywords))
+        key = (self.world.name, self._family.index(self), *alike(keywords))
         return self._lane.begin(key, self.pipeline, self.handle, self.world.device, paint)
 
     def map(self, calls: Iterable[Mapping[str, Any]]) -> Iterator[Any]:

@@ -88,12 +88,26 @@ def make_mesh(degrees: Mapping[Axis, int], device: str, timeout_s: float) -> Mes
     if found is not None:
         _FREE.remove(found)
     mesh = found or _make(degrees, device)
-    if found is None and mesh.groups:
-        mesh = replace(mesh, kind=kind, world=dist.group.WORLD, apart=dist.new_group())
+    world = dist.group.WORLD
+    if found is None and mesh.groups and world is not None:
+        mesh = replace(mesh, kind=kind, world=world, apart=_apart(world))
     for group in {*mesh.groups.values(), *(one for one in (mesh.sequence, mesh.apart) if one is not None)}:
         # also of one that is used again: an axis of all ranks has the default group, which other meshes have as well
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
     return mesh
+
+
+_APART: dict[ProcessGroup, ProcessGroup] = {}
+"""The default group -> the group apart of the same ranks, one for all meshes: of several, ranks may be given other ones
+again, as they let go of meshes at other times."""
+
+
+def _apart(world: ProcessGroup) -> ProcessGroup:
+    """Collective the first time."""
+    if world not in _APART:
+        _APART.clear()  # an earlier world's
+        _APART[world] = dist.new_group()  # pyright: ignore[reportArgumentType]  (this rank is in it)
+    return _APART[world]
 
 
 def _make(degrees: Mapping[Axis, int], device: str) -> Mesh:

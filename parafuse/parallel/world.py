@@ -140,7 +140,8 @@ class World:
             self.store.add(f"{_USERS}/{self.rank}", 1)
             if joined_here:
                 self.store.set(f"{_MADE_HERE}/{self.rank}", "1")
-        self._prefix = f"parafuse/{_next_engine(self)}" if self.size > 1 else ""
+        self.name = f"parafuse/{_next_engine(self)}" if self.size > 1 else ""
+        """Under which its engines' ranks talk."""
 
     @property
     def store(self) -> dist.Store:
@@ -150,8 +151,8 @@ class World:
         """The next key for `topic`. When a rank asks for number n, all ranks are through with n - 2: it is deleted."""
         number = self._count[topic] = self._count.get(topic, 0) + 1
         if number > 2 and self.size > 1:
-            self.store.delete_key(f"{self._prefix}/{topic}/{number - 2}/{self.rank}")
-        return f"{self._prefix}/{topic}/{number}"
+            self.store.delete_key(f"{self.name}/{topic}/{number - 2}/{self.rank}")
+        return f"{self.name}/{topic}/{number}"
 
     def _collect(self, key: str, value: str, timeout_s: float) -> dict[int, str]:
         """What each rank set at `key`; ranks that said nothing within `timeout_s` are left out."""

@@ -221,6 +221,7 @@ def _run(call: bytes) -> Any:
 
     function, args = pickle.loads(call)
     torch.manual_seed(0)  # a test's numbers do not depend on the tests before it
+    torch.set_num_threads(1)
     return function(*args)
 
 

@@ -119,9 +119,9 @@ def two_engines(port: int) -> list[Any]:
         second = World(torch.device("cpu"), LATER_S, joined_here=False)
         order = [first, second] if first.rank == 0 else [second, first]
         for world in order:  # written first, read afterwards: agree would wait for the other order
-            world.store.set(f"{world._prefix}/met/{world.rank}", "yes")
+            world.store.set(f"{world.name}/met/{world.rank}", "yes")
         return [
-            first._prefix != second._prefix,
+            first.name != second.name,
             attempt(first.agree, "a plan", {"": "1"}),
             attempt(second.agree, "a plan", {"": "2"}),
         ]

@@ -492,3 +492,27 @@ def test_kinds_are_forgotten_in_the_end() -> None:
     for number in range(1000):
         lane.learn((number,), "")
     assert len(lane._verdicts) <= 256
+
+
+def two_engines() -> tuple[list[bool], bool]:
+    torch.set_num_threads(1)
+    first = Engine.from_pretrained("emoji", Config(parallel=Parallel(ulysses=2), vae="sharded"))
+    second = Engine.from_pretrained("emoji", Config(parallel=Parallel(cfg=2), vae="sharded"))
+    with first, second:
+        both = [engine for _ in PROMPTS for engine in (first, second)]
+        asked = [one for one in calls() for _ in range(2)]
+        want = [pixels(engine(**one)) for engine, one in zip(both, asked, strict=True)]
+        pending = [engine.submit(**one) for engine, one in zip(both, asked, strict=True)]
+        same = [np.array_equal(pixels(one.result()), picture) for one, picture in zip(pending, want, strict=True)]
+        pending = [first.submit(**one) for one in calls()] + [second.submit(**one) for one in calls()]
+        same += [
+            np.array_equal(pixels(one.result()), x) for one, x in zip(pending, want[::2] + want[1::2], strict=True)
+        ]
+        return same, all(one.receipt["overlap"] == OVERLAPS for one in pending)
+
+
+def test_engines_over_the_same_ranks_share_a_lane() -> None:
+    """Else their exchanges would meet in another order on each rank."""
+    for same, overlap in run_ranks(two_engines, 2):
+        assert all(same)
+        assert overlap

@@ -16,6 +16,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +28,7 @@ from parafuse.errors import RankError, UnsupportedError
 from parafuse.parallel.comm import Count
 from parafuse.parallel.hooks import override
 from parafuse.parallel.placeholder import settled
+from parafuse.parallel.world import World
 
 KNOWN = 256
 """Kinds of requests that are remembered."""
@@ -82,8 +84,23 @@ class Ticket:
         return self._lane.sent
 
 
+_LANES: dict[dist.ProcessGroup, Lane] = {}
+
+
+def lane_of(world: World) -> Lane:
+    """The one lane of all engines over the same ranks, which share groups, and may share components; of an engine that
+    is alone its own."""
+    group = dist.group.WORLD if world.size > 1 else None
+    if group is None:
+        return Lane()
+    if group not in _LANES:
+        _LANES.clear()  # an earlier world's
+        _LANES[group] = Lane()
+    return _LANES[group]
+
+
 class Lane:
-    """Of all engines over the same ranks, whose pipelines may share components."""
+    """Requests of engines over the same ranks."""
 
     def __init__(self) -> None:
         self._front, self._back = threading.Semaphore(), threading.Semaphore()

@@ -122,6 +122,8 @@ def test_a_large_call_that_all_make_is_shared_and_no_other() -> None:
     assert run_ranks(by_size, 2, 16 * 12, True) == [shared] * 2
     assert run_ranks(by_size, 2, 16 * 12 + 1, True) == [(True, [])] * 2
     assert run_ranks(by_size, 2, 16 * 12, False) == [(True, [])] * 2
+    assert all(lines for _, lines in run_ranks(by_size, 4, 16 * 12 * 3 // 2, True))  # more ranks save more
+    assert run_ranks(by_size, 4, 16 * 12 * 3 // 2 + 1, True) == [(True, [])] * 4
 
 
 def with_engine() -> tuple[bool, list[str]]:

@@ -25,9 +25,19 @@ from parafuse.engine.overlap.lane import Lane, Pending
 from parafuse.engine.overlap.watch import alike
 from parafuse.errors import RankError, UnsupportedError
 from tests.dist.ranks import run_ranks
+from tests.vae.after_decode import (
+    LATE,
+    CallsAfter,
+    CallsLate,
+    DrawsAfter,
+    DrawsBefore,
+    Notes,
+    SetsProcessors,
+    SetsScheduler,
+)
 
 SMALL = {"num_inference_steps": 2, "width": 64, "height": 64}
-PROMPTS = ("a red apple", "a rocket", "a cat", "a dog")
+PROMPTS = ("a red apple", "a rocket", "a cat", LATE)
 OVERLAPS, FIRST = "decoded while the next request could denoise", "none: it is the first of its kind"
 
 
@@ -206,76 +216,6 @@ def test_requests_of_other_kinds_do_not_overlap() -> None:
             pass
     whole = " ".join(order.events)
     assert whole.count("decode begins decode ends") == len(asked)  # no step in between
-
-
-Flux: Any = FluxPipeline  # its types are too narrow for what follows
-
-
-class CallsAfter(Flux):
-    """Reads a prompt once more when it has decoded."""
-
-    late = False
-
-    @functools.wraps(Flux.__call__)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().__call__(*args, **kwargs)
-        if not self.late or kwargs["prompt"] == PROMPTS[-1]:
-            self.encode_prompt(prompt="x", prompt_2=None)
-        return output
-
-
-class CallsLate(CallsAfter):
-    late = True
-
-
-class Notes(Flux):
-    """Notes something on itself when it has decoded."""
-
-    @functools.wraps(Flux.__call__)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().__call__(*args, **kwargs)
-        self._number = getattr(self, "_number", 0) + 1
-        return output
-
-
-class SetsProcessors(Flux):
-    """Sets the denoiser's attention processors when it has decoded, as those with perturbed attention do."""
-
-    @functools.wraps(Flux.__call__)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().__call__(*args, **kwargs)
-        self.transformer.set_attn_processor({name: type(p)() for name, p in self.transformer.attn_processors.items()})
-        return output
-
-
-class SetsScheduler(Flux):
-    """Changes the scheduler when it has decoded."""
-
-    @functools.wraps(Flux.__call__)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().__call__(*args, **kwargs)
-        self.scheduler.set_begin_index(0)
-        self.scheduler._shift = float(torch.rand(1, generator=torch.Generator().manual_seed(id(output) % 1000)))
-        return output
-
-
-class DrawsAfter(Flux):
-    """Draws noise that comes from no seed when it has decoded."""
-
-    @functools.wraps(Flux.__call__)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().__call__(*args, **kwargs)
-        torch.rand(1)
-        return output
-
-
-class DrawsBefore(Flux):
-    """Draws noise that comes from no seed before it denoises."""
-
-    @functools.wraps(Flux.__call__)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        torch.rand(1)
-        return super().__call__(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -499,12 +439,12 @@ def two_engines() -> tuple[list[bool], bool]:
     first = Engine.from_pretrained("emoji", Config(parallel=Parallel(ulysses=2), vae="sharded"))
     second = Engine.from_pretrained("emoji", Config(parallel=Parallel(cfg=2), vae="sharded"))
     with first, second:
-        both = [engine for _ in PROMPTS for engine in (first, second)]
-        asked = [one for one in calls() for _ in range(2)]
+        both = [first, second] * 2
+        asked = [one for one in calls()[:2] for _ in range(2)]
         want = [pixels(engine(**one)) for engine, one in zip(both, asked, strict=True)]
         pending = [engine.submit(**one) for engine, one in zip(both, asked, strict=True)]
         same = [np.array_equal(pixels(one.result()), picture) for one, picture in zip(pending, want, strict=True)]
-        pending = [first.submit(**one) for one in calls()] + [second.submit(**one) for one in calls()]
+        pending = [first.submit(**one) for one in calls()[:2]] + [second.submit(**one) for one in calls()[:2]]
         same += [
             np.array_equal(pixels(one.result()), x) for one, x in zip(pending, want[::2] + want[1::2], strict=True)
         ]

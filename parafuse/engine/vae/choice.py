@@ -20,8 +20,9 @@ from parafuse.parallel.hooks import Forward, override
 from parafuse.parallel.placeholder import settled
 
 SMALLEST = {"decode": 64 * 64, "encode": 512 * 512}
-"""Positions of latents, or pixels, of one sample, from which on `auto` shares a call: a 512 x 512 picture of most
-autoencoders. Below, the exchanges of a divided decode cost more than they save."""
+"""Positions of latents, or pixels, of one sample, from which on `auto` shares a call between two ranks: a 512 x 512
+picture of most autoencoders. Below, the exchanges of a divided decode cost more than they save. What P ranks save is
+1 - 1/P of the work, so that more ranks share smaller calls. A shared call never takes more memory than a whole one."""
 
 
 DECODING = "vae"
@@ -63,7 +64,7 @@ class ByCall:
     every other case each rank makes it whole."""
 
     def __init__(self, name: str, module: nn.Module, ranks: ProcessGroup):
-        self.name, self.module, self._ranks = name, module, ranks
+        self.name, self.module, self._ranks, self._num_ranks = name, module, ranks, ranks.size()
         self.together: Callable[[], bool] = never
         """Whether all ranks make the call that is made now."""
         self._forms: dict[str, Spread] = {}
@@ -92,7 +93,8 @@ class ByCall:
         def chosen(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = settled(args), settled(kwargs)
             form = VAE_TILED if getattr(self.module, "use_tiling", False) else VAE_SHARDED
-            is_small = _positions(args, kwargs) < SMALLEST[method]
+            saved = _positions(args, kwargs) * (1 - 1 / self._num_ranks)
+            is_small = saved < SMALLEST[method] / 2
             if self._inside or is_small or not self.together() or form in self._refused:
                 return original(*args, **kwargs)
             try:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from parafuse.config import Axis
 from parafuse.engine.guided import check_guided
@@ -68,6 +69,11 @@ def with_noise(pipeline: Any, keywords: dict[str, Any], seed: int | Sequence[int
     elif seed is not None:
         call["generator"] = [torch.Generator("cpu").manual_seed(one) for one in seed]
     return call
+
+
+def generators_in(keywords: dict[str, Any]) -> list[torch.Generator]:
+    """Those that a call was given."""
+    return [x for x in tree_leaves(keywords.get("generator")) if isinstance(x, torch.Generator)]
 
 
 def steps_of(pipeline: Any, call: dict[str, Any], *, shown: bool, skips: Callable[[], tuple[int, int]]) -> StepProgress:

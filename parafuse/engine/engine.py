@@ -246,17 +246,19 @@ class Engine(Together):
         if engine is None:
             raise RankError("a request for an engine that is closed here.")
         if request["do"] == "submit":
-            engine._begin(request["keywords"], request["seed"])
+            with self._lane.entering():
+                engine._begin(request["keywords"], request["seed"])
             return
         self._lane.drain()
-        if request["do"] == "run":
-            engine.run(request["keywords"], request["seed"])
-        elif request["do"] == "act":
-            engine._act(request["act"])
-        elif request["do"] == "from_pipe":
-            engine._from_pipe(request["pipeline_class"], request["kwargs"])
-        else:
-            engine.close()
+        with engine._together():
+            if request["do"] == "run":
+                engine.run(request["keywords"], request["seed"])
+            elif request["do"] == "act":
+                engine._act(request["act"])
+            elif request["do"] == "from_pipe":
+                engine._from_pipe(request["pipeline_class"], request["kwargs"])
+            else:
+                engine.close()
 
     def from_pipe(self, pipeline_class: Any, **kwargs: Any) -> Engine:
         """An engine for another pipeline over the same components and ranks, as diffusers' `from_pipe`.
@@ -288,7 +290,7 @@ class Engine(Together):
             return
         first = self._family[0] is self
         try:
-            self._lane.drain()
+            self._lane.close(last=first)
             if not first and self._workers and not self.world.broken:
                 self._workers.send({"engine": self._family.index(self), "do": "close"})
             for one in reversed(self._family[1:]) if first else ():
@@ -300,7 +302,6 @@ class Engine(Together):
                 self._workers.stop()
                 self._workers = None
             if first:
-                self._lane.close()
                 self.world.leave()
 
     def _take_off(self) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+import torch
+
 from parafuse.engine.apply import Handle
 from parafuse.engine.caches.report import check_followed, following, report, skips
 from parafuse.engine.calls import paint, steps_of
@@ -45,6 +47,9 @@ class Running:
         self._denoising, self._decoding = ExitStack(), ExitStack()
         self._told: dict[str, Any] = {}
         self._denoised_s: float | None = None
+        self._agreed = False
+        self.given_generators: list[torch.Generator] = []
+        """Those that were no seed's: other calls may have them too."""
         handle.rounds.forget()
         for sequence in handle.sequence.values():
             if sequence.has_changed():
@@ -77,10 +82,16 @@ class Running:
     def hand_over(self) -> None:
         """Denoising has ended: another request may begin, while this one decodes. Collective. Raises RankError where
         ranks' autoencoders differ."""
-        self.world.agree("an autoencoder", self._autoencoders(), way_out=SAME_PIPELINE)
+        self.agree_on_autoencoders()
         self._end_denoising()
         self._denoised_s = time.perf_counter() - self._begun
         self._decoding.enter_context(self.world.request(DECODED))
+
+    def agree_on_autoencoders(self) -> None:
+        """Raises RankMismatchError where they differ; a second call does nothing. Collective."""
+        if not self._agreed:
+            self._agreed = True
+            self.world.agree("an autoencoder", self._autoencoders(), way_out=SAME_PIPELINE)
 
     def _end_denoising(self) -> None:
         """Closes what is open for it, and notes what it did; a second call does nothing. Collective."""

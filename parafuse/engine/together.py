@@ -13,12 +13,12 @@ import torch
 
 from parafuse.engine.adapters import fitting
 from parafuse.engine.apply import Handle
-from parafuse.engine.calls import call_keywords, with_noise
+from parafuse.engine.calls import call_keywords, generators_in, with_noise
 from parafuse.engine.compiling import Compiling
 from parafuse.engine.devices import refuse_numbered
 from parafuse.engine.modular import continues
 from parafuse.engine.overlap.lane import Lane, Pending, Ticket
-from parafuse.engine.overlap.watch import alike
+from parafuse.engine.overlap.watch import alike, refusal, unknown
 from parafuse.engine.plan import Plan
 from parafuse.engine.quantized import weights_of
 from parafuse.engine.receipt import plain, versions
@@ -105,21 +105,29 @@ class Together(Surface):
         both need their memory at once. Where that cannot be (docs/overlap.md) it begins once the one before has ended,
         and the receipt says why. Raises what a call raises before anything runs; `result()` the rest."""
         keywords, seed = self._asked(args, kwargs, seed)
-        if self._workers:
-            request = {"engine": self._family.index(self), "do": "submit", "keywords": keywords, "seed": seed}
-            self._workers.send(request, keywords)
-        return self._begin(keywords, seed)
+        with self._lane.entering():
+            try:
+                if self._workers:
+                    request = {"engine": self._family.index(self), "do": "submit", "keywords": keywords, "seed": seed}
+                    self._workers.send(request, keywords)
+                return self._begin(keywords, seed)
+            except BaseException as error:
+                self.world.broken |= not isinstance(error, Exception)  # nobody knows what the others have got
+                raise
 
     def _begin(self, keywords: dict[str, Any], seed: int | Sequence[int] | None) -> Pending:
+        """Inside of the lane's `entering`."""
         if not self.plan.changes_nothing and not self.handle.stands_on(self.pipeline):
-            self._lane.drain()  # what is new is seen to first
+            self._lane.rest()  # what is new is seen to first
+            self._lane.forget()
 
         def paint(ticket: Ticket) -> tuple[Any, dict[str, Any]]:
             with self._together():
                 return self._run(keywords, seed, ticket)
 
         key = (self.world.name, self._family.index(self), *alike(keywords))
-        return self._lane.begin(key, self.pipeline, self.handle, self.world.device, paint)
+        why_not = unknown(keywords) or refusal(self.pipeline, self.handle)
+        return self._lane.begin(key, why_not, self.world.device, paint)
 
     def map(self, calls: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
         """The outputs of several calls, in their order: each is decoded while the next one denoises (`submit`), which
@@ -127,11 +135,21 @@ class Together(Surface):
         for all of them. Raises what a call raises, at its turn; no more are begun then."""
         before: Pending | None = None
         try:
-            for call in chain(calls, [None]):
-                now = None if call is None else self.submit(**call)
+            left: Iterator[Mapping[str, Any] | None] = chain(calls, [None])
+            while True:
+                now, wrong = None, None
+                try:
+                    call = next(left)
+                    now = None if call is None else self.submit(**call)
+                except Exception as error:  # told when the one before was given
+                    wrong = error
                 if before is not None:
                     output, self.receipt = before.result(), before.receipt
                     yield output
+                if wrong is not None:
+                    raise wrong
+                if now is None:
+                    return
                 before = now
         except BaseException as error:
             if not isinstance(error, (Exception, GeneratorExit)):
@@ -140,6 +158,12 @@ class Together(Surface):
             raise
         finally:
             self._lane.drain()
+
+    def __getattr__(self, name: str) -> Any:
+        """As a member of the pipeline, once no request is under way."""
+        if not name.startswith("_") and "_lane" in vars(self):
+            self._lane.wait()
+        return super().__getattr__(name)
 
     def raise_lost(self) -> None:
         """Raises what a request on its way has raised, if a rank was lost by it."""
@@ -198,6 +222,7 @@ class Together(Surface):
     def _act(self, act: Act) -> Any:
         """On this rank."""
         self._agree(str(act), act.values())
+        self._lane.forget()
         self.world.share_noise()
         self.handle.rounds.forget()
         before = components_of(self.pipeline)
@@ -251,6 +276,7 @@ class Together(Surface):
             shown=self._progress and self.rank == 0,
             autoencoders=lambda: self._state.facts(wanted=lambda name: name in own),
         )
+        running.given_generators += generators_in(keywords)
         with self._threads():
             call = with_noise(self.pipeline, keywords, seed)
             output = running.paint(call, ticket.around(running) if ticket else nullcontext())

@@ -141,6 +141,13 @@ def test_an_engine_tells_it() -> None:
         assert lines == ["vae: tiled, 1 calls spread over 2 ranks, 6 of 12 tiles here"]
 
 
+def test_ranks_that_an_engine_has_started_share_large_calls() -> None:
+    config = Config(parallel=Parallel(ulysses=2), timeout_s=120.0)
+    with Engine.from_pretrained("emoji", config) as engine:
+        engine("a red apple", seed=1, num_inference_steps=1, width=512, height=512)
+        assert any("decode split along" in line for line in engine.receipt["vae"])
+
+
 def without_autoencoder() -> Any:
     return apply(torch.nn.Linear(2, 2), Config(vae="tiled"))
 

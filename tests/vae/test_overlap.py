@@ -23,8 +23,8 @@ import parafuse
 from parafuse import Config, Engine, Parallel
 from parafuse.engine.overlap.lane import Lane, Pending
 from parafuse.engine.overlap.watch import alike
-from parafuse.errors import RankError, UnsupportedError
-from tests.dist.ranks import run_ranks
+from parafuse.errors import ConfigError, RankError, UnsupportedError
+from tests.dist.ranks import close_pools, run_ranks
 from tests.vae.after_decode import (
     LATE,
     CallsAfter,
@@ -281,9 +281,57 @@ def test_previews_are_no_end() -> None:
         pipeline.vae.decode(torch.zeros(1, pipeline.vae.config.latent_channels, 4, 4))
         return tensors
 
-    with engine_of() as engine:
+    with engine_of() as engine, Order(engine.pipeline.vae)() as order:
         same, words, _ = pictures(engine, calls(callback_on_step_end=preview))
     check(same, words)
+    assert apart(order.events)
+
+
+def test_a_callback_that_calls_the_engine_is_told() -> None:
+    """It would wait for itself."""
+    with engine_of() as engine:
+
+        def calls_back(*args: Any) -> dict[str, Any]:
+            engine(**calls()[1])
+            return args[-1]
+
+        with pytest.raises(UnsupportedError, match="a callback of a submitted request has called it"):
+            engine.submit(**calls(callback_on_step_end=calls_back)[0]).result()
+        assert engine(**calls()[0]).images
+
+
+def test_a_wrong_call_is_told_when_the_one_before_was_given() -> None:
+    with engine_of() as engine:
+        outputs = engine.map([calls()[0], {"prompt": "x", "num_inference_steps": 0}])
+        assert next(outputs).images
+        with pytest.raises(ConfigError, match="num_inference_steps=0"):
+            next(outputs)
+        assert len(list(engine.map(calls()[:1]))) == 1
+
+
+def test_an_interrupt_while_a_request_waits_to_begin() -> None:
+    """Nothing is kept locked."""
+    with engine_of() as engine:
+        with patch.object(Lane, "begin", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            engine.submit(**calls()[0])
+        engine._lane.drain()
+
+
+def test_autocast_reaches_the_request() -> None:
+    with engine_of() as engine, torch.autocast("cpu", torch.bfloat16):
+        same, words, _ = pictures(engine, calls())
+    check(same, words)
+
+
+def test_arguments_that_two_calls_may_share() -> None:
+    with engine_of() as engine:
+        shared = torch.Generator().manual_seed(1)
+        asked: list[dict[str, Any]] = [dict(prompt=prompt, generator=shared, **SMALL) for prompt in PROMPTS]
+        words = [engine.receipt["overlap"] for _ in engine.map(asked)]
+        assert words[1:] == [OVERLAPS] * (len(PROMPTS) - 1)
+        unlike = calls(callback_on_step_end=functools.partial(lambda *args: args[-1]))
+        for _ in engine.map(unlike):
+            assert "callback_on_step_end is no number" in engine.receipt["overlap"]
 
 
 def test_an_error_comes_at_its_turn() -> None:
@@ -327,7 +375,10 @@ def fails_on_rank_1() -> list[str]:
 
 
 def test_a_rank_that_fails_in_a_decode_ends_it_on_all() -> None:
-    first, second = run_ranks(fails_on_rank_1, 2)
+    try:
+        first, second = run_ranks(fails_on_rank_1, 2)
+    finally:
+        close_pools()  # rank 0 has left an exchange behind
     assert [len(first), len(second)] == [4, 4]
     assert "ZeroDivisionError" in second[2]
     assert first[2].startswith(("RankError", "RuntimeError"))
@@ -373,8 +424,9 @@ def test_other_calls_wait() -> None:
         pending = [engine.submit(**one) for one in calls()[:2]]
         assert np.array_equal(pixels(engine(**calls()[2])), want[2])
         assert all(one.done() for one in pending)
-        engine.submit(**calls()[0])
+        one = engine.submit(**calls()[0])
         engine.vae.enable_slicing()
+        assert one.done()
         assert "decode" not in vars(engine.pipeline.vae)
         engine.vae.disable_slicing()
         later = engine.submit(**calls()[3])

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from parafuse.engine.apply import Handle
-from parafuse.engine.overlap.watch import Watch, refusal, watched_modules
+from parafuse.engine.overlap.watch import Watch, watched_modules
 from parafuse.engine.running import Running
 from parafuse.engine.targets import Modules, autoencoders
 from parafuse.errors import RankError, UnsupportedError
@@ -51,6 +51,7 @@ class Ticket:
         self.why_not = why_not
         """Why it cannot overlap, '' where it can; None where that is not known yet."""
         self.running: Running | None = None
+        self._handle: Handle | None = None
         self.watch: Watch | None = None
         self.has_handed_over = False
 
@@ -62,11 +63,11 @@ class Ticket:
     def around(self, running: Running) -> Iterator[None]:
         """Around the pipeline's call. Collective where nothing is known of requests like it."""
         self._lane.stand_on(running.pipeline)
-        self.running = running
+        self.running, self._handle = running, running.handle
         if self.why_not is not None:
             yield
             return
-        self.watch = Watch(running.pipeline, running.world.device)
+        self.watch = Watch(running.pipeline, running.world.device, running.given_generators)
         yield
         everyone = running.world.everyone("overlap", self.watch.refusal())
         self.why_not = next(filter(None, everyone), "")  # what one rank cannot, none can
@@ -81,7 +82,7 @@ class Ticket:
     @property
     def decodes_before(self) -> Mapping[str, Count]:
         """What autoencoders had sent when the request before had ended."""
-        return self._lane.sent
+        return self._lane.sent(self._handle)
 
 
 _LANES: dict[dist.ProcessGroup, Lane] = {}
@@ -115,47 +116,65 @@ class Lane:
         self._undo, self._unhook = ExitStack(), ExitStack()
         self._stream: Any = None
         self._stopped = False
-        self.sent: dict[str, Count] = {}
+        self._sent: tuple[Handle, dict[str, Count]] | None = None
         self.lost: BaseException | None = None
         """Why a rank was lost, where a request has found that out."""
 
-    def begin(self, key: tuple[Any, ...], pipeline: Any, handle: Handle, device: torch.device, paint: Paint) -> Pending:
-        """Begins a request once the one before has denoised; once it has ended where it is not like this one. Every
-        rank begins the same ones in the same order."""
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        """Around what begins a request, from when the one before has denoised. Left with an error, none has begun."""
+        self._refuse_own_thread()
         self._front.acquire()
-        if key != self._last or self._verdicts.get(key) != "":
+        try:
+            yield
+        except BaseException:
+            self._front.release()
+            raise
+
+    def begin(self, key: tuple[Any, ...], why_not: str, device: torch.device, paint: Paint) -> Pending:
+        """Begins a request, inside of `entering`: once the one before has ended where it is not like this one. Every
+        rank begins the same ones in the same order. `why_not`: why it cannot overlap, as far as that is known."""
+        known = why_not or self._verdicts.get(key)
+        if key != self._last or known != "":
             with self._back:
                 self._last = key
         self._pool = self._pool or ThreadPoolExecutor(2, thread_name_prefix="parafuse request")
-        why_not = refusal(pipeline, handle) or self._verdicts.get(key)
-        ticket, pending = Ticket(self, key, why_not), Pending()
+        ticket, pending = Ticket(self, key, known), Pending()
         pending.set_running_or_notify_cancel()
-        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads())
-        self._pool.submit(contextvars.copy_context().run, self._run, ticket, pending, paint, device, modes)
+        context = contextvars.copy_context()
+        self._pool.submit(context.run, self._run, ticket, pending, paint, _Modes(device))
         return pending
 
-    def _run(self, ticket: Ticket, pending: Pending, paint: Paint, device: torch.device, modes: Any) -> None:
-        error: BaseException | None = None
-        output: Any = None
+    def _run(self, ticket: Ticket, pending: Pending, paint: Paint, modes: _Modes) -> None:
+        output, failed = None, False
         try:
-            with _as_caller(device, modes):
+            with modes.entered():
                 self._here.ticket = ticket
                 output, pending.receipt = paint(ticket)
                 if ticket.has_handed_over:
                     self._settle_stream()
-        except BaseException as found:
-            error = found
-        running = ticket.running
-        if running is not None and ticket.has_handed_over:
-            self.sent = running.handle.exchanged()
-        if running is not None and running.world.broken:
-            self.lost = self.lost or error
-        self._here.ticket = None
-        (self._back if ticket.has_handed_over else self._front).release()
-        if error is None:
-            pending.set_result(output)
-        else:
+        except BaseException as error:
+            failed = True
+            if ticket.running is not None and ticket.running.world.broken:
+                self.lost = self.lost or error
             pending.set_exception(error)
+        if ticket.running is not None and ticket.has_handed_over:
+            self._sent = (ticket.running.handle, ticket.running.handle.exchanged())
+        if not failed:
+            pending.set_result(output)
+        self._here.ticket = ticket.running = None
+        (self._back if ticket.has_handed_over else self._front).release()
+
+    def sent(self, handle: Handle | None) -> Mapping[str, Count]:
+        """What a handle had sent when the request before had ended; nothing where that was another handle's."""
+        return self._sent[1] if self._sent is not None and self._sent[0] is handle else {}
+
+    def _refuse_own_thread(self) -> None:
+        if self._ticket is not None:
+            raise UnsupportedError(
+                "engine: a callback of a submitted request has called it, and would wait for itself; use the pipeline "
+                "that the callback is given, or call the engine itself (engine(...)) for these."
+            )
 
     def learn(self, key: tuple[Any, ...], why_not: str) -> None:
         """What a request has shown of those like it."""
@@ -168,16 +187,29 @@ class Lane:
         self._stopped = True
 
     def drain(self) -> None:
-        """Waits until no request is under way, and takes off what stands on autoencoders."""
-        with self._front, self._back:
+        """Waits until no request is under way, and takes off what stands on autoencoders. Raises UnsupportedError in a
+        request's own thread."""
+        self._refuse_own_thread()
+        with self._front:
+            self.rest()
+        self._stopped = False
+
+    def rest(self) -> None:
+        """The same, inside of `entering`."""
+        with self._back:
             self._take_off()
 
-    def close(self) -> None:
-        """The same, and nothing is left on any component."""
+    def wait(self) -> None:
+        """The same, but for a request's own thread."""
+        if self._ticket is None:
+            self.drain()
+
+    def close(self, *, last: bool) -> None:
+        """The same, and nothing is left on any component. `last`: of all engines of a family."""
         self.drain()
         self._unhook.close()
-        self._others = []
-        if self._pool is not None:
+        self._others, self._sent = [], None
+        if last and self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
@@ -233,7 +265,10 @@ class Lane:
 
     def _decodes(self, args: Any, kwargs: Any) -> None:
         ticket = self._ticket
-        if ticket is None or ticket.has_handed_over or ticket.running is None or ticket.running.is_in_callback:
+        if ticket is None or ticket.has_handed_over or ticket.running is None:
+            return
+        if ticket.running.is_in_callback:
+            self._encodes()  # a preview: no end, but never beside another decode
             return
         if ticket.watch is not None:
             ticket.watch.decodes()
@@ -255,7 +290,8 @@ class Lane:
         ticket = self._ticket
         if ticket is not None and not ticket.has_handed_over:
             with self._back:
-                pass
+                if ticket.may_hand_over and ticket.running is not None:
+                    ticket.running.agree_on_autoencoders()
 
     def _decode_aside(self, device: torch.device, tree: Any) -> None:
         """On a stream of its own from here on, so that kernels of both requests overlap."""
@@ -289,15 +325,27 @@ def _seen_by(original: Callable[..., Any], seen: Callable[[Any, Any], None]) -> 
     return method
 
 
-@contextmanager
-def _as_caller(device: torch.device, modes: tuple[bool, bool, int]) -> Iterator[None]:
-    """What a thread has of its own, as it was where the request was given."""
-    grad, inference, threads = modes
-    torch.set_num_threads(threads)
-    with ExitStack() as stack:
-        if device.type == "cuda":
-            stack.enter_context(torch.cuda.device(device))
-            stack.enter_context(torch.cuda.stream(torch.cuda.current_stream(device)))
-        stack.enter_context(torch.inference_mode(inference))
-        stack.enter_context(torch.set_grad_enabled(grad))
-        yield
+class _Modes:
+    """What a thread has of its own, as it is where this is made."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._threads = device, torch.get_num_threads()
+        self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        kinds = {"cpu", device.type}
+        self._casts = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in sorted(kinds)
+        ]
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        torch.set_num_threads(self._threads)
+        with ExitStack() as stack:
+            if self._stream is not None:
+                stack.enter_context(torch.cuda.device(self._device))
+                stack.enter_context(torch.cuda.stream(self._stream))
+            stack.enter_context(torch.inference_mode(self._inference))
+            stack.enter_context(torch.set_grad_enabled(self._grad))
+            for kind, dtype, enabled in self._casts:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+            yield

@@ -6,17 +6,20 @@ leave these alone. No pipeline is known by name: a request that overlaps nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from parafuse.engine.apply import Handle
 from parafuse.engine.state import components_of
 from parafuse.engine.targets import autoencoders, weighty
 from parafuse.parallel.held import Held
 
+UNKNOWN = "<unknown>"
 PROMPTS = "prompt"
 """In the name of an argument that is a text to be read: it decides nothing else."""
 
@@ -36,14 +39,28 @@ def _kind(name: str, value: Any) -> Any:
         return tuple((str(key), _kind(str(key), one)) for key, one in sorted(value.items(), key=lambda x: str(x[0])))
     if value is None or isinstance(value, (bool, int, float, str)):
         return (type(value).__name__, value)
+    return _kind_of_object(value)
+
+
+def _kind_of_object(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return "generator"
-    if isinstance(value, Tensor):
-        return (tuple(value.shape), value.dtype)
+    if isinstance(value, (Tensor, np.ndarray)):
+        return (tuple(value.shape), str(value.dtype))
     size = getattr(value, "size", None)  # of a picture
     if isinstance(size, tuple):
         return (type(value).__qualname__, size)
-    return id(value)
+    name = getattr(value, "__qualname__", None)
+    return UNKNOWN if name is None else (getattr(value, "__module__", ""), name)
+
+
+def unknown(keywords: Mapping[str, Any]) -> str:
+    """Why two such calls cannot be told to be alike; '' where they can."""
+    found = ""
+    for name, value in keywords.items():
+        if UNKNOWN in tree_leaves(_kind(name, value)):
+            found = name
+    return f"{found} is no number, text, picture or function, and might be another thing in each call" if found else ""
 
 
 def refusal(pipeline: Any, handle: Handle) -> str:
@@ -64,8 +81,9 @@ def refusal(pipeline: Any, handle: Handle) -> str:
 class Watch:
     """One request that overlaps nothing, from its begin to its end. Local."""
 
-    def __init__(self, pipeline: Any, device: torch.device):
-        self._pipeline, self._device = pipeline, device
+    def __init__(self, pipeline: Any, device: torch.device, generators: Sequence[torch.Generator]):
+        """`generators`: those that the call was given, which other calls may have too."""
+        self._pipeline, self._device, self._generators = pipeline, device, generators
         self._noise = self._states()
         self._drawn = False
         self._since: list[Callable[[], str]] = []
@@ -77,9 +95,10 @@ class Watch:
         """A decode begins, outside of the user's callbacks."""
         if self._decodes:
             return
-        self._decodes, self._drawn = True, not all(map(torch.equal, self._noise, self._states()))
-        own = [id(module) for _, module in autoencoders(self._pipeline)]
-        parts = {name: part for name, part in components_of(self._pipeline).items() if id(part) not in own}
+        self._decodes, own = True, len(self._generators)
+        self._drawn = not all(map(torch.equal, self._noise[own:], self._states()[own:]))
+        vaes = [id(module) for _, module in autoencoders(self._pipeline)]
+        parts = {name: part for name, part in components_of(self._pipeline).items() if id(part) not in vaes}
         for name, part in parts.items():
             self._since.append(_changes(name, part))
         values = dict(vars(self._pipeline))
@@ -102,13 +121,13 @@ class Watch:
         if self._drawn:
             return "denoising draws noise that comes from no seed; what ranks drew would depend on time"
         if not all(map(torch.equal, self._noise, self._states())):
-            return "decoding draws noise that comes from no seed; what ranks drew would depend on time"
+            return "decoding draws noise that comes from no seed of its own; what ranks drew would depend on time"
         changed = next(filter(None, (told() for told in self._since)), "")
         return f"the pipeline changes {changed} after its first decode" if changed else ""
 
     def _states(self) -> list[Tensor]:
-        """Of the process's own generators."""
-        found = [torch.default_generator.get_state()]
+        """Of the generators that were given, then of the process's own."""
+        found = [one.get_state() for one in (*self._generators, torch.default_generator)]
         if self._device.type == "cuda":
             found.append(torch.cuda.default_generators[self._device.index or 0].get_state())
         return found

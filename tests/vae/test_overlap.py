@@ -16,77 +16,16 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FirstBlockCacheConfig, FluxImg2ImgPipeline
 from PIL import Image
 
 import parafuse
-from parafuse import Config, Engine, Parallel
+from parafuse import Config
 from parafuse.engine.overlap.lane import Lane, Pending
 from parafuse.engine.overlap.watch import alike
-from parafuse.errors import ConfigError, RankError, UnsupportedError
-from tests.dist.ranks import close_pools, run_ranks
-from tests.vae.after_decode import (
-    LATE,
-    CallsAfter,
-    CallsLate,
-    DrawsAfter,
-    DrawsBefore,
-    Notes,
-    SetsProcessors,
-    SetsScheduler,
-)
-
-SMALL = {"num_inference_steps": 2, "width": 64, "height": 64}
-PROMPTS = ("a red apple", "a rocket", "a cat", LATE)
-OVERLAPS, FIRST = "decoded while the next request could denoise", "none: it is the first of its kind"
-
-
-def calls(**more: Any) -> list[dict[str, Any]]:
-    return [dict(prompt=prompt, seed=seed, **SMALL, **more) for seed, prompt in enumerate(PROMPTS)]
-
-
-def pixels(output: Any) -> np.ndarray:
-    return np.asarray(output.images[0]).astype(int)
-
-
-@functools.cache
-def components() -> dict[str, Any]:
-    return Engine.from_pretrained("emoji").pipeline.components
-
-
-@contextmanager
-def engine_of(kind: type = FluxPipeline, config: Config | None = None) -> Iterator[Engine]:
-    """Of the embedded model, in this process."""
-    pipeline: Any = kind(**components())
-    pipeline.set_progress_bar_config(disable=True)
-    with Engine.from_pipeline(pipeline, config) as engine:
-        yield engine
-
-
-def warm(engine: Engine, asked: list[dict[str, Any]]) -> None:
-    """The first ones tell how blocks are split, and which branches there are."""
-    for _ in engine.map(asked[:2]):
-        pass
-    for one in asked[:2]:
-        engine(**one)
-
-
-def pictures(engine: Engine, asked: list[dict[str, Any]]) -> tuple[list[bool], list[str], list[Any]]:
-    """Of several calls: whether each is bitwise that of a call by itself; what receipts say; what was sent."""
-    warm(engine, asked)
-    want = [(pixels(engine(**one)), engine.receipt["exchanged"]) for one in asked]
-    found = [(pixels(output), dict(engine.receipt)) for output in engine.map(asked)]
-    same = [
-        bool((a == b).all()) and sent == receipt["exchanged"]
-        for (a, sent), (b, receipt) in zip(want, found, strict=True)
-    ]
-    assert [receipt["seed"] for _, receipt in found] == [one["seed"] for one in asked]
-    return same, [receipt["overlap"] for _, receipt in found], list(found[-1][1]["exchanged"])
-
-
-def check(same: list[bool], words: list[str]) -> None:
-    assert same == [True] * len(PROMPTS)
-    assert words == [OVERLAPS] * len(PROMPTS)
+from parafuse.errors import ConfigError, UnsupportedError
+from tests.vae.after_decode import CallsAfter, CallsLate, DrawsAfter, DrawsBefore, Notes, SetsProcessors, SetsScheduler
+from tests.vae.overlapping import FIRST, OVERLAPS, PROMPTS, SMALL, calls, check, components, engine_of, pictures, pixels
 
 
 def test_on_one_rank() -> None:
@@ -105,44 +44,6 @@ def test_the_first_of_a_kind_is_looked_at() -> None:
         parts = components().values()
         assert any(part._forward_pre_hooks for part in parts if isinstance(part, torch.nn.Module))
     assert not any(part._forward_pre_hooks for part in parts if isinstance(part, torch.nn.Module))
-
-
-def on_ranks(degrees: dict[str, int], vae: str, cache: Any) -> Any:
-    torch.set_num_threads(1)
-    config = Config(parallel=Parallel(**degrees), vae=vae, cache=cache)
-    with Engine.from_pretrained("emoji", config) as engine:
-        return pictures(engine, calls())
-
-
-LAYOUTS: list[tuple[dict[str, int], str, Any]] = [
-    ({"ulysses": 2}, "replicated", None),
-    ({"ulysses": 2}, "sharded", "first-block:0.2"),
-    ({"cfg": 2}, "tiled", None),
-    ({"data": 2, "ulysses": 1}, "sharded", None),
-    ({"ring": 3}, "sharded", None),
-]
-
-
-@pytest.mark.parametrize(("degrees", "vae", "cache"), LAYOUTS, ids=str)
-def test_on_several_ranks(degrees: dict[str, int], vae: str, cache: Any) -> None:
-    size = max(degrees.values())
-    for same, words, sent in run_ranks(on_ranks, size, degrees, vae, cache):
-        check(same, words)
-        assert any(name.startswith("vae.") for name in sent) is (vae == "sharded")
-
-
-def test_ranks_that_an_engine_has_started() -> None:
-    config = Config(parallel=Parallel(ulysses=2), vae="sharded")
-    with Engine.from_pretrained("emoji", config) as engine:
-        same, words, sent = pictures(engine, calls())
-        check(same, words)
-        assert "vae.all_gather" in sent
-        other = engine.from_pipe(FluxImg2ImgPipeline)
-        image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        same, words, _ = pictures(other, calls(image=image, strength=0.9))
-        check(same, words)
-        pending = [engine.submit(**calls()[0]), other.submit(**calls(image=image, strength=0.9)[0])]
-        assert all(one.result() for one in pending)
 
 
 class Order:
@@ -255,16 +156,6 @@ def test_beside_what_lets_nothing_overlap() -> None:
             engine.pipeline.transformer.disable_cache()
 
 
-def with_replicas() -> list[str]:
-    with Engine.from_pretrained("emoji", Config(parallel=Parallel(data=2))) as engine:
-        return [engine.receipt["overlap"] for _ in engine.map(calls())]
-
-
-def test_replicas_that_cut_the_samples_of_a_decode() -> None:
-    for words in run_ranks(with_replicas, 2):
-        assert all(word.startswith("none: the samples of a decode are cut between replicas") for word in words)
-
-
 def test_what_a_request_shows_for_the_first_time_is_refused() -> None:
     with engine_of(CallsLate) as engine:
         outputs = engine.map(calls())
@@ -354,70 +245,6 @@ def test_an_error_comes_at_its_turn() -> None:
             assert engine(**calls()[1]).images
 
 
-def fails_on_rank_1() -> list[str]:
-    torch.set_num_threads(1)
-    found: list[str] = []
-    engine = Engine.from_pretrained("emoji", Config(parallel=Parallel(ulysses=2), vae="sharded", timeout_s=20.0))
-    outputs = engine.map(calls())
-    found += [str(pixels(next(outputs)).shape) for _ in range(2)]
-    if engine.rank == 1:
-        engine.pipeline.vae.decoder.conv_out.forward = lambda *_: 1 / 0
-    try:
-        for _ in outputs:
-            found.append("more")
-    except Exception as error:
-        found.append(f"{type(error).__name__}: {error}")
-    try:
-        engine(**calls()[0])
-    except Exception as error:
-        found.append(str(error))
-    return found
-
-
-def test_a_rank_that_fails_in_a_decode_ends_it_on_all() -> None:
-    try:
-        first, second = run_ranks(fails_on_rank_1, 2)
-    finally:
-        close_pools()  # rank 0 has left an exchange behind
-    assert [len(first), len(second)] == [4, 4]
-    assert "ZeroDivisionError" in second[2]
-    assert first[2].startswith(("RankError", "RuntimeError"))
-    assert all("a rank was lost in an earlier request" in found[3] for found in (first, second))
-
-
-def one_submits() -> str:
-    with Engine.from_pretrained("emoji", Config(parallel=Parallel(ulysses=2))) as engine:
-        try:
-            if engine.rank:
-                engine(**calls()[0])
-            else:
-                engine.submit(**calls()[0]).result()
-        except RankError as error:
-            return str(error)
-    return "nothing"
-
-
-def test_ranks_that_ask_differently_are_told() -> None:
-    for text in run_ranks(one_submits, 2):
-        assert "overlaps is true on rank 0, false on rank 1" in text
-
-
-def other_autoencoders() -> str:
-    with Engine.from_pretrained("emoji", Config(parallel=Parallel(ulysses=2))) as engine:
-        outputs = engine.map(calls())
-        try:
-            next(outputs)
-            next(outputs)
-            engine.pipeline.vae.use_slicing = bool(engine.rank)
-            return str(len(list(outputs)))
-        except RankError as error:
-            return str(error)
-
-
-def test_autoencoders_that_differ_are_told() -> None:
-    assert all("was given an autoencoder other than rank 0's" in text for text in run_ranks(other_autoencoders, 2))
-
-
 def test_other_calls_wait() -> None:
     with engine_of() as engine:
         want = [pixels(engine(**one)) for one in calls()]
@@ -484,27 +311,3 @@ def test_kinds_are_forgotten_in_the_end() -> None:
     for number in range(1000):
         lane.learn((number,), "")
     assert len(lane._verdicts) <= 256
-
-
-def two_engines() -> tuple[list[bool], bool]:
-    torch.set_num_threads(1)
-    first = Engine.from_pretrained("emoji", Config(parallel=Parallel(ulysses=2), vae="sharded"))
-    second = Engine.from_pretrained("emoji", Config(parallel=Parallel(cfg=2), vae="sharded"))
-    with first, second:
-        both = [first, second] * 2
-        asked = [one for one in calls()[:2] for _ in range(2)]
-        want = [pixels(engine(**one)) for engine, one in zip(both, asked, strict=True)]
-        pending = [engine.submit(**one) for engine, one in zip(both, asked, strict=True)]
-        same = [np.array_equal(pixels(one.result()), picture) for one, picture in zip(pending, want, strict=True)]
-        pending = [first.submit(**one) for one in calls()[:2]] + [second.submit(**one) for one in calls()[:2]]
-        same += [
-            np.array_equal(pixels(one.result()), x) for one, x in zip(pending, want[::2] + want[1::2], strict=True)
-        ]
-        return same, all(one.receipt["overlap"] == OVERLAPS for one in pending)
-
-
-def test_engines_over_the_same_ranks_share_a_lane() -> None:
-    """Else their exchanges would meet in another order on each rank."""
-    for same, overlap in run_ranks(two_engines, 2):
-        assert all(same)
-        assert overlap

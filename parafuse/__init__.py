@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from parafuse.engine.apply import Handle, apply
     from parafuse.engine.engine import Engine
     from parafuse.engine.plan import Plan
+    from parafuse.engine.planning.choose import plans
     from parafuse.errors import ParafuseError
     from parafuse.quantization import Fp8, Fp8Weight, Int8, Int8Weight, Quantize
     from parafuse.sparse import Content, Radial, Sparse, Window
@@ -35,7 +36,7 @@ __all__ = [
     "Attention", "Cache", "Config", "Content", "DeepCache", "Engine", "FasterCache", "FirstBlockCache", "ForaCache",
     "Fp8", "Fp8Weight", "Handle", "Int8", "Int8Weight", "IntervalCache", "MagCache", "MaskCache", "ParafuseError",
     "Parallel", "Plan", "PyramidAttentionBroadcast", "Quantize", "Radial", "Sparse", "TGateCache", "TaylorSeerCache",
-    "TeaCache", "TokenMerging", "Window", "apply",
+    "TeaCache", "TokenMerging", "Window", "apply", "plans",
 ]  # fmt: skip
 
 _HOMES = {
@@ -50,6 +51,7 @@ _HOMES = {
     "Engine": "parafuse.engine.engine",
     "Handle": "parafuse.engine.apply",
     "apply": "parafuse.engine.apply",
+    "plans": "parafuse.engine.planning.choose",
 }
 
 

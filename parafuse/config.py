@@ -34,6 +34,8 @@ class Axis(StrEnum):
     TENSOR = "tensor"
 
 
+CHOSEN = (Axis.DATA, Axis.CFG, Axis.RING, Axis.ULYSSES)
+"""Axes whose degree may be left to be chosen."""
 MAX_BRANCHES = 3
 SEQUENCE_AXES = (Axis.RING, Axis.ULYSSES)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -52,25 +54,28 @@ loss, which its help quotes (`make losses`)."""
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """Degrees of the mesh axes. Their product must be the number of ranks; "auto" takes what is left."""
+    """Degrees of the mesh axes, whose product must be the number of ranks. Where none is given, they are chosen by cost
+    (docs/planner.md). "auto" on an axis leaves that one to be chosen; `ulysses="auto"` beside given degrees takes what
+    is left."""
 
-    data: int = 1
+    data: int | Auto = 1
     """Replicas that share the pictures of a call: prompts, and pictures of one prompt."""
-    cfg: int = 1
+    cfg: int | Auto = 1
     """Ranks for the branches of classifier-free guidance (with and without prompt): 2, or 3 for pipelines of three."""
     pipe: int = 1
     """Stages of a patch pipeline. Only 1 in this version."""
-    ring: int = 1
+    ring: int | Auto = 1
     """Ring attention: keys and values travel from rank to rank."""
     ulysses: int | Auto = "auto"
-    """Ulysses: heads are exchanged for tokens around attention. "auto": all ranks that are left."""
+    """Ulysses: heads are exchanged for tokens around attention. "auto" beside other degrees: all ranks that are
+    left."""
     tensor: int = 1
     """Tensor parallel: weights cut. Only 1 in this version."""
 
     def __post_init__(self) -> None:
         for axis in Axis:
             degree = getattr(self, axis)
-            if degree == "auto" and axis == Axis.ULYSSES:
+            if degree == "auto" and axis in CHOSEN:
                 continue
             if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
                 raise ConfigError(f"parallel.{axis}={degree!r}: must be a whole number of at least 1.")
@@ -79,15 +84,22 @@ class Parallel:
                     f"parallel.{axis}={degree}: this version runs only 1 on the '{axis}' axis; "
                     "use parallel.cfg, parallel.data, parallel.ulysses or parallel.ring for more ranks."
                 )
-        if self.cfg > MAX_BRANCHES:
+        if self.cfg != "auto" and self.cfg > MAX_BRANCHES:
             raise ConfigError(
                 f"parallel.cfg={self.cfg}: guidance has at most {MAX_BRANCHES} branches, mostly 2; use parallel.cfg=2, "
                 "and parallel.data or parallel.ulysses for more ranks."
             )
 
+    @property
+    def is_chosen(self) -> bool:
+        """Whether degrees are left to the planner: none is given, or one beside Ulysses' is "auto"."""
+        return self == Parallel() or "auto" in (self.data, self.cfg, self.ring)
+
     def degrees(self, world_size: int) -> dict[Axis, int]:
-        """Every axis's degree for `world_size` ranks. Raises ConfigError when the product does not fit."""
+        """Every axis's degree for `world_size` ranks, where nothing chooses them: Ulysses has what is left. Raises
+        ConfigError when the product does not fit."""
         fixed = {axis: getattr(self, axis) for axis in Axis if getattr(self, axis) != "auto"}
+        fixed |= dict.fromkeys({Axis.DATA, Axis.CFG, Axis.RING} - fixed.keys(), 1)
         product = 1
         for degree in fixed.values():
             product *= degree
@@ -107,7 +119,8 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to run and how. `Config()` on N ranks means Ulysses N; on one rank it changes nothing."""
+    """What to run and how. `Config()` on N ranks means the layout that costs the least there; on one rank it changes
+    nothing."""
 
     parallel: Parallel = field(default_factory=Parallel)
     """Degrees of the mesh axes."""

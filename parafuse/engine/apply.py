@@ -29,7 +29,7 @@ from parafuse.engine.quantize.report import lines
 from parafuse.engine.rewrites.choose import STEPWISE
 from parafuse.engine.standing import Standing, standing_on
 from parafuse.engine.suitability import asked_for, check_component, check_target, extras_for, whole
-from parafuse.engine.targets import DECODE, Wanted, device_of, wanted_of, weighty
+from parafuse.engine.targets import DECODE, DENOISERS, Wanted, denoisers, device_of, wanted_of, weighty
 from parafuse.engine.vae.choice import DECODING, Spread, never
 from parafuse.engine.video import SparseVideo
 from parafuse.errors import ConfigError
@@ -378,12 +378,14 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         if value != getattr(Config(), field_name):
             raise ConfigError(f"{field_name}={value!r}: apply takes the model as it is; set it when loading the model.")
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if mesh is None:
+        config = _with_layout(config, target, world_size)
     degrees = config.parallel.degrees(world_size) if mesh is None else {}  # a mesh has its own
     ranks = world_size if mesh is None else mesh.num_ranks
     device = placed_on(config) or device_for(config.offload, device_of(target))
     extras = Extras.of(config, device)
     method = checked(config.quantize, *weighty(target), ranks, device if extras.offload else None)
-    if world_size == 1 and not extras:
+    if max(world_size, ranks) == 1 and not extras:
         return _without_mesh(target, method)
     if mesh is not None:
         degrees = {axis: mesh.degree(axis) for axis in Axis}
@@ -422,6 +424,23 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         handle.remove()
         raise
     return handle
+
+
+def _with_layout(config: Config, target: Any, world_size: int) -> Config:
+    """The same with a layout that was chosen for a pipeline; of a module alone nothing tells what it will be given."""
+    is_pipeline = not isinstance(target, nn.Module) and hasattr(target, "components") and callable(target)
+    if not is_pipeline or world_size == 1 or not config.parallel.is_chosen:
+        return config
+    from parafuse.engine.planning.choose import choose
+    from parafuse.engine.source import source_of
+
+    module = next((one for _, one in denoisers(target, DENOISERS, required=False)), None)
+    first = next(module.parameters(), None) if module is not None else None
+    dtype = str(first.dtype).removeprefix("torch.") if first is not None else "float32"
+    chosen = choose(config, source_of(target), world_size, (device_of(target), dtype), pipeline=target)
+    if chosen.why:
+        note(f"{world_size} ranks: {chosen.layout} ({chosen.why})")
+    return chosen.config
 
 
 def _without_mesh(target: Any, method: Quantize | None) -> Handle:

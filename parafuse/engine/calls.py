@@ -54,7 +54,7 @@ def call_keywords(
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
         check_keywords(keywords, names, kind)
     checked = check_call(source, keywords, encodes=can_encode(pipeline))
-    if plan.degree(Axis.CFG) > 1:
+    if plan.degree(Axis.CFG) > 1 and not plan.chosen:
         check_guided(pipeline, checked, plan.degree(Axis.CFG))
     return checked
 

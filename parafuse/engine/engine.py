@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from parafuse.engine.node_loading import Loaded, load_for_ranks
 from parafuse.engine.offload.pipeline import device_for
 from parafuse.engine.overlap.lane import lane_of
 from parafuse.engine.plan import Plan
-from parafuse.engine.planner import resolve
+from parafuse.engine.planner import computes_in, resolve
+from parafuse.engine.planning.choose import choose
 from parafuse.engine.quantize.put_on import Quantized, checked
 from parafuse.engine.quantized import compute_dtype
 from parafuse.engine.request import facts
@@ -53,6 +54,7 @@ class Engine(Together):
         self._lane, self._inside = lane_of(world), threading.local()
         self.pipeline = pipeline
         self._compiling, self._loading = None, []
+        self.chosen = None
 
     @classmethod
     def from_pretrained(
@@ -64,6 +66,7 @@ class Engine(Together):
         progress: bool = False,
         alone: bool = False,
         agree_on: Any = None,
+        expect: Mapping[str, Any] | None = None,
         **pipeline_kwargs: Any,
     ) -> Engine:
         """Loads `model` (embedded name, random:NAME or tiny:NAME, diffusers folder, single file, hub id) and makes it
@@ -73,7 +76,9 @@ class Engine(Together):
         other ones itself and this process is rank 0; close the engine to end them. With `alone`, this rank runs by
         itself, and the others of a launcher may do something else. `pipeline_kwargs` are those of diffusers'
         `from_pretrained`, or `from_single_file` (engine/loading_keywords.py); `agree_on` is anything else that all
-        ranks must have been given alike. Raises ConfigError before any weight is loaded, RankError when ranks disagree
+        ranks must have been given alike. `expect`: keywords of the calls to come (sizes, steps, guidance), by which a
+        layout is chosen where the config names none; not given: the model's own. Raises ConfigError before any weight
+        is loaded, RankError when ranks disagree
         or fail."""
         config, pipeline_kwargs = own_config(config, pipeline_kwargs)
         source = locate(model, allow_pickle=config.allow_pickle, given=pipeline_kwargs)
@@ -83,8 +88,10 @@ class Engine(Together):
         size = (plan.world_size if plan else asked_size(config)) if ours else launched_size()
         if alone:
             refuse_several(size)
+        chosen = None
         if plan is None:
-            plan = resolve(config, source, size, pipeline_kwargs)
+            chosen = choose(config, source, size, computes_in(config, size), expect)
+            plan = resolve(chosen.config, source, size, pipeline_kwargs, why=chosen.why)
         plan.check(model_id=source.model_id, world_size=size)
         if plan.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
@@ -123,6 +130,7 @@ class Engine(Together):
                     world.leave()
             raise
         engine._workers = workers
+        engine.chosen = None if chosen is None else chosen.found
         if workers:
             workers.forget_setup()
         engine._guard()
@@ -147,7 +155,9 @@ class Engine(Together):
         first = next(found[0][1].parameters()) if found else pipeline
         dtype = (compute_dtype(found[0][1]) if found else str(first.dtype).removeprefix("torch.")) or "auto"
         device = "auto" if config.placement else device_for(config.offload, first.device.type)
-        plan = resolve(replace(config, device=device, dtype=dtype), source, size, pipeline.components)
+        config = replace(config, device=device, dtype=dtype)
+        chosen = choose(config, source, size, computes_in(config, size), pipeline=pipeline)
+        plan = resolve(chosen.config, source, size, pipeline.components, why=chosen.why)
         check_components(source, plan)
         world = join_world(plan.device, plan.timeout_s, size, num_devices=plan.devices_per_rank)
         settings = {"plan": plan, "pipeline_kwargs": {}, "agree_on": None}

@@ -40,6 +40,7 @@ OPTIONAL = (
     "offload",
     "calibration",
     "replay",
+    "chosen",
     "why",
     "schema",
 )
@@ -98,6 +99,8 @@ class Plan:
     replay: dict[str, list[str]] | None = None
     """Component -> for each of its calls a letter for each sample, `c` computed or `s` skipped: what a cache is to
     decide again, from a receipt. None: the cache decides."""
+    chosen: bool = False
+    """Whether nobody has named the degrees: a call that leaves some of them without work is then no error."""
     why: str = ""
     """One line: how the layout was chosen."""
     schema: int = SCHEMA

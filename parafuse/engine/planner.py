@@ -31,34 +31,24 @@ def resolve(
     given: Mapping[str, Any] | None = None,
     *,
     elsewhere: bool = False,
+    why: str = "",
 ) -> Plan:
     """The plan for `world_size` ranks. Raises ConfigError when the degrees or the device do not fit, when the cache
     was calibrated for another model, or when a placement cannot be had. `given`: the loader's keywords, with components
     that the user brings himself.
 
-    `elsewhere`: it is for another machine, so what this one has does not matter.
-
-    Until layouts are chosen by cost, `ulysses="auto"` means all ranks that are left."""
-    degrees = config.parallel.degrees(world_size)
+    `elsewhere`: it is for another machine, so what this one has does not matter. `why`: of degrees that were chosen
+    (`planning.choose`); those that nobody has chosen are Ulysses' for all ranks that are left."""
+    degrees, chosen = config.parallel.degrees(world_size), bool(why)
     if config.placement is None and not elsewhere:
         check_memory(source, config, world_size)
     calibration = calibration_of(with_calibration(cache_of(config.cache)))
     if calibration is not None and source.kind != "pipeline":  # of one that is loaded, `apply` looks at the denoiser
         calibration.check(model=source.name, model_id=source.model_id)
-    local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
-    devices = num_cuda_devices()
-    is_here = devices >= local and not computes_on_host(config)
-    device = config.device if config.device != "auto" else ("cuda" if is_here else "cpu")
-    if device == "cuda" and devices < local and not elsewhere:
-        ranks = "rank" if local == 1 else "ranks"
-        raise ConfigError(
-            f"device='cuda': {local} {ranks} on this machine, but {devices} CUDA devices are visible. "
-            + (f"Start at most {devices} ranks here, or use device='cpu'." if devices else "Use device='cpu'.")
-        )
-    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+    device, dtype = computes_in(config, world_size, elsewhere=elsewhere)
+    local, devices = ranks_here(world_size), num_cuda_devices()
     attention = resolved(attention_of(config.attention), device)
-    why = ""
-    if config.parallel.ulysses == "auto" and degrees[Axis.ULYSSES] > 1:
+    if not why and config.parallel.ulysses == "auto" and degrees[Axis.ULYSSES] > 1:
         why = "ulysses takes all ranks that no other axis uses"
     if device == "cpu" and config.device == "auto" and devices:
         why += f"{'; ' if why else ''}on the CPU: {local} ranks here, but {devices} CUDA devices are visible"
@@ -90,8 +80,28 @@ def resolve(
         offload=str(settled_on(offload_of(config.offload), device) or ""),
         attention_timings=attention.timings.to_dict() if attention.timings is not None else None,
         calibration=calibration.to_dict() if calibration is not None else None,
+        chosen=chosen,
         why=why,
     )
+
+
+def ranks_here(world_size: int) -> int:
+    """Of the ranks, those on this machine."""
+    return min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
+
+
+def computes_in(config: Config, world_size: int, *, elsewhere: bool = False) -> tuple[str, str]:
+    """(device, dtype), with nothing left to be told. Raises ConfigError for CUDA devices that are not here."""
+    local, devices = ranks_here(world_size), num_cuda_devices()
+    is_here = devices >= local and not computes_on_host(config)
+    device = config.device if config.device != "auto" else ("cuda" if is_here else "cpu")
+    if device == "cuda" and devices < local and not elsewhere:
+        ranks = "rank" if local == 1 else "ranks"
+        raise ConfigError(
+            f"device='cuda': {local} {ranks} on this machine, but {devices} CUDA devices are visible. "
+            + (f"Start at most {devices} ranks here, or use device='cpu'." if devices else "Use device='cpu'.")
+        )
+    return device, config.dtype if config.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
 
 
 def _vae(asked: str, world_size: int) -> str:

@@ -21,6 +21,9 @@ SAME_CALL = (
     "with alone=True runs each rank's own."
 )
 
+NUM_PICTURES = ("num_images_per_prompt", "num_videos_per_prompt")
+"""Keywords of pipelines that say how many pictures each prompt gets."""
+
 
 def check_call(source: ModelSource, keywords: dict[str, Any], *, encodes: bool = True) -> dict[str, Any]:
     """The keywords of a call with the model's defaults filled in. Raises ConfigError for the first that is wrong.

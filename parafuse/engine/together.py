@@ -20,6 +20,7 @@ from parafuse.engine.modular import continues
 from parafuse.engine.overlap.lane import Lane, Pending, Ticket
 from parafuse.engine.overlap.watch import alike, refusal, unknown
 from parafuse.engine.plan import Plan
+from parafuse.engine.planning.search import Found
 from parafuse.engine.quantized import weights_of
 from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import SAME_CALL, facts, fresh_seed
@@ -45,6 +46,8 @@ class Together(Surface):
     """The record of the last request that ended well, ready for JSON."""
     world: World
     """What this engine's ranks say to each other."""
+    chosen: Found | None
+    """What the planner has found, where it has chosen the layout; the other plans are in it."""
     loaded: dict[str, str]
     """What of a saved engine is used, a line for each part; empty where none was loaded."""
     _family: list[Any]

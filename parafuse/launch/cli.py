@@ -20,7 +20,7 @@ from typer.exceptions import TyperException
 import parafuse
 from parafuse import log
 from parafuse.config import Config
-from parafuse.errors import ParafuseError, nearest
+from parafuse.errors import ConfigError, ParafuseError, nearest
 from parafuse.launch import calibrate as calibrating
 from parafuse.launch import export as exporting
 from parafuse.launch import generate as generating
@@ -53,7 +53,7 @@ TRIAL_OPTIONS = options_of(verifying.Trial)
 CALIBRATE_OPTIONS = options_of(calibrating.Calibrate)
 PACKING_OPTIONS = [option for option in options_of(quantizing.Packing) if option.name != "ranks"]
 EXPORT_OPTIONS = [option for option in options_of(exporting.Export) if option.name != "ranks"]
-PLANNING_OPTIONS = [option for option in options_of(planning.Planning) if option.name not in ("model", "seed")]
+PLANNING_OPTIONS = [option for option in options_of(planning.Planning) if option.name != "seed"]
 SCORING_OPTIONS = options_of(scoring.Scoring)
 TUNING_OPTIONS = [option for option in options_of(tuning.Tuning) if option.name != "ranks"]
 EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
@@ -195,15 +195,17 @@ def export_plan(
 @app.command()
 @with_options(*PLANNING_OPTIONS, *CONFIG_OPTIONS)
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for generate --model.")] = "emoji",
+    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.")] = None,
     **options: Any,
 ) -> None:
-    """Show the plan that would run on so many ranks; with --memory, what it takes there, phase by phase.
+    """Show the best plan for so many ranks and why it is; with --memory, what it takes there, phase by phase.
 
-    Nothing is loaded or downloaded, and the hardware need not be here: --device cuda --ranks 8."""
+    Nothing is loaded or downloaded, and the hardware need not be here: --hardware 8xh200."""
     asked = build(planning.Planning(), given(PLANNING_OPTIONS, options))
     _hush(asked)
-    planning.run(planning.prepare(model, asked, CONFIG_OPTIONS, options))
+    if name is not None and options.get("model") not in (None, name):
+        raise ConfigError(f"--model {options['model']!r}: beside MODEL {name!r}; leave one out.")
+    planning.run(planning.prepare(name or asked.model, asked, CONFIG_OPTIONS, options))
 
 
 bench_app = typer.Typer(invoke_without_command=True, no_args_is_help=False)

@@ -18,7 +18,7 @@ from parafuse.config import Axis, Config
 from parafuse.engine.plan import Plan
 from parafuse.engine.request import fresh_seed
 from parafuse.errors import ConfigError, ParafuseError
-from parafuse.launch import quiet
+from parafuse.launch import learning, quiet
 from parafuse.launch.asked import Asked, number_of_ranks
 from parafuse.launch.keywords import NUM_PICTURES, as_typed, call_keywords, refuse_unknown
 from parafuse.launch.options import Option, build, given
@@ -46,6 +46,8 @@ class Picture(Asked):
     """Of several prompts: decode one picture while the next one is denoised. The same pictures; both take memory."""
     save_plan: str | None = None
     """JSON file to write the plan to."""
+    learn: bool = False
+    """Compare each request with what the planner predicts for it, and keep that for later plans on this machine."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,7 +165,9 @@ def paint(job: Job) -> None:
     """Paints all prompts on the ranks of this world. Collective; rank 0 writes and tells."""
     picture = job.picture
     from parafuse.engine.engine import Engine
+    from parafuse.engine.source import locate
 
+    source = locate(picture.model, allow_pickle=job.config.allow_pickle)
     if not picture.verbose:
         quiet.hide_loading_bars()
     started = hardware.process_age_s()
@@ -173,6 +177,7 @@ def paint(job: Job) -> None:
         plan=job.plan,
         progress=not picture.quiet,
         agree_on={"prompts": list(job.prompts), "seed": picture.seed, **job.call},
+        expect=job.call,
     )
     if engine.plan.world_size > 1 and not engine.plan.why:  # with a reason, the engine has told it
         log.note(engine.plan.one_line())
@@ -193,6 +198,8 @@ def paint(job: Job) -> None:
         if engine.rank == 0:
             engine.receipt.setdefault("timings_s", {})["start"] = None if started is None else round(started, 3)
             tell(job, engine, output, own, seconds)
+        if picture.learn:
+            learning.tell(engine, source, job.config, job.call, len(own))
         begun = time.perf_counter()
     engine.close()
 
@@ -216,8 +223,10 @@ def tell(job: Job, engine: Engine, output: Any, paths: list[Path], seconds: floa
     if not job.picture.quiet:
         ranks = "1 rank" if job.world_size == 1 else f"{job.world_size} ranks"
         lines = shown if job.num_pictures == 1 else [", ".join(shown)]
+        step = learning.beside(engine)
+        more = f"; {step}" if step else ""
         for line in lines:
-            print(f"{line}  ({seconds:.1f} s on {ranks}, seed {seed})", flush=True)
+            print(f"{line}  ({seconds:.1f} s on {ranks}, seed {seed}{more})", flush=True)
 
 
 def save(engine: Engine, output: Any, paths: list[Path]) -> list[str]:

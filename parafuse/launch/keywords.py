@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parafuse.engine.request import NUM_PICTURES
 from parafuse.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ KEYWORDS = {
 }
 """Options that are keywords of the pipelines under another name. `guidance` and `num_images` depend on the model."""
 ANY_PROMPT = "a red apple"
-NUM_PICTURES = ("num_images_per_prompt", "num_videos_per_prompt")
 RESERVED = {
     "prompt": "give the prompts as arguments",
     "seed": "use --seed",

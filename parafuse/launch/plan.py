@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from parafuse.config import Axis, Config
+from parafuse.config import Axis, Config, Parallel
 from parafuse.engine.plan import Plan
-from parafuse.errors import ConfigError
+from parafuse.engine.planning import explain
+from parafuse.engine.planning.search import REQUESTS, Demand, Fidelity, Found, Objective
+from parafuse.errors import ConfigError, ModelError, UnsupportedError, nearest
+from parafuse.hardware import visible_gpus
 from parafuse.launch.asked import Asked
 from parafuse.launch.keywords import as_typed, call_keywords, refuse_unknown
 from parafuse.launch.options import Option, build, given
+from parafuse.log import note
 
 if TYPE_CHECKING:
     from parafuse.engine.memory.predict import Phase, Prediction
+    from parafuse.engine.planning.machine import Machine
     from parafuse.engine.source import ModelSource
 
 GB = 1e9
@@ -26,12 +32,58 @@ COLUMNS = ("all", "weights", "activations", "exchange", "kept", "pipeline", "lib
 class Planning(Asked):
     """What to plan for."""
 
+    size: str | None = None
+    """Width and height in pixels: 1024x1024."""
     num_images: int | None = None
     """Pictures for each prompt."""
+    hardware: str | None = None
+    """For which machine: 8xh200, 4xl40-pcie, 2x8xh100-ib400 (nodes, ranks of each, device, link). Not given: this
+    one."""
+    objective: str = "latency"
+    """What is to be best: latency (seconds of a request), throughput (pictures a second) or memory (bytes of a
+    rank)."""
+    fidelity: str = "exact"
+    """Options that may be chosen beside the layout: exact (lossless ones), high (8-bit integers too), fast (fp8 and
+    caches
+    too)."""
+    requests: int = REQUESTS
+    """Requests over which the time to compile is spread."""
+    probe: bool = False
+    """Measure this machine first (under 20 seconds), and keep what was found for later plans."""
+    plot: str | None = None
+    """SVG or PNG file to draw into: predicted times from 1 to 64 ranks of the hardware."""
+    learned: bool = False
+    """Show what runs with generate --learn have told about this machine, and nothing else."""
+    forget: bool = False
+    """Remove all that the planner keeps: measured machines, facts of models, what runs have told."""
     memory: bool = False
     """What it takes on each rank, by phase of a request and by what it is for. Nothing is loaded."""
     json: bool = False
     """As one JSON object."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, kinds in (("objective", Objective), ("fidelity", Fidelity)):
+            value, known = getattr(self, name), [str(kind) for kind in kinds]
+            if value not in known:
+                raise ConfigError(
+                    f"--{name} {value!r}: must be one of {', '.join(known)}{nearest(value, known) or '.'}"
+                )
+        if self.requests < 1:
+            raise ConfigError(f"--requests {self.requests}: must be at least 1.")
+        if self.size is not None:
+            self._split_size()
+        if self.plot is not None and not self.plot.lower().endswith((".svg", ".png")):
+            raise ConfigError(f"--plot {self.plot!r}: the file name must end in .svg or .png.")
+
+    def _split_size(self) -> None:
+        found = re.fullmatch(r"(\d+)\s*[xX]\s*(\d+)", self.size or "")
+        if found is None:
+            raise ConfigError(f"--size {self.size!r}: must be WIDTHxHEIGHT in pixels, such as 1024x1024.")
+        if self.width is not None or self.height is not None:
+            raise ConfigError("--size: beside --width or --height says the same twice; leave one out.")
+        object.__setattr__(self, "width", int(found[1]))
+        object.__setattr__(self, "height", int(found[2]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +92,36 @@ class PlanJob:
 
     planning: Planning
     source: ModelSource
-    plan: Plan
+    config: Config
+    ranks: int
     call: dict[str, Any]
     """Keywords for the pipeline's call."""
+    machine: Machine | None
+    """That was named."""
 
 
 def prepare(model: str, planning: Planning, options: list[Option], typed: dict[str, Any]) -> PlanJob:
     """Checks the request, torch-free. Raises ConfigError at the first fault."""
     from parafuse.engine.planner import resolve
+    from parafuse.engine.planning.machine import named
     from parafuse.engine.request import check_call
     from parafuse.engine.source import locate
 
     if "RANK" in os.environ:
         raise ConfigError("plan: runs on one rank, whatever the plan is for; leave the launcher out and give --ranks.")
     config = build(Config.from_file(planning.config) if planning.config else Config(), given(options, typed))
+    machine = named(planning.hardware) if planning.hardware else None
+    ranks = planning.ranks or (machine.num_ranks if machine else 1)
+    if machine is not None:
+        if ranks > machine.num_ranks:
+            raise ConfigError(f"--ranks {ranks}: --hardware {planning.hardware} has {machine.num_ranks}; leave it out.")
+        if config.device not in ("auto", machine.device.kind):
+            raise ConfigError(
+                f"--device {config.device}: --hardware {planning.hardware} computes on {machine.device.kind}."
+            )
+        if planning.probe:
+            raise ConfigError("--probe: measures this machine, and --hardware names another; leave one out.")
+        config = replace(config, device=machine.device.kind)
     source = locate(model, allow_pickle=config.allow_pickle)
     call, typed_as = call_keywords(planning, source)
     refuse_unknown(source, call)
@@ -61,36 +129,110 @@ def prepare(model: str, planning: Planning, options: list[Option], typed: dict[s
         check_call(source, call)
     except ConfigError as error:
         raise as_typed(error, typed_as) from error
-    plan = resolve(config, source, planning.ranks or 1, elsewhere=True)
-    return PlanJob(planning=planning, source=source, plan=plan, call=call)
+    resolve(config, source, ranks, elsewhere=True)
+    return PlanJob(planning=planning, source=source, config=config, ranks=ranks, call=call, machine=machine)
 
 
 def run(job: PlanJob) -> None:
-    """Prints the plan, and what it takes where that is asked for. Raises UnsupportedError for a pipeline whose memory
-    cannot be told without values."""
-    found = predicted(job) if job.planning.memory else None
-    if job.planning.json:
-        print(json.dumps(found.to_dict() if found else {"plan": job.plan.to_dict()}, indent=2))
+    """Prints the plan, why it is the best, and what it takes where that is asked for. Raises ConfigError where no
+    plan is
+    legal, UnsupportedError for a pipeline whose memory cannot be told without values."""
+    planning = job.planning
+    if planning.forget or planning.learned:
+        print(_kept(forget=planning.forget))
         return
-    print(job.plan.one_line())
-    if found:
-        print("\n".join(["", *table(found)]))
+    found, why = chosen(job)
+    plan = settled_plan(job, found, why)
+    memory = predicted(job, plan) if planning.memory else None
+    if found is not None and planning.plot:
+        from parafuse.launch.scaling import draw
+
+        note(f"{draw(found, planning.plot)}: predicted times by ranks")
+    if planning.json:
+        values = memory.to_dict() if memory else {"plan": plan.to_dict()}
+        print(json.dumps(values | ({"choice": explain.to_dict(found)} if found else {}), indent=2))
+        return
+    print(plan.one_line())
+    if memory:
+        print("\n".join(["", *table(memory)]))
+    elif found:
+        print("\n".join(["", *explain.lines(found)]))
 
 
-def predicted(job: PlanJob) -> Prediction:
+def _kept(*, forget: bool) -> str:
+    from parafuse.engine.planning import known, learned
+
+    return f"{known.forget()} files removed" if forget else "\n".join(learned.table())
+
+
+def chosen(job: PlanJob) -> tuple[Found | None, str]:
+    """What the search has found, and why there is nothing where there is not."""
+    from parafuse.engine.planner import computes_in
+    from parafuse.engine.planning import choose, known
+
+    planning = job.planning
+    device, dtype = computes_in(job.config, job.ranks, elsewhere=True)
+    if planning.probe:
+        from parafuse.engine.planning.measure import measure
+
+        found = measure(job.ranks, device, dtype)
+        known.keep_machine(found, job.ranks, device, dtype)
+    machine = job.machine or _here(job.ranks, device, dtype)
+    demand = Demand(
+        ranks=job.ranks,
+        objective=Objective(planning.objective),
+        fidelity=Fidelity(planning.fidelity),
+        requests=planning.requests,
+        fixed=choose.fixed_of(job.config, options=False),
+    )
+    learned = choose.corrections_of(device) if job.machine is None else None
+    try:
+        return choose.plans_for(job.source, job.config, machine, demand, job.call, learned), ""
+    except (ModelError, UnsupportedError) as error:
+        return None, f"no costs: {str(error).partition(chr(10))[0]}"
+
+
+def _here(ranks: int, device: str, dtype: str) -> Machine:
+    """This machine; one that is assumed for GPUs where there are none."""
+    from parafuse.engine.planning.choose import machine_at_hand
+    from parafuse.engine.planning.machine import named
+
+    if device == "cuda" and not visible_gpus():
+        name = f"{ranks}x{ASSUMED}"
+        note(f"no GPU is here, and --hardware names none: {name} is taken")
+        return named(name)
+    return machine_at_hand(ranks, device, dtype)
+
+
+ASSUMED = "h100"
+
+
+def settled_plan(job: PlanJob, found: Found | None, why: str) -> Plan:
+    """The best plan, as it would run."""
+    from parafuse.engine.planner import resolve
+
+    if found is None:
+        return resolve(job.config, job.source, job.ranks, elsewhere=True, why=why)
+    best = found.best.candidate
+    options = {name: getattr(best, name) for name in ("compile", "quantize", "cache", "offload") if getattr(best, name)}
+    free = {name: value for name, value in options.items() if not getattr(job.config, name)}
+    config = replace(job.config, parallel=Parallel(**best.degrees), **free)
+    return resolve(config, job.source, job.ranks, elsewhere=True, why=explain.one_line(found))
+
+
+def predicted(job: PlanJob, plan: Plan) -> Prediction:
     """What the plan takes on one rank; others of its world are not there."""
     from parafuse.engine.memory.predict import predict
-    from parafuse.launch.bench import share
+    from parafuse.parallel import absent
 
-    plan = job.plan
     if plan.world_size == 1:
         return predict(job.source, plan, job.call)
-    share.enter(plan.world_size, plan.timeout_s)
+    absent.enter(plan.world_size, plan.timeout_s)
     try:
         degrees = {axis: plan.degree(axis) for axis in Axis}
-        return predict(job.source, plan, job.call, mesh=share.mesh_of(degrees, "cpu", plan.timeout_s))
+        return predict(job.source, plan, job.call, mesh=absent.mesh_of(degrees, "cpu", plan.timeout_s))
     finally:
-        share.leave()
+        absent.leave()
 
 
 def table(found: Prediction) -> list[str]:

@@ -105,7 +105,7 @@ def prepare(prompt: str | None, tuning: Tuning, options: list[Option], typed: di
         device=plan.device,
         dtype=plan.dtype,
         ulysses=1 if parallel.ulysses == "auto" else parallel.ulysses,
-        ring=parallel.ring,
+        ring=1 if parallel.ring == "auto" else parallel.ring,
         call={} if tuning.shape else one_step_call(tuning, source, prompt),
     )
 

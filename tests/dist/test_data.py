@@ -155,7 +155,9 @@ def bad_input() -> list[str]:
     with parafuse.Engine.from_pipeline(case.build(), config(cfg=2)) as engine:
         found.append(attempt(lambda: engine(**call | {"guidance_scale": 1.0}, seed=1)))
         found.append(attempt(lambda: engine(**call | {"prompt": ["a cat", 5]}, seed=1)))
-    found.append(attempt(parafuse.Engine.from_pipeline, case.build()))
+    found.append(
+        attempt(parafuse.Engine.from_pipeline, case.build(), parafuse.Config(parallel=parafuse.Parallel(ulysses=2)))
+    )
     with parafuse.Engine.from_pipeline(case.build(), config(data=2)) as engine:
         found.append(attempt(lambda: engine(**call | {"negative_prompt": ["x"] * 3}, seed=1)))
         found.append(attempt(lambda: engine(**call | {"prompt": ["a cat", None]}, seed=1)))

@@ -26,7 +26,7 @@ def table(found: Found) -> str:
     parts = ["\n".join(lines)]
     for name in CLASSES:
         parallel = ON_TWO[name]
-        layout = f"`cfg={parallel.cfg}`" if parallel.cfg > 1 else f"`ulysses={parallel.ulysses}`"
+        layout = f"`cfg={parallel.cfg}`" if parallel.cfg != 1 else f"`ulysses={parallel.ulysses}`"
         also = "" if name == BASE else ", beside those"
         rows = [
             f"| `{one.member}` | {_cell(one)} | {_cell(two)} |"

@@ -86,4 +86,5 @@ def test_accelerate_launches_a_script_and_the_command_line(tmp_path: Path) -> No
         assert np.abs(pixels(Image.open(tmp_path / f"{number}.png")) - picture).max() <= 1
     assert np.abs(pixels(Image.open(tmp_path / "apple.png")) - want[0]).max() <= 1
     receipt = json.loads((tmp_path / "apple.json").read_text())
-    assert receipt["plan"]["degrees"]["ulysses"] == 2
+    assert receipt["plan"]["world_size"] == 2
+    assert receipt["plan"]["chosen"]

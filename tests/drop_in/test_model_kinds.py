@@ -173,7 +173,7 @@ def test_unets_on_several_ranks_are_refused_before_anything_is_loaded(tmp_path: 
     folder = pipelines.unet(tmp_path / "folder")
     assert not list(folder.rglob("*.safetensors"))
     assert not list(folder.rglob("*.bin"))
-    done = parafuse("generate", "x", "--model", str(folder), "--ranks", "2", cwd=tmp_path)
+    done = parafuse("generate", "x", "--model", str(folder), "--ranks", "2", "--ulysses", "2", cwd=tmp_path)
     assert f"model={str(folder)!r}: has no transformer to split over ranks (UNets" in refusal(done)
     alone = refusal(parafuse("generate", "x", "--model", str(folder), cwd=tmp_path))
     assert "cannot be loaded (" in alone, "control: one rank comes as far as the weights"

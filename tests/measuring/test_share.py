@@ -16,7 +16,7 @@ from diffusers import FluxTransformer2DModel
 import parafuse
 from parafuse.config import Axis, Config, Parallel
 from parafuse.errors import ConfigError
-from parafuse.launch.bench import report, share
+from parafuse.launch.bench import report
 from parafuse.launch.bench import run as run_module
 from parafuse.launch.bench.case import Case, Variant, load_case
 from parafuse.launch.bench.contestant import Contestant
@@ -25,6 +25,7 @@ from parafuse.launch.bench.model import load
 from parafuse.launch.bench.record import NotAppliedError, Record
 from parafuse.launch.bench.run import Run
 from parafuse.launch.bench.work import Rates
+from parafuse.parallel import absent
 from parafuse.parallel.comm import Count, since
 from parafuse.parallel.mesh import make_mesh
 from tests.dist.ranks import run_ranks
@@ -53,12 +54,12 @@ def exchanged(degrees: dict[str, int]) -> dict[str, Count]:
 
 @pytest.fixture
 def world() -> Iterator[None]:
-    share.enter(4, 60.0)
+    absent.enter(4, 60.0)
     try:
         yield
     finally:
         if dist.is_initialized():
-            share.leave()
+            absent.leave()
 
 
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
@@ -87,16 +88,16 @@ def test_messages_are_this_ranks_own(world: None) -> None:
 
 def test_it_is_a_world_of_its_own(world: None) -> None:
     with pytest.raises(ConfigError, match="a process of its own"):
-        share.enter(2, 60.0)
+        absent.enter(2, 60.0)
 
 
 def test_the_wire_is_bytes_and_calls() -> None:
-    link = share.Link(bytes_per_s=1e6, latency_s=0.5)
+    link = absent.Link(bytes_per_s=1e6, latency_s=0.5)
     counts = {"ulysses.all_to_all calls": 4, "ulysses.all_to_all bytes": 3e6, "graphs run": 7, "denoiser calls": 2}
     assert link.seconds(counts) == pytest.approx(3 + 4 * 0.5)
     for wrong in ({"bytes_per_s": 0}, {"latency_s": -1}):
         with pytest.raises(ConfigError, match="bytes_per_s must be above 0"):
-            share.Link(**wrong)
+            absent.Link(**wrong)
 
 
 PLAIN = Variant(name="plain", way="plain")

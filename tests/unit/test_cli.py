@@ -62,6 +62,7 @@ class FakeEngine:
 
     def __init__(self, world: World) -> None:
         self.world, self.plan, self.receipt, self.rank = world, world.plan, {}, int(os.environ.get("RANK", "0"))
+        self.chosen = None
 
     def __call__(self, prompt: str, seed: int | None, **call: Any) -> Any:
         if self.world.fault:
@@ -162,6 +163,7 @@ def test_one_picture(world: World, run: Run) -> None:
     assert out.count("\n") == 1
     agreed = {"prompts": ["a red apple"], "seed": 7, "num_inference_steps": 4, "width": 64}
     wanted = {"model": "emoji", "config": Config(), "plan": None, "progress": True, "agree_on": agreed}
+    wanted["expect"] = {"num_inference_steps": 4, "width": 64}
     assert world.engines == [wanted]
     assert world.closed == 1
 

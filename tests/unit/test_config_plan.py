@@ -57,9 +57,23 @@ def test_axes_that_do_not_run_yet_are_refused(axis: str) -> None:
     assert found.startswith(f"parallel.{axis}=2: this version runs only 1 on the {axis!r} axis; use parallel.cfg")
 
 
-def test_only_ulysses_may_be_auto() -> None:
-    assert Parallel().ulysses == "auto"
-    assert message(Parallel, ring="auto").startswith("parallel.ring='auto'")
+@pytest.mark.parametrize("axis", ["data", "cfg", "ring"])
+def test_axes_that_are_run_may_be_left_to_be_chosen(axis: str) -> None:
+    values: dict[str, Any] = {axis: "auto"}
+    assert Parallel(**values).is_chosen
+    assert Parallel().is_chosen
+    assert not Parallel(cfg=2).is_chosen
+    assert not Parallel(ulysses=2).is_chosen
+
+
+@pytest.mark.parametrize("axis", ["pipe", "tensor"])
+def test_others_may_not(axis: str) -> None:
+    assert message(Parallel, **{axis: "auto"}).startswith(f"parallel.{axis}='auto'")
+
+
+def test_what_nobody_has_chosen_is_one() -> None:
+    degrees = Parallel(ring="auto", cfg="auto", ulysses=2).degrees(2)
+    assert (degrees[Axis.RING], degrees[Axis.CFG], degrees[Axis.DATA]) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(

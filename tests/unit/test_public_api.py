@@ -21,7 +21,19 @@ CACHES = (
 QUANTIZATIONS = "Fp8 Fp8Weight Int8 Int8Weight Quantize".split()
 ATTENTIONS = "Attention Content Radial Sparse Window".split()
 NAMES = sorted(
-    [*CACHES, *QUANTIZATIONS, *ATTENTIONS, "Config", "Engine", "Handle", "ParafuseError", "Parallel", "Plan", "apply"]
+    [
+        *CACHES,
+        *QUANTIZATIONS,
+        *ATTENTIONS,
+        "Config",
+        "Engine",
+        "Handle",
+        "ParafuseError",
+        "Parallel",
+        "Plan",
+        "apply",
+        "plans",
+    ]
 )
 STATE = """
 import asyncio, atexit, json, locale, logging, os, random, signal, sys, threading, warnings

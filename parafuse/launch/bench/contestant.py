@@ -18,11 +18,11 @@ from parafuse.engine.engine import Engine
 from parafuse.engine.quantize.settle import TEXT_ENCODERS
 from parafuse.engine.stack import block_stack
 from parafuse.engine.targets import DECODERS, DENOISERS
-from parafuse.launch.bench import share
 from parafuse.launch.bench.case import CACHES, REPLICATED, Variant
 from parafuse.launch.bench.parts import PartClock
 from parafuse.launch.bench.peers import PEERS, watch_blocks
 from parafuse.launch.bench.record import CALLS, KEPT, QUANTIZED, RAN, SKIPPED
+from parafuse.parallel import absent
 
 Counts = dict[str, int]
 """What shows that an option acted: graphs run, calls and bytes exchanged by axis, calls whose blocks were skipped and
@@ -46,7 +46,7 @@ class Contestant:
             config = Config(
                 quantize=variant.quantize or None, attention=variant.attention or "torch", sparse=variant.sparse or None
             )
-            self._handle = apply(pipeline, config, mesh=share.mesh_of(degrees, device.type, timeout_s))
+            self._handle = apply(pipeline, config, mesh=absent.mesh_of(degrees, device.type, timeout_s))
         elif variant.way == "parafuse":
             config = Config(
                 parallel=variant.config(ranks),

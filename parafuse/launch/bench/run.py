@@ -22,7 +22,6 @@ from parafuse.engine.receipt import plain, versions
 from parafuse.engine.request import check_call
 from parafuse.engine.targets import DENOISERS, denoisers
 from parafuse.hardware import cores, hardware
-from parafuse.launch.bench import share
 from parafuse.launch.bench.case import PACKAGES, Case, Variant
 from parafuse.launch.bench.clock import Times, timed, wait
 from parafuse.launch.bench.contestant import Contestant, call_of
@@ -35,6 +34,7 @@ from parafuse.launch.bench.record import NotAppliedError, Record, Row, commit, s
 from parafuse.launch.bench.work import Rates, Work, counted, rates
 from parafuse.launch.prompts import first_prompts
 from parafuse.log import note
+from parafuse.parallel import absent
 from parafuse.parallel.world import ensure_world, wait_for
 from parafuse.quantization import quantize_of
 
@@ -71,7 +71,7 @@ class Run:
         self.deadline = math.inf if budget_s is None else time.monotonic() + budget_s - loaded.load_s
         self.timeout_s = config.timeout_s
         self._parts_done = 0
-        self.link = share.Link(**case.link)
+        self.link = absent.Link(**case.link)
         self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self.device = loaded.device
         self.threads = max(1, cores() // self.ranks)
@@ -79,7 +79,7 @@ class Run:
         if self.ranks > 1:
             ensure_world(self.device.type, config.timeout_s)
         if case.largest_share > 1:
-            share.enter(case.largest_share, config.timeout_s)
+            absent.enter(case.largest_share, config.timeout_s)
         self.rank = dist.get_rank() if self.ranks > 1 else 0
         self.steps = 0
         """Of a request, as the pipeline called back."""
@@ -108,7 +108,7 @@ class Run:
                 for entry in self.entries:
                     self._close(entry)
                 if self.case.largest_share > 1:
-                    share.leave()
+                    absent.leave()
         return self._record(work, speeds, starts_s)
 
     def _is_over(self) -> bool:

@@ -1,4 +1,4 @@
-"""One rank's share of a larger world, on one device: what it computes is run and timed, the wire is modelled.
+"""One rank of a world whose other ranks are absent: what it computes is run, or followed without values.
 
 The other ranks' messages are this rank's own data of the same size, copied where they would arrive. So shapes, kernels
 and the packing of buffers are those of the real run; the pictures are not, and the time on the wire comes from bytes
@@ -6,15 +6,22 @@ and calls."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C._distributed_c10d import (
+    _create_work_from_future,  # pyright: ignore[reportAttributeAccessIssue]
+    _register_process_group,
+    _unregister_process_group,
+)
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.futures import Future
 
 from parafuse.config import Axis
@@ -104,6 +111,29 @@ class Share(_ProcessGroup):
         return _done(tensors)
 
 
+class Unheard(Share):
+    """The same, where tensors without values are not copied: whoever counts operators would count the wire as well."""
+
+    def allreduce(self, tensors: list[Tensor], options: Any = None) -> Any:
+        return _done(tensors) if _is_blank(tensors[0]) else super().allreduce(tensors, options)
+
+    def allgather(self, received: list[list[Tensor]], sent: list[Tensor], *_: Any) -> Any:
+        return _done(received) if _is_blank(sent[0]) else super().allgather(received, sent)
+
+    def all_gather_single(self, received: Tensor, sent: Tensor, *_: Any) -> Any:
+        return _done([received]) if _is_blank(sent) else super().all_gather_single(received, sent)
+
+    def all_to_all_single(self, received: Tensor, sent: Tensor, *_: Any) -> Any:
+        return _done([received]) if _is_blank(sent) else super().all_to_all_single(received, sent)
+
+    _allgather_base = all_gather_single
+    alltoall_base = all_to_all_single
+
+
+def _is_blank(x: Tensor) -> bool:
+    return isinstance(x, FakeTensor)
+
+
 def _done(result: Any) -> Any:
     """Work that has ended."""
     future: Any = Future()
@@ -115,6 +145,10 @@ def enter(world_size: int, timeout_s: float) -> None:
     """Makes this process rank 0 of a world of which it is the only rank. It must be in none yet."""
     if dist.is_initialized():
         raise ConfigError("share_of: is measured in a process of its own; start it without a launcher, on one rank.")
+    _begin(world_size, timeout_s)
+
+
+def _begin(world_size: int, timeout_s: float) -> None:
     if not hasattr(dist.Backend, BACKEND.upper()):
         dist.Backend.register_backend(BACKEND, lambda _, rank, size, __: Share(rank, size), devices=["cpu", "cuda"])
     dist.init_process_group(
@@ -132,3 +166,33 @@ def mesh_of(degrees: Mapping[Axis, int], device: str, timeout_s: float) -> Mesh:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Set timeout is now only supported")  # nothing is waited for here
         return make_mesh(degrees, device, timeout_s)
+
+
+_NUMBERS = itertools.count()
+
+
+@contextmanager
+def beside_others(axis: Axis, degree: int) -> Iterator[Mesh]:
+    """The mesh of one rank of `degree` along one axis of a sequence, the others absent, for tensors without values.
+    Local: it may
+    be used where ranks have been joined, who need not know of it."""
+    began = not dist.is_initialized()
+    if began:
+        _begin(1, 60.0)
+    group = Unheard(0, degree)
+    name: Any = f"{BACKEND} {next(_NUMBERS)}"
+    world = dist.distributed_c10d._world
+    own = dist.get_rank()
+    world.pg_map[group] = (BACKEND, dist.HashStore())
+    world.pg_names[group] = name
+    # this rank is the first of the group; numbers below 0 stand for the others
+    world.pg_group_ranks[group] = {own: 0} | {-rank: rank for rank in range(1, degree)}
+    _register_process_group(name, group)
+    try:
+        yield Mesh(None, {axis: group}, group)
+    finally:
+        _unregister_process_group(name)
+        for table in (world.pg_map, world.pg_names, world.pg_group_ranks):
+            table.pop(group, None)
+        if began:
+            leave()

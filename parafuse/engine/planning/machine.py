@@ -1,0 +1,216 @@
+"""Machines as the planner sees them: what a device computes and moves in a second, and what joins the ranks.
+Torch-free.
+
+`machines.json` has named ones, each number with its source; `measure.py` finds those of the machine at hand."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parafuse.errors import ConfigError, nearest
+
+TABLE = Path(__file__).with_name("machines.json")
+SPEC = re.compile(r"(?:(?P<nodes>\d+)x)?(?:(?P<number>\d+)x)(?P<name>[a-z].*)")
+Curve = tuple[tuple[float, float], ...]
+"""(size, seconds) of one call, by size: floating-point operations of a product, bytes of anything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a rank computes on."""
+
+    name: str
+    kind: str
+    """cuda or cpu."""
+    memory_bytes: int
+    bytes_per_s: float
+    """Read and written by a kernel that only copies."""
+    flops: Mapping[str, float | None]
+    """dtype -> floating-point operations a second of large matrix products; fp8 and int8 beside torch's dtypes."""
+    attention: Mapping[str, float | None]
+    """The same of long attentions."""
+    units: int = 1
+    """Of which each computes tiles of a product by itself: streaming multiprocessors."""
+    kernel_s: float = 0.0
+    """The least that a kernel takes."""
+    host_s: float = 0.0
+    """That the host takes for an operator: on CUDA beside the device, on a CPU before it computes."""
+    capability: str = ""
+    curves: Mapping[str, Curve] = field(default_factory=dict[str, Curve])
+    """`family.dtype` -> times that were measured; what has none goes by the rates above."""
+    host_bytes_per_s: float = 20e9
+    """Between the host's memory and the device, for offload."""
+
+    def rate(self, dtype: str, *, attention: bool = False) -> float:
+        """Raises ConfigError for a dtype that the device does not compute in."""
+        found = (self.attention if attention else self.flops).get(dtype)
+        if not found:
+            raise ConfigError(f"hardware: {self.name} does not compute in {dtype}.")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What joins two ranks."""
+
+    name: str
+    bytes_per_s: float
+    """That a rank sends."""
+    latency_s: float
+    """Of one exchange, its launch included."""
+    node_bytes_per_s: float | None = None
+    """That the ranks of a node send together; None: nothing is shared."""
+
+    def seconds(self, sent: float, calls: float, ranks: int) -> float:
+        """That `calls` exchanges take in which each of so many ranks of a node sends so many bytes in all."""
+        rate = self.bytes_per_s
+        if self.node_bytes_per_s is not None:
+            rate = min(rate, self.node_bytes_per_s / max(1, ranks))
+        return sent / rate + calls * self.latency_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Ranks, each on its device, in nodes."""
+
+    name: str
+    device: Device
+    per_node: int
+    """Ranks of a node."""
+    nodes: int
+    inside: Link
+    across: Link
+    busy: Device | None = None
+    """A rank's device while the others of its node compute, where they share something (memory, power)."""
+    sources: tuple[str, ...] = ()
+
+    @property
+    def num_ranks(self) -> int:
+        return self.per_node * self.nodes
+
+    def device_for(self, ranks: int) -> Device:
+        """What one of so many ranks has."""
+        return self.busy if self.busy is not None and min(ranks, self.per_node) > 1 else self.device
+
+    def link(self, span: int) -> Link:
+        """Between ranks that are at most `span` apart."""
+        return self.inside if span <= self.per_node else self.across
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Machine:
+        values = dict(values)
+        for name in ("device", "busy"):
+            if values.get(name) is not None:
+                curves = {key: tuple(map(tuple, one)) for key, one in values[name].get("curves", {}).items()}
+                values[name] = Device(**values[name] | {"curves": curves})
+        for name in ("inside", "across"):
+            values[name] = Link(**values[name])
+        settings: dict[str, Any] = {**values, "sources": tuple(values.get("sources", ()))}
+        return cls(**settings)
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, Any]]:
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def machine_names() -> list[str]:
+    return sorted(_table()["machines"])
+
+
+def named(text: str) -> Machine:
+    """The machine of `8xh200`, `4xl40-pcie`, or `2x8xh100-ib400` (nodes x ranks of each x device - link between
+    nodes, or
+    inside of the node). Raises ConfigError with the nearest name for one that is not known."""
+    found = SPEC.fullmatch(text.strip().lower())
+    example = "such as 8xh200, 4xl40-pcie or 2x8xh100-ib400"
+    if found is None:
+        raise ConfigError(f"hardware={text!r}: must be NUMBERxDEVICE or NODESxNUMBERxDEVICE, {example}.")
+    nodes, number = int(found["nodes"] or 1), int(found["number"])
+    if not 1 <= nodes * number <= MOST_RANKS or not number or not nodes:
+        raise ConfigError(f"hardware={text!r}: must be from 1 to {MOST_RANKS} ranks.")
+    table, name = _table(), found["name"]
+    base, link = _parted(name, table)
+    if base is None:
+        known = machine_names()
+        raise ConfigError(
+            f"hardware={text!r}: {name!r} is not known{nearest(name, known) or '.'} There are {', '.join(known)}; "
+            "parafuse plan --probe measures the machine at hand."
+        )
+    entry = table["machines"][base]
+    inside, across = entry["inside"], entry["across"]
+    if link is not None:
+        inside, across = (inside, link) if nodes > 1 or link.startswith(NETWORKS) else (link, across)
+    if nodes == 1 and number > entry["per_node"]:
+        nodes, number = math.ceil(number / entry["per_node"]), entry["per_node"]
+    return Machine(
+        name=text,
+        device=_device(entry["device"], table),
+        per_node=number,
+        nodes=nodes,
+        inside=_link(inside, table),
+        across=_link(across, table),
+        sources=tuple(table["devices"][entry["device"]]["sources"]),
+    )
+
+
+MOST_RANKS = 1024
+NETWORKS = ("ib", "eth")
+
+
+def _parted(name: str, table: dict[str, dict[str, Any]]) -> tuple[str | None, str | None]:
+    """(machine, link) of a name: the longest machine that it begins with, and a link after that."""
+    if name in table["machines"]:
+        return name, None
+    for end in range(len(name) - 1, 0, -1):
+        base, rest = name[:end], name[end:].removeprefix("-")
+        if name[end] == "-" and base in table["machines"]:
+            links = [rest, *(link for link in table["links"] if link.startswith(rest))]
+            link = next((one for one in links if one in table["links"]), None)
+            if link is not None:
+                return base, link
+    return None, None
+
+
+def _device(name: str, table: dict[str, dict[str, Any]]) -> Device:
+    values = {key: value for key, value in table["devices"][name].items() if key not in ("sources", "title")}
+    return Device(name=name, **values)
+
+
+def _link(name: str, table: dict[str, dict[str, Any]]) -> Link:
+    values = {key: value for key, value in table["links"][name].items() if key not in ("sources", "title")}
+    return Link(name=name, **values)
+
+
+def of_kind(name: str) -> str | None:
+    """The device of the table that NVML calls so ("NVIDIA H200"); None where there is none."""
+    words = re.sub(r"nvidia|geforce|\s", "", name.lower())
+    devices = sorted(_table()["devices"], key=len, reverse=True)
+    for device in devices:
+        if device.split("-")[0] in words and ("pcie" in device) == ("pcie" in words):
+            return device
+    return next((device for device in devices if device.split("-")[0] in words), None)
+
+
+def on_curve(curve: Curve, size: float) -> float:
+    """Seconds at a size: between two that were measured by their powers, beyond the largest in proportion."""
+    first, last = curve[0], curve[-1]
+    if size <= first[0]:
+        return first[1]
+    if size >= last[0]:
+        return last[1] * size / last[0]
+    place = bisect.bisect_right(curve, (size, math.inf))
+    (a, s), (b, t) = curve[place - 1], curve[place]
+    return s * (t / s) ** (math.log(size / a) / math.log(b / a))

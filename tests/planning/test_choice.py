@@ -19,7 +19,7 @@ from parafuse.engine.source import ModelSource, locate
 from parafuse.errors import ConfigError, ModelError
 from parafuse.launch import cli
 from tests.dist.ranks import run_ranks
-from tests.planning.models import guided, machine
+from tests.planning.models import denoiser, guided, machine
 
 CPU = ("cpu", "float32")
 
@@ -85,8 +85,8 @@ def test_no_legal_layout_is_an_error(monkeypatch) -> None:
     monkeypatch.setattr(choosing, "facts_of", lambda *_, **__: guided(pictures=1))
     monkeypatch.setattr(choosing, "machine_at_hand", lambda *_: machine(7))
     assert choose(Config(), locate("emoji"), 7, CPU).config.parallel.ulysses == 7
-    small = machine(7).device.__class__(**{**vars(machine(7).device), "memory_bytes": 10**6})
-    monkeypatch.setattr(choosing, "machine_at_hand", lambda *_: machine(7, device=small))
+    unet = guided(pictures=1, parts=(denoiser(refused="it has no block stack"),))
+    monkeypatch.setattr(choosing, "facts_of", lambda *_, **__: unet)
     with pytest.raises(ConfigError, match="no plan of 7 ranks is legal"):
         choose(Config(), locate("emoji"), 7, CPU)
 

@@ -10,7 +10,7 @@ import pytest
 
 from parafuse.engine.planning import explain
 from parafuse.engine.planning.cost import Candidate
-from parafuse.engine.planning.facts import DENOISE
+from parafuse.engine.planning.facts import DECODE, DENOISE
 from parafuse.engine.planning.search import Demand, Fidelity, Found, Objective, search, turns
 from parafuse.errors import ConfigError
 from tests.planning.models import DEVICE, SLOW, denoiser, facts, guided, machine
@@ -154,3 +154,22 @@ def test_hundreds_of_plans_for_64_ranks() -> None:
         guided(), machine(8, nodes=8), Demand(ranks=64, objective=Objective.THROUGHPUT, fidelity=Fidelity.FAST)
     )
     assert found.tried >= 500
+
+
+def test_a_layout_alone_is_chosen_even_if_the_request_that_is_taken_for_granted_has_no_room() -> None:
+    there = machine(4)
+    small = dataclasses.replace(there, device=dataclasses.replace(there.device, memory_bytes=1))
+    found = search(facts(), small, Demand(ranks=4, layouts_only=True))
+    assert best(found) == best(search(facts(), there, Demand(ranks=4, layouts_only=True)))
+    with pytest.raises(ConfigError, match="no plan of 4 ranks is legal"):
+        search(facts(), small, Demand(ranks=4))
+
+
+def test_tiles_are_the_way_out_where_a_decode_has_no_room() -> None:
+    there = machine(2)
+    parts = tuple(dataclasses.replace(p, peak_alone=1e15 if p.phase == DECODE else p.peak_alone) for p in facts().parts)
+    for tiles, said in ((0, True), (9, False)):
+        large = dataclasses.replace(facts(), parts=parts, tiles=tiles)
+        with pytest.raises(ConfigError) as caught:
+            search(large, there, Demand(ranks=2))
+        assert ("--vae tiled" in str(caught.value)) == said

@@ -6,16 +6,17 @@ Runs on real tensors and on fake ones alike, side by side: what has a fake argum
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,6 +46,18 @@ class Peak:
     """The operator."""
     module: str = ""
     """The component that ran."""
+
+
+@dataclass
+class Span:
+    """What a piece of a run took."""
+
+    began: int = 0
+    """Bytes that were alive before it."""
+    most: int = 0
+    """The most at a time in it."""
+    at: str = ""
+    """The operator."""
 
 
 class Allocator:
@@ -79,6 +92,12 @@ class Ledger(TorchDispatchMode):
         self._device = MAIN
         self._now: defaultdict[str, Counter[str]] = defaultdict(Counter[str])
         """By device."""
+        self._spans: list[Span] = []
+        self._mode: FakeTensorMode | None = None
+
+    def know(self, module: nn.Module) -> None:
+        """A component that is followed. Where its weights are fake, so is what would take too much memory."""
+        self._mode = self._mode or next((x.fake_mode for x in module.parameters() if isinstance(x, FakeTensor)), None)
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +138,28 @@ class Ledger(TorchDispatchMode):
             yield
         finally:
             self._number = before
+
+    def fake(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor without values that is alive from here on."""
+        with self._mode or nullcontext():
+            x = torch.empty_strided(size, stride, dtype=dtype)
+        self.adopt(x)
+        return x
+
+    @contextmanager
+    def span(self) -> Iterator[Span]:
+        """What runs inside is told in what is given, for `again`."""
+        began = self._now[self._device].total()
+        one = Span(began, began)
+        self._spans.append(one)
+        try:
+            yield one
+        finally:
+            self._spans.pop()
+
+    def again(self, span: Span) -> None:
+        """The same runs once more."""
+        self._mark(span.most - span.began, span.at)
 
     def adopt(self, tensor: Tensor) -> None:
         """Counts a tensor that was made without an operator."""
@@ -185,11 +226,21 @@ class Ledger(TorchDispatchMode):
                 return body(*args, **kwargs)
         if func in ASKS and any(isinstance(x, FakeTensor) for x in args):
             return self._answer(func, args[0])
-        result = func(*args, **kwargs)
+        with self._mode if self._mode and self._is_too_large(func, types, args) else nullcontext():
+            result = func(*args, **kwargs)
         if isinstance(result, FakeTensor) and 1 in result.shape:
             result = _laid_out(func, args, result)
         self._record(func, args, kwargs, result)
         return result
+
+    def _is_too_large(self, func: Any, types: Any, args: Any) -> bool:
+        """Whether real tensors would become one that takes too much memory: a mask over all pairs of pixels."""
+        if self.kind != ACTIVATIONS or any(issubclass(kind, FakeTensor) for kind in types):
+            return False
+        if func in MAKES:
+            return math.prod(args[0]) > MOST_VALUES
+        sizes = [x.shape for x in args if isinstance(x, Tensor)] if torch.Tag.pointwise in func.tags else []
+        return bool(sizes) and math.prod(torch.broadcast_shapes(*sizes)) > MOST_VALUES
 
     def _record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         made = [x for x in _leaves(result) if isinstance(x, Tensor)]
@@ -235,6 +286,9 @@ class Ledger(TorchDispatchMode):
         here = self.peak(self.phase if self._device == MAIN else f"{self.phase}, device {self._device}")
         now = self._now[self._device]
         total = now.total() + workspace + self._late
+        for span in self._spans:
+            if total > span.most:
+                span.most, span.at = total, at
         if total > here.nbytes:
             here.nbytes, here.workspace, here.at, here.module = total, workspace, at, self.module
             here.by_kind = now + Counter({EXCHANGE: self._late})
@@ -254,6 +308,10 @@ class _Entry(weakref.ref[Any]):
         """A weak reference is whole when it is made."""
 
 
+MAKES = {torch.ops.aten.full.default, torch.ops.aten.ones.default, torch.ops.aten.zeros.default}
+"""Operators that make a real tensor of the size that they are given."""
+MOST_VALUES = 1 << 28
+"""Of a real tensor that is made inside of a component."""
 ASKS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default}
 """Operators that give a value to Python."""
 

@@ -21,6 +21,7 @@ from parafuse.engine.memory.fake_pipeline import components, fake_mode, fake_pip
 from parafuse.engine.memory.kernels import LIBRARIES, CudaAttention, bodies, kernels_of
 from parafuse.engine.memory.ledger import ACTIVATIONS, EXCHANGE, PIPELINE, WEIGHTS, Ledger
 from parafuse.engine.memory.phases import DENOISE, PHASES, counting, met
+from parafuse.engine.memory.repeats import repeats
 from parafuse.engine.modular import takes_generator
 from parafuse.engine.plan import Plan
 from parafuse.engine.source import ModelSource
@@ -153,6 +154,8 @@ class _Following:
     def __init__(self, pipeline: Any, source: ModelSource, plan: Plan, mesh: Mesh | None):
         self.pipeline, self.plan = pipeline, plan
         self.ledger = Ledger(kernels_of(plan.device), bodies(lambda: self.ledger))
+        for part in components(pipeline).values():
+            self.ledger.know(part)
         whole = sum(map(nbytes, components(pipeline).values()))
         is_loaded = source.kind != "random" and plan.device != "cpu"  # what has random weights is built on its device
         self.host = whole if is_loaded else 0
@@ -202,6 +205,7 @@ class _Following:
                 inside.enter_context(CudaAttention())
             memories = inside.enter_context(self.handle.request())
             inside.enter_context(host_times(self.pipeline))
+            inside.enter_context(repeats(self.pipeline, ledger))
             inside.enter_context(met(self.pipeline, counting(ledger)))
             inside.enter_context(ledger)
             self._paint(call)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from parafuse.config import Axis, Config, Parallel
+from parafuse.config import VAE_TILED, Axis, Config, Parallel
 from parafuse.engine.planning import known, machine
 from parafuse.engine.planning.cost import Corrections
 from parafuse.engine.planning.explain import one_line
@@ -64,15 +64,17 @@ def facts_of(
     from parafuse.engine.planner import resolve
 
     plain = {name: value for name, value in call.items() if isinstance(value, (*PLAIN, list))}
+    tiled = config.vae == VAE_TILED or bool(getattr(getattr(pipeline, "vae", None), "use_tiling", False))
     alone = Config(device=device, dtype=dtype, parallel=Parallel(ulysses=1), allow_pickle=config.allow_pickle)
 
     def make() -> Facts:
         from parafuse.engine.planning.gather import gather
 
         plan = resolve(alone, source, 1, elsewhere=True)
-        return gather(source, plan, plain, pipeline=pipeline)
+        return gather(source, plan, plain, pipeline=pipeline, tiled=tiled)
 
-    return known.facts(known.key_of(source.model_id, device, dtype, plain), make)
+    found = known.facts(known.key_of(source.model_id, device, dtype, plain, tiled), make)
+    return dataclasses.replace(found, vae=config.vae)
 
 
 def fixed_of(config: Config, *, options: bool) -> dict[str, Any]:

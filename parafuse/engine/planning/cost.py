@@ -37,8 +37,6 @@ CONVOLUTION_RATE = 0.6
 """Of the rate of matrix products: convolutions of autoencoders, 3 x 3 of 128 to 512 channels."""
 SHARED_DECODE = 0.85
 """Of what ranks could save in a decode that they share: measured 1.71 of 2.00 (docs/notes/vae-sharded.md)."""
-SMALL_DECODE = 64 * 64
-"""Latent positions from which on ranks share a decode."""
 COMPILED_HOST = 0.25
 """Of an operator's host time that a kernel of a compiled block takes."""
 COMPILE_S = 2.5
@@ -355,7 +353,7 @@ class Costs:
         alone = self._alone(part, device).total * wanted / self.facts.pictures
         if one.data > 1:
             return alone * math.ceil(wanted / one.data) / wanted
-        if one.num_ranks == 1 or 0 < part.tokens < SMALL_DECODE:
+        if one.num_ranks == 1 or not self.facts.shares(part):
             return alone
         return alone / (1 + (one.num_ranks - 1) * SHARED_DECODE)
 
@@ -386,7 +384,7 @@ class Costs:
                 peak *= 1.6 if one.cache else 1.0
             else:
                 peak = part.peak_alone
-                is_shared = part.phase == DECODE and one.num_ranks > 1 and not 0 < part.tokens < SMALL_DECODE
+                is_shared = part.phase == DECODE and one.num_ranks > 1 and facts.shares(part) and not facts.tiles
                 peak = peak / one.num_ranks * 1.25 if is_shared else peak
             there = sum(kept.values()) + others
             if one.offload == "model":

@@ -9,12 +9,16 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from parafuse.config import VAE_AUTO, VAE_REPLICATED, VAE_SHARDED, VAE_TILED
+
 ENCODE, DENOISE, DECODE = "encode", "denoise", "decode"
 GEMM, ATTENTION, CONVOLUTION, VIEW, FUSED = "gemm", "attention", "convolution", "view", "fused"
 """Families of operators; all others go by their own name. VIEW moves nothing; FUSED is what a compiler makes of the
 operators between two products."""
 PRODUCTS = (GEMM, ATTENTION, CONVOLUTION)
-SCHEMA = 1
+SMALL_DECODE = 64 * 64
+"""Latent positions from which on ranks share a decode."""
+SCHEMA = 2
 
 
 class Amount(NamedTuple):
@@ -137,6 +141,10 @@ class Facts:
     parts: tuple[Part, ...]
     result_bytes: float = 0.0
     """Of what a denoiser gives for one branch of one picture."""
+    tiles: int = 0
+    """In which the pictures are decoded; 0: undivided."""
+    vae: str = VAE_AUTO
+    """How ranks are to share a decode, as in `Config`."""
     schema: int = SCHEMA
 
     def of(self, phase: str) -> tuple[Part, ...]:
@@ -151,6 +159,12 @@ class Facts:
     def heads(self) -> int:
         """The fewest of an attention that exchanges."""
         return min((number for part in self.of(DENOISE) for number in part.heads), default=0)
+
+    def shares(self, part: Part) -> bool:
+        """Whether several ranks share a call of an autoencoder: in an engine's requests, large ones."""
+        if self.vae in (VAE_REPLICATED, VAE_TILED, VAE_SHARDED):
+            return self.vae != VAE_REPLICATED
+        return self.tiles > 1 or not 0 < part.tokens < SMALL_DECODE
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

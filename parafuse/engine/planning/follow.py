@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from parafuse.config import VAE_REPLICATED, Axis, Config, Parallel
 from parafuse.engine.apply import apply
 from parafuse.engine.memory.by_shape import ByShape
-from parafuse.engine.memory.fake_pipeline import fake_mode, weights
+from parafuse.engine.memory.fake_pipeline import fake_mode
 from parafuse.engine.memory.kernels import bodies, kernels_of
 from parafuse.engine.memory.ledger import ACTIVATIONS, EXCHANGE, Ledger
 from parafuse.engine.planning.facts import ATTENTION, DENOISE, Amount, Exchanges, Operator, Part
@@ -54,7 +54,7 @@ class Follower:
         self.parts = parts
         self.recorder = Recorder(kernels_of(device), bodies(lambda: self.recorder))
         for part in parts.values():
-            self.recorder.know(part, weights(part))
+            self.recorder.know(part)
 
     @contextmanager
     def inside(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from parafuse.engine.calls import call_keywords, paint
 from parafuse.engine.host_times import host_times
 from parafuse.engine.memory.fake_pipeline import components, fake_mode, fake_pipeline, nbytes
 from parafuse.engine.memory.phases import counting, met
+from parafuse.engine.memory.repeats import repeats
 from parafuse.engine.modular import takes_generator
 from parafuse.engine.plan import Plan
 from parafuse.engine.planning.facts import DECODE, DENOISE, Facts
@@ -42,16 +43,20 @@ def gather(
     *,
     pipeline: Any = None,
     steps: int | None = None,
+    tiled: bool = False,
 ) -> Facts:
     """Facts of a request to a model: its keywords as for the pipeline, a prompt is not needed. Local.
 
     `plan`: of one rank; its dtype and device count. `pipeline`: one that is loaded, in place of what the source names;
-    its weights are left alone. `steps`: of the request; not given: the pipeline's own number. Raises ConfigError for a
-    call that the pipeline does not take, ModelError where configurations are not at hand, UnsupportedError for a
-    pipeline that cannot be followed without values."""
+    its weights are left alone. `steps`: of the request; not given: the pipeline's own number. `tiled`: pictures are
+    decoded in tiles, even if the pipeline would not. Raises ConfigError for a call that the pipeline does not take,
+    ModelError where configurations are not at hand, UnsupportedError for a pipeline that cannot be followed without
+    values."""
     mode = fake_mode()
     dtype = getattr(torch, plan.dtype)
     followed = fake_pipeline(source, dtype, mode) if pipeline is None else _without_memory(pipeline, mode)
+    if tiled and hasattr(getattr(followed, "vae", None), "use_tiling"):
+        followed.vae.use_tiling = True
     followed.set_progress_bar_config(disable=True)
     asked = call_keywords(followed, source, plan, (), {"prompt": "a red apple", **(call or {})})
     return _Gathering(followed, source, plan).facts(asked, steps)
@@ -64,6 +69,7 @@ class _Gathering(Follower):
         super().__init__(components(pipeline), plan.device)
         self.pipeline, self.source, self.plan = pipeline, source, plan
         self.calls: dict[tuple[str, str], Calls] = {}
+        self.tiles = 0
 
     def facts(self, asked: dict[str, Any], steps: int | None) -> Facts:
         number = steps or _steps_of(self.pipeline, asked)
@@ -89,6 +95,7 @@ class _Gathering(Follower):
             weights={name: nbytes(part) for name, part in self.parts.items()},
             parts=tuple(found),
             result_bytes=result,
+            tiles=self.tiles,
         )
 
     def _request(self, asked: dict[str, Any]) -> None:
@@ -104,11 +111,12 @@ class _Gathering(Follower):
                     inside.enter_context(self._noted(name, part))
             inside.enter_context(host_times(self.pipeline))
             inside.enter_context(self.inside())
+            coded = inside.enter_context(repeats(self.pipeline, self.recorder))
             inside.enter_context(met(self.pipeline, self._counting))
             try:
                 paint(self.pipeline, keywords)
             except _Decoded:
-                pass
+                self.tiles = coded["decoder"] if is_tiled(self.pipeline) else 0
             except ParafuseError:
                 raise
             except Exception as error:
@@ -181,6 +189,11 @@ def _without_memory(pipeline: Any, mode: FakeTensorMode) -> Any:
     accepted = inspect.signature(type(pipeline).__init__).parameters
     settings = {name: value for name, value in pipeline.config.items() if name in accepted and name not in parts}
     return type(pipeline)(**parts, **settings)
+
+
+def is_tiled(pipeline: Any) -> bool:
+    """Whether its autoencoder divides large pictures into tiles."""
+    return bool(getattr(getattr(pipeline, "vae", None), "use_tiling", False))
 
 
 def is_stateful(part: Any) -> bool:

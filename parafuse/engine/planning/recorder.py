@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from parafuse.engine.memory.fake_pipeline import weights
 from parafuse.engine.memory.kernels import CudaAttention
-from parafuse.engine.memory.ledger import EXCHANGE, Ledger
+from parafuse.engine.memory.ledger import EXCHANGE, Ledger, Span
 from parafuse.engine.planning.facts import ATTENTION, CONVOLUTION, FUSED, GEMM, PRODUCTS, VIEW
 
 aten = torch.ops.aten
@@ -62,10 +63,12 @@ class Recorder(Ledger):
         self._group: Seen | None = None
         self._read: set[int] = set()
         self._made: dict[int, tuple[Seen, int]] = {}
+        self._of_spans: dict[int, tuple[Span, list[Seen]]] = {}
+        """By identity; a span stays as long as what it saw."""
 
-    def know(self, module: nn.Module, weights: Iterator[Tensor]) -> None:
-        """These are weights."""
-        self._weights |= {x.untyped_storage()._cdata for x in weights}
+    def know(self, module: nn.Module) -> None:
+        super().know(module)
+        self._weights |= {x.untyped_storage()._cdata for x in weights(module)}
 
     @contextmanager
     def recorded(self) -> Iterator[list[Seen]]:
@@ -77,6 +80,20 @@ class Recorder(Ledger):
         finally:
             self._end_group()
             self.seen = before
+
+    @contextmanager
+    def span(self) -> Iterator[Span]:
+        with super().span() as one:
+            before = len(self.seen)
+            self._end_group()
+            yield one
+            self._end_group()
+        self._of_spans[id(one)] = one, self.seen[before:]
+
+    def again(self, span: Span) -> None:
+        super().again(span)
+        self._end_group()
+        self.seen += self._of_spans[id(span)][1]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """One that did not come as an operator."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from parafuse.config import MAX_BRANCHES
 from parafuse.engine.planning.cost import Candidate, Corrections, Cost, Costs
-from parafuse.engine.planning.facts import DENOISE, Facts
+from parafuse.engine.planning.facts import DECODE, DENOISE, Facts
 from parafuse.engine.planning.machine import Machine
 from parafuse.errors import ConfigError
 
@@ -131,6 +131,7 @@ def search(
     costs = costs or Costs(facts, machine, corrections)
     refused: dict[str, str] = {}
     good: list[Cost] = []
+    over: list[Cost] = []
     tried = 0
     room = machine.device.memory_bytes
     for layout in layouts(facts, machine, demand, refused):
@@ -143,6 +144,7 @@ def search(
             refused[str(one)] = (
                 f"needs {cost.memory_bytes / 1e9:.1f} GB in {cost.memory_at}, and a rank has {room / 1e9:.1f} GB"
             )
+            over.append(cost)
             if "offload" not in demand.fixed and machine.device.kind == "cuda":
                 for way in OFFLOADS:
                     away = dataclasses.replace(one, offload=way)
@@ -150,11 +152,15 @@ def search(
                     if cost.memory_bytes <= room:
                         good.append(cost)
                         break
+    if not good and demand.layouts_only:  # the request is a guess: smaller ones may fit
+        good = over
     if not good:
+        tiles = any(cost.memory_at == DECODE for cost in over) and not facts.tiles
+        hint = " Tiles take less memory to decode: vae='tiled' (--vae tiled)." if tiles else ""
         why = "; ".join(f"{plan}: {reason}" for plan, reason in list(refused.items())[:12])
         raise ConfigError(
             f"model={facts.model!r}: no plan of {demand.ranks} ranks is legal on {machine.name}. "
-            f"{why or 'none was found'}."
+            f"{why or 'none was found'}.{hint}"
         )
     return Found(facts=facts, machine=machine, demand=demand, costs=_ranked(good, demand), refused=refused, tried=tried)
 

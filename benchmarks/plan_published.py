@@ -38,8 +38,9 @@ def call_of(row: dict[str, Any]) -> dict[str, Any]:
 def predicted(row: dict[str, Any]) -> float | None:
     """Seconds of what the row has timed; None where no plan is legal."""
     config = parafuse.Config(
-        parallel=parafuse.Parallel(**row["degrees"]), dtype=row["dtype"], quantize=row["quantize"] or None
-    )
+        parallel=parafuse.Parallel(**row["degrees"]), dtype=row["dtype"], quantize=row["quantize"] or None,
+        vae="tiled" if row["num_frames"] else "auto",
+    )  # fmt: skip
     asked = f"random:{row['model']}", row["hardware"], call_of(row), config
     try:
         found = parafuse.plans(*asked, fidelity="fast", requests=10**9)

@@ -37,7 +37,7 @@ from parafuse.engine.surface import referred, resolved
 from parafuse.engine.targets import DENOISERS, denoisers, weighty
 from parafuse.engine.together import Together
 from parafuse.engine.workers import Workers
-from parafuse.engine.world_size import asked_size, launched_size, refuse_ignored, refuse_several
+from parafuse.engine.world_size import asked_size, launched_size, number_of_ranks, refuse_ignored, refuse_several
 from parafuse.errors import ConfigError, RankError
 from parafuse.log import note
 from parafuse.parallel.mesh import make_mesh
@@ -67,13 +67,15 @@ class Engine(Together):
         alone: bool = False,
         agree_on: Any = None,
         expect: Mapping[str, Any] | None = None,
+        ranks: int | None = None,
         **pipeline_kwargs: Any,
     ) -> Engine:
         """Loads `model` (embedded name, random:NAME or tiny:NAME, diffusers folder, single file, hub id) and makes it
         run on all ranks.
 
-        Under a launcher (torchrun) every rank calls it. In a plain process that asks for several ranks, it starts the
-        other ones itself and this process is rank 0; close the engine to end them. With `alone`, this rank runs by
+        Under a launcher (torchrun) every rank calls it. In a plain process that asks for several ranks (`ranks`, or
+        degrees of the config), it starts the other ones itself and this process is rank 0; close the engine to end
+        them. With `alone`, this rank runs by
         itself, and the others of a launcher may do something else. `pipeline_kwargs` are those of diffusers'
         `from_pretrained`, or `from_single_file` (engine/loading_keywords.py); `agree_on` is anything else that all
         ranks must have been given alike. `expect`: keywords of the calls to come (sizes, steps, guidance), by which a
@@ -85,7 +87,7 @@ class Engine(Together):
         ours = alone or not launched()
         config, pipeline_kwargs = taken(source, config, plan, pipeline_kwargs)
         given_plan = plan is not None
-        size = (plan.world_size if plan else asked_size(config)) if ours else launched_size()
+        size = number_of_ranks(config, plan, ranks, ours=ours)
         if alone:
             refuse_several(size)
         chosen = None

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from parafuse.config import Axis, Config
+from parafuse.engine.plan import Plan
 from parafuse.errors import ConfigError
 
 
@@ -25,6 +26,21 @@ def refuse_several(size: int) -> None:
 
 def launched_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def number_of_ranks(config: Config, plan: Plan | None, ranks: int | None, *, ours: bool) -> int:
+    """How many an engine has: those of the launcher, or, where it starts its own (`ours`), as many as are asked for.
+
+    Raises ConfigError for a number that is none, or another one than the launcher's or the plan's."""
+    if ranks is not None and (not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1):
+        raise ConfigError(f"ranks={ranks!r}: must be a whole number of at least 1.")
+    there = plan.world_size if plan is not None else None
+    if not ours:
+        there = launched_size()
+    if ranks is not None and there is not None and ranks != there:
+        who = "the plan is for" if ours else "the launcher started"
+        raise ConfigError(f"ranks={ranks}: {who} {there}; leave ranks out, or say {there}.")
+    return there or ranks or asked_size(config)
 
 
 def asked_size(config: Config) -> int:

@@ -21,7 +21,7 @@ STEPS = {"num_inference_steps": 3, "width": 64, "height": 64}
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[parafuse.Engine]:
-    with parafuse.Engine.from_pretrained("emoji", TWO) as made:
+    with parafuse.Engine.from_pretrained("emoji", TWO, ranks=2) as made:
         yield made
 
 

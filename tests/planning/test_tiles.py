@@ -20,7 +20,7 @@ from parafuse.engine.planning.facts import DECODE, PRODUCTS, Facts
 from parafuse.engine.source import locate, source_of
 
 LARGE = {"width": 320, "height": 192, "num_inference_steps": 1}
-FRAMES = {"width": 320, "height": 192, "num_frames": 21, "num_inference_steps": 1}
+FRAMES = {"width": 512, "height": 320, "num_frames": 9, "num_inference_steps": 1}
 
 
 def tiled(model: str, call: dict[str, Any]) -> Facts:

@@ -38,7 +38,7 @@ SMALL = {"width": 64, "height": 64, "num_inference_steps": 4}
 
 
 def case(*variants: Variant, prompts: int = 0, **call: Any) -> Case:
-    call = {"num_inference_steps": 2} | call | ({} if prompts else {"prompt": "a red apple"})
+    call = {"num_inference_steps": 2, "width": 64, "height": 64} | call | ({} if prompts else {"prompt": "a red apple"})
     return Case(
         name="small", theme="test", model="emoji", baseline="plain", variants=variants, call=call, prompts=prompts
     )

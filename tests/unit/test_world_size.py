@@ -31,7 +31,7 @@ def test_under_a_launcher_as_many_as_it_started(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_plan_has_its_own_number() -> None:
-    plan = dataclasses.replace(resolve(Config(device="cpu"), locate("emoji"), 1), world_size=2)
+    plan = resolve(dataclasses.replace(TWO, device="cpu"), locate("emoji"), 2, elsewhere=True)
     assert number_of_ranks(Config(), plan, None, ours=True) == 2
     with pytest.raises(ConfigError, match="ranks=3: the plan is for 2"):
         number_of_ranks(Config(), plan, 3, ours=True)

@@ -35,23 +35,42 @@ def blank(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
 class ByShape:
     """A prober (`parallel.block_plan.Prober`) for fake tensors.
 
-    `trying`: a context in which nothing is counted; `agreeing`: one in which comparisons find no difference."""
+    `trying`: a context in which nothing is counted; `agreeing`: one in which comparisons find no difference. `kept`:
+    where plans are kept, if the memory that examining takes is not asked for: then a block is examined once."""
 
-    def __init__(self, trying: Callable[[], AbstractContextManager[None]], agreeing: Callable[[], Any]):
-        self.trying, self.agreeing = trying, agreeing
+    def __init__(
+        self,
+        trying: Callable[[], AbstractContextManager[None]],
+        agreeing: Callable[[], Any],
+        kept: dict[str, BlockPlan] | None = None,
+    ):
+        self.trying, self.agreeing, self.kept = trying, agreeing, kept
 
     def __call__(
         self, block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec, plan: BlockPlan | None = None
     ) -> BlockPlan:
+        key = key_of(block, leaves, spec)
+        if self.kept is None:
+            return self._examined(block, forward, leaves, spec, plan or load_plan(key))
+        if key not in self.kept:
+            with self.trying():
+                self.kept[key] = self._examined(block, forward, leaves, spec, load_plan(key))
+        return self.kept[key]
+
+    def _examined(
+        self, block: nn.Module, forward: Forward, leaves: list[Any], spec: TreeSpec, known: BlockPlan | None
+    ) -> BlockPlan:
+        """The plan that is known, or one that is found, held against the block."""
         with self.agreeing():
             try:
-                known = plan or load_plan(key_of(block, leaves, spec))
+                is_new = known is None
                 if known is None:
                     known = self._found(block, forward, leaves, spec)
-                    if known.sites:
+                    if known.sites and self.kept is None:
                         _disturb(block, forward, leaves, spec)
                 if known.sites:
-                    prove(known, block, forward, leaves, spec, blank)
+                    if self.kept is None or not is_new:
+                        prove(known, block, forward, leaves, spec, blank)
                     return known
                 why = "no attention of torch's was seen"
             except Failures as failure:

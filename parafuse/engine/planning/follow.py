@@ -27,6 +27,7 @@ from parafuse.engine.stack import named_blocks
 from parafuse.engine.targets import DENOISERS, STACKS
 from parafuse.errors import ParafuseError
 from parafuse.parallel.absent import beside_others
+from parafuse.parallel.block_plan import BlockPlan
 
 Arguments = tuple[Any, Any]
 
@@ -95,8 +96,9 @@ class Follower:
             return _Shared(), f"{kind} has no block stack to share"
         if one.arguments is None:
             return _Shared(), f"{name} was not called"
+        kept: dict[str, BlockPlan] = {}
         try:
-            two, four = (self._as_rank(name, one.arguments, degree) for degree in (2, 4))
+            two, four = (self._as_rank(name, one.arguments, degree, kept) for degree in (2, 4))
         except ParafuseError as error:
             return _Shared(), str(error).partition("\n")[0]
         except Exception as error:  # what a model asks of values, they cannot say
@@ -104,8 +106,9 @@ class Follower:
             return _Shared(), f"{kind} cannot be followed without values ({type(error).__name__}: {first})"
         return _fitted(two, four, one.first), ""
 
-    def _as_rank(self, name: str, arguments: Arguments, degree: int) -> _Rank:
-        """One call as the first rank of so many makes it. Raises ConfigError (UnsupportedError) where it cannot."""
+    def _as_rank(self, name: str, arguments: Arguments, degree: int, kept: dict[str, BlockPlan]) -> _Rank:
+        """One call as the first rank of so many makes it. `kept`: how blocks are split. Raises ConfigError
+        (UnsupportedError) where it cannot."""
         module, (args, kwargs) = self.parts[name], arguments
         config = Config(parallel=Parallel(ulysses=degree), vae=VAE_REPLICATED)
         with ExitStack() as inside:
@@ -113,7 +116,7 @@ class Follower:
             handle = apply(module, config, mesh=mesh)
             inside.callback(lambda: handle.remove(quietly=True))
             for sequence in handle.sequence.values():
-                sequence.prober = ByShape(self.recorder.silent, self.recorder.agreeing)
+                sequence.prober = ByShape(self.recorder.silent, self.recorder.agreeing, kept)
             inside.enter_context(self.inside())
             inside.enter_context(self.recorder.as_kind(ACTIVATIONS))
             module(*args, **kwargs)  # blocks are examined

@@ -59,8 +59,8 @@ def predicted(row: dict[str, Any]) -> float | None:
         if one.candidate.compile == row["compile"]
         and one.candidate.quantize == row["quantize"]
         and not one.candidate.cache
-        and not one.candidate.offload
     ]
+    fits.sort(key=lambda one: bool(one.candidate.offload))  # weights stay where they fit
     if not fits:
         return None
     seconds = {"end to end": fits[0].seconds, "denoising": fits[0].denoise.total, "step": fits[0].step_s}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parafuse.cache import Cache
-from parafuse.config import Axis, Config
+from parafuse.config import Axis, Config, Parallel
 from parafuse.engine.caches.caching import Caching
 from parafuse.engine.caches.clock import Clock
 from parafuse.engine.caches.memory import Memory
@@ -429,15 +429,21 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
 def _with_layout(config: Config, target: Any, world_size: int) -> Config:
     """The same with a layout that was chosen for a pipeline; of a module alone nothing tells what it will be given."""
     is_pipeline = not isinstance(target, nn.Module) and hasattr(target, "components") and callable(target)
-    if not is_pipeline or world_size == 1 or not config.parallel.is_chosen:
+    if not is_pipeline or world_size == 1:
         return config
-    from parafuse.engine.planning.choose import choose
+    stands = [standing_on(module, "forward") for _, module in denoisers(target, DENOISERS, required=False)]
+    there = next((one.mesh for one in stands if one is not None), None)
+    if there is not None:  # of a pipeline that shares its components with this one
+        shared = Parallel(**{str(axis): there.degree(axis) for axis in Axis})
+        return replace(config, parallel=shared) if config.parallel.is_chosen else config
+    from parafuse.engine.planning.choose import choose_together
     from parafuse.engine.source import source_of
 
     module = next((one for _, one in denoisers(target, DENOISERS, required=False)), None)
     first = next(module.parameters(), None) if module is not None else None
     dtype = str(first.dtype).removeprefix("torch.") if first is not None else "float32"
-    chosen = choose(config, source_of(target), world_size, (device_of(target), dtype), pipeline=target)
+    computes_in = device_of(target), dtype
+    chosen = choose_together(config, source_of(target), world_size, computes_in, pipeline=target, alone=False)
     if chosen.why:
         note(f"{world_size} ranks: {chosen.layout} ({chosen.why})")
     return chosen.config

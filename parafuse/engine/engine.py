@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parafuse.config import Config
+from parafuse.config import Config, Parallel
 from parafuse.engine import saved
 from parafuse.engine.apply import Handle, apply
 from parafuse.engine.compiling import Compiling
@@ -25,7 +25,7 @@ from parafuse.engine.offload.pipeline import device_for
 from parafuse.engine.overlap.lane import lane_of
 from parafuse.engine.plan import Plan
 from parafuse.engine.planner import computes_in, resolve
-from parafuse.engine.planning.choose import choose
+from parafuse.engine.planning.choose import choose_together
 from parafuse.engine.quantize.put_on import Quantized, checked
 from parafuse.engine.quantized import compute_dtype
 from parafuse.engine.request import facts
@@ -90,10 +90,13 @@ class Engine(Together):
         size = number_of_ranks(config, plan, ranks, ours=ours)
         if alone:
             refuse_several(size)
+        refuse_ignored(config, given_plan, expect)
         chosen = None
         if plan is None:
-            chosen = choose(config, source, size, computes_in(config, size), expect)
-            plan = resolve(chosen.config, source, size, pipeline_kwargs, why=chosen.why)
+            given = {"given": pipeline_kwargs, "alone": ours}
+            chosen = choose_together(config, source, size, computes_in(config, size), expect, **given)
+            is_free = config.parallel == Parallel()
+            plan = resolve(chosen.config, source, size, pipeline_kwargs, why=chosen.why, chosen=is_free)
         plan.check(model_id=source.model_id, world_size=size)
         if plan.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
@@ -105,7 +108,6 @@ class Engine(Together):
             "pipeline_kwargs": pipeline_kwargs,
             "agree_on": agree_on,
         }
-        refuse_ignored(config, given_plan)
         check_loading(source, plan, pipeline_kwargs, sent=ours and size > 1)
         Extras.of(plan.config(), plan.device).check(plan.device, plan.degree)
         check_components(source, plan, pipeline_kwargs)
@@ -158,16 +160,19 @@ class Engine(Together):
         dtype = (compute_dtype(found[0][1]) if found else str(first.dtype).removeprefix("torch.")) or "auto"
         device = "auto" if config.placement else device_for(config.offload, first.device.type)
         config = replace(config, device=device, dtype=dtype)
-        chosen = choose(config, source, size, computes_in(config, size), pipeline=pipeline)
-        plan = resolve(chosen.config, source, size, pipeline.components, why=chosen.why)
+        chosen = choose_together(config, source, size, computes_in(config, size), pipeline=pipeline, alone=size == 1)
+        is_free = config.parallel == Parallel()
+        plan = resolve(chosen.config, source, size, pipeline.components, why=chosen.why, chosen=is_free)
         check_components(source, plan)
         world = join_world(plan.device, plan.timeout_s, size, num_devices=plan.devices_per_rank)
         settings = {"plan": plan, "pipeline_kwargs": {}, "agree_on": None}
         try:
-            return cls._on_rank(source, settings, world, progress, pipeline)
+            engine = cls._on_rank(source, settings, world, progress, pipeline)
         except BaseException:
             world.leave()
             raise
+        engine.chosen = chosen.found
+        return engine
 
     @classmethod
     def load(cls, folder: str | Path, config: Config | None = None, *, progress: bool = False, **kwargs: Any) -> Engine:

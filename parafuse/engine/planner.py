@@ -32,14 +32,16 @@ def resolve(
     *,
     elsewhere: bool = False,
     why: str = "",
+    chosen: bool = False,
 ) -> Plan:
     """The plan for `world_size` ranks. Raises ConfigError when the degrees or the device do not fit, when the cache
     was calibrated for another model, or when a placement cannot be had. `given`: the loader's keywords, with components
     that the user brings himself.
 
     `elsewhere`: it is for another machine, so what this one has does not matter. `why`: of degrees that were chosen
-    (`planning.choose`); those that nobody has chosen are Ulysses' for all ranks that are left."""
-    degrees, chosen = config.parallel.degrees(world_size), bool(why)
+    (`planning.choose`); those that nobody has chosen are Ulysses' for all ranks that are left. `chosen`: nobody has
+    named any of them."""
+    degrees = config.parallel.degrees(world_size)
     if config.placement is None and not elsewhere:
         check_memory(source, config, world_size)
     calibration = calibration_of(with_calibration(cache_of(config.cache)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import torch.distributed as dist
 
@@ -12,8 +13,11 @@ from parafuse.engine.plan import Plan
 from parafuse.errors import ConfigError
 
 
-def refuse_ignored(config: Config, given_plan: bool) -> None:
-    """Raises ConfigError for what a plan would override without a word."""
+def refuse_ignored(config: Config, given_plan: bool, expect: Any = None) -> None:
+    """Raises ConfigError for what a plan or named degrees would override without a word."""
+    if expect is not None and (given_plan or not config.parallel.is_chosen):
+        named = "a plan" if given_plan else "degrees"
+        raise ConfigError(f"expect: says by which calls a layout is chosen, but {named} settle it; leave one out.")
     if given_plan and replace(config, allow_pickle=False) != Config():
         raise ConfigError("config: given beside a plan, which decides all of it but allow_pickle; leave one out.")
 

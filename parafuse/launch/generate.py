@@ -177,7 +177,7 @@ def paint(job: Job) -> None:
         plan=job.plan,
         progress=not picture.quiet,
         agree_on={"prompts": list(job.prompts), "seed": picture.seed, **job.call},
-        expect=job.call,
+        expect=job.call if job.plan is None and job.config.parallel.is_chosen else None,
     )
     if engine.plan.world_size > 1 and not engine.plan.why:  # with a reason, the engine has told it
         log.note(engine.plan.one_line())

@@ -62,14 +62,14 @@ def learn(engine: Engine, source: ModelSource, config: Config, call: dict[str, A
     if step is None:
         return "not learned: the steps of this pipeline are not told apart"
     try:
-        facts = choose.facts_of(source, config, plan.device, plan.dtype, call)
+        facts = choose.facts_of(source, config, (plan.device, plan.dtype), call)
+        machine = choose.machine_at_hand(plan.world_size, plan.device, plan.dtype)
     except ParafuseError as error:
         return f"not learned: {str(error).partition(chr(10))[0]}"
-    machine = choose.machine_at_hand(plan.world_size, plan.device, plan.dtype)
     cost = Costs(facts, machine).cost(one, pictures=pictures)
     told = {"model": facts.model, "layout": str(one), "measured_s": step, **learned.of_step(cost, facts.steps)}
-    what = "kept" if learned.record(device, told) else NOT_KEPT
-    after = Costs(facts, machine, learned.corrections(device)).cost(one, pictures=pictures).step_s
+    what = "kept" if learned.record(device, told, machine, plan.dtype) else NOT_KEPT
+    after = Costs(facts, machine, learned.corrections(device, machine, plan.dtype)).cost(one, pictures=pictures).step_s
     return f"learned: {Step(cost.step_s, step)} without corrections, {_shown(after)} with all that is known ({what})"
 
 

@@ -73,6 +73,9 @@ class Planning(Asked):
             raise ConfigError(f"--requests {self.requests}: must be at least 1.")
         if self.size is not None:
             self._split_size()
+        alone = [name for name in ("forget", "learned", "json", "memory") if getattr(self, name)]
+        if len(alone) > 1 and alone[0] in ("forget", "learned"):
+            raise ConfigError(f"--{alone[0]}: shows nothing but itself, in words; leave out --{alone[1]}.")
         if self.plot is not None and not self.plot.lower().endswith((".svg", ".png")):
             raise ConfigError(f"--plot {self.plot!r}: the file name must end in .svg or .png.")
 
@@ -144,6 +147,8 @@ def run(job: PlanJob) -> None:
     found, why = chosen(job)
     plan = settled_plan(job, found, why)
     memory = predicted(job, plan) if planning.memory else None
+    if found is None and planning.plot:
+        note(f"--plot {planning.plot}: not drawn, since there are {why}")
     if found is not None and planning.plot:
         from parafuse.launch.scaling import draw
 
@@ -185,7 +190,7 @@ def chosen(job: PlanJob) -> tuple[Found | None, str]:
         requests=planning.requests,
         fixed=choose.fixed_of(job.config, options=False),
     )
-    learned = choose.corrections_of(device) if job.machine is None else None
+    learned = choose.corrections_of(machine, device, dtype) if job.machine is None else None
     try:
         return choose.plans_for(job.source, job.config, machine, demand, job.call, learned), ""
     except (ModelError, UnsupportedError) as error:
@@ -200,7 +205,7 @@ def _here(ranks: int, device: str, dtype: str) -> Machine:
     if device == "cuda" and not visible_gpus():
         name = f"{ranks}x{ASSUMED}"
         note(f"no GPU is here, and --hardware names none: {name} is taken")
-        return named(name)
+        return named(name, one_node=True)
     return machine_at_hand(ranks, device, dtype)
 
 
@@ -217,7 +222,8 @@ def settled_plan(job: PlanJob, found: Found | None, why: str) -> Plan:
     options = {name: getattr(best, name) for name in ("compile", "quantize", "cache", "offload") if getattr(best, name)}
     free = {name: value for name, value in options.items() if not getattr(job.config, name)}
     config = replace(job.config, parallel=Parallel(**best.degrees), **free)
-    return resolve(config, job.source, job.ranks, elsewhere=True, why=explain.one_line(found))
+    is_free = job.config.parallel == Parallel()
+    return resolve(config, job.source, job.ranks, elsewhere=True, why=explain.one_line(found), chosen=is_free)
 
 
 def predicted(job: PlanJob, plan: Plan) -> Prediction:

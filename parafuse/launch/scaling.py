@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from parafuse.engine.planning.cost import Cost
-from parafuse.engine.planning.machine import Machine, named
+from parafuse.engine.planning.machine import MOST_RANKS, Machine, named
 from parafuse.engine.planning.search import AXES, Found, search
 from parafuse.errors import ConfigError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RANKS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def check_packages() -> None:
+    """Raises ConfigError where what draws is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot: needs matplotlib; pip install 'parafuse[bench]'.")
 
 
 def scaled(found: Found) -> dict[int, tuple[Cost, ...]]:
@@ -20,32 +31,52 @@ def scaled(found: Found) -> dict[int, tuple[Cost, ...]]:
         demand = dataclasses.replace(
             found.demand, ranks=ranks, fixed={k: v for k, v in found.demand.fixed.items() if k not in AXES}
         )
+        there = with_ranks(found.machine, ranks)
         try:
-            out[ranks] = search(found.facts, _with(found.machine, ranks), demand).costs
+            out[ranks] = search(found.facts, there, demand, found.corrections, refusal=found.refusal).costs
         except ConfigError:
             continue
     return out
 
 
-def _with(machine: Machine, ranks: int) -> Machine:
-    """The same kind of machine with so many ranks: of one that is named, nodes have as many as they have there."""
-    kind = machine.name.rpartition("x")[2]
+def with_ranks(machine: Machine, ranks: int) -> Machine:
+    """The same kind of machine with so many ranks: in one node as far as there is room, then in more nodes."""
+    per_node = min(ranks, _room(machine))
+    return dataclasses.replace(machine, per_node=per_node, nodes=-(-ranks // per_node))
+
+
+def _room(machine: Machine) -> int:
+    """Ranks of a node: of one node of a kind that is known as many as such nodes have, else as many as it has."""
+    if machine.nodes > 1 or not machine.kind:
+        return machine.per_node
     try:
-        return named(f"{ranks}x{kind}")
-    except ConfigError:  # one that was measured: its node has what it has
-        per_node = min(ranks, machine.per_node)
-        return dataclasses.replace(machine, per_node=per_node, nodes=-(-ranks // per_node))
+        return max(machine.per_node, named(f"{MOST_RANKS}x{machine.kind}").per_node)
+    except ConfigError:
+        return machine.per_node
 
 
 def draw(found: Found, path: str) -> Path:
-    """Writes the plot. Raises ConfigError where it cannot be written."""
+    """Writes the plot. Raises ConfigError where it cannot be written, or without what draws."""
+    check_packages()
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    mpl.rcParams["svg.hashsalt"] = "parafuse"  # the same prediction, the same file
     points = scaled(found)
+    if not points:
+        raise ConfigError(f"--plot {path!r}: no plan is legal at any of {', '.join(map(str, RANKS))} ranks.")
+    target = Path(path)
+    with mpl.rc_context({"svg.hashsalt": "parafuse"}):  # the same prediction, the same file
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        _plot(figure, found, points)
+        try:
+            figure.savefig(target, dpi=120, metadata={"Date": None} if target.suffix.lower() == ".svg" else None)
+        except OSError as error:
+            raise ConfigError(f"--plot {path!r}: cannot be written ({error.strerror}).") from error
+    return target
+
+
+def _plot(figure: Figure, found: Found, points: dict[int, tuple[Cost, ...]]) -> None:
     one = points[min(points)][0].seconds
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     first = min(points)
     axes.loglog(list(points), [one * first / ranks for ranks in points], ":", color="grey", label="in proportion")
@@ -65,9 +96,3 @@ def draw(found: Found, path: str) -> Path:
         xlabel="ranks", ylabel="seconds of a request, predicted", title=f"{found.facts.model} on {found.machine.name}"
     )
     axes.legend()
-    target = Path(path)
-    try:
-        figure.savefig(target, dpi=120, metadata={"Date": None} if target.suffix.lower() == ".svg" else None)
-    except OSError as error:
-        raise ConfigError(f"--plot {path!r}: cannot be written ({error.strerror}).") from error
-    return target

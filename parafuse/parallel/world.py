@@ -32,14 +32,8 @@ def ensure_world(device: str, timeout_s: float, store: dist.Store | None = None)
     ranks are those of the launcher's environment, met at `store` where one is given."""
     if dist.is_initialized():
         return False
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if store is None and "RANK" in os.environ and missing:
-        raise ConfigError(f"{', '.join(missing)}: not in the environment beside RANK; torchrun sets them.")
-    if store is None and missing:
-        raise ConfigError(
-            "no launcher: start the ranks with torchrun (or `parafuse generate --ranks N`, or parafuse.Engine), "
-            "or call torch.distributed.init_process_group first."
-        )
+    if store is None:
+        _refuse_without_launcher()
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     ours = store is not None
     if store is None:
@@ -62,11 +56,45 @@ def _meet(deadline_s: float) -> tuple[dist.Store, int, int]:
     the same order. Raises RankError when rank 0 is not there in time: on another node it may have ended over its
     arguments, and nobody there can end this process."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _at_the_address(deadline_s)
+    number = store.add(f"{_GROUPS}/{rank}", 1)
+    return dist.PrefixStore(f"{_GROUPS}/{number}", store), rank, size
+
+
+def _at_the_address(deadline_s: float) -> dist.Store:
+    """The store of the launcher's address."""
     address = tuple(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
     if address not in _MET:
         _MET[address] = _rendezvous(deadline_s)
-    number = _MET[address].add(f"{_GROUPS}/{rank}", 1)
-    return dist.PrefixStore(f"{_GROUPS}/{number}", _MET[address]), rank, size
+    return _MET[address]
+
+
+def from_first(topic: str, make: Callable[[], str], timeout_s: float) -> str:
+    """Rank 0's text, on every rank of a launcher, before or after there is a group. Every rank must call it, as often
+    as the others. Raises RankError when rank 0 says nothing in time, ConfigError without a launcher."""
+    _refuse_without_launcher()
+    if dist.is_initialized():
+        rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+    else:
+        rank, store = int(os.environ["RANK"]), _at_the_address(min(AGREE_S, timeout_s))
+    key = f"parafuse/{topic}/{store.add(f'parafuse/{topic}/asked/{rank}', 1)}"
+    if rank == 0:
+        store.set(key, make())
+    if not wait_for(store, key, time.monotonic() + timeout_s):
+        raise RankError(f"rank 0 did not say {topic} within {timeout_s:.0f} s.")
+    return store.get(key).decode()
+
+
+def _refuse_without_launcher() -> None:
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if dist.is_initialized() or not missing:
+        return
+    if "RANK" in os.environ:
+        raise ConfigError(f"{', '.join(missing)}: not in the environment beside RANK; torchrun sets them.")
+    raise ConfigError(
+        "no launcher: start the ranks with torchrun (or `parafuse generate --ranks N`, or parafuse.Engine), "
+        "or call torch.distributed.init_process_group first."
+    )
 
 
 def _rendezvous(deadline_s: float) -> dist.Store:

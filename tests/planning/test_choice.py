@@ -99,11 +99,11 @@ def test_the_machine_at_hand_is_the_measured_one(folder: Path) -> None:
 
 def test_facts_are_kept_by_what_decides_them(folder: Path, monkeypatch) -> None:
     source = locate("tiny:sdxl")
-    first = facts_of(source, Config(), *CPU, {"num_inference_steps": 2})
+    first = facts_of(source, Config(), CPU, {"num_inference_steps": 2})
     monkeypatch.setattr("parafuse.engine.planning.gather.gather", None)  # not made again
-    assert facts_of(source, Config(), *CPU, {"num_inference_steps": 2}) == first
+    assert facts_of(source, Config(), CPU, {"num_inference_steps": 2}) == first
     with pytest.raises(TypeError):
-        facts_of(source, Config(), *CPU, {"num_inference_steps": 3})
+        facts_of(source, Config(), CPU, {"num_inference_steps": 3})
 
 
 def _on_two_ranks() -> tuple[dict[str, int], str, dict[str, int]]:

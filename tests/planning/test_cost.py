@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from parafuse.engine.planning.cost import Candidate, Corrections, Costs, seconds_of, uneven
-from parafuse.engine.planning.facts import DENOISE, GEMM, Amount, Operator
+from parafuse.engine.planning.cost import Candidate, Corrections, Costs, rate_of, seconds_of, uneven
+from parafuse.engine.planning.facts import ATTENTION, DENOISE, GEMM, Amount, Operator
 from parafuse.engine.planning.machine import Curve, Machine
 from tests.planning.models import BLOCKS, DEVICE, FAST, ITEM, SLOW, TOKENS, WIDTH, denoiser, facts, guided, machine
 
@@ -163,3 +163,58 @@ def test_a_step_is_a_part_of_the_request() -> None:
     assert found.step_s == pytest.approx(found.denoise.total / 10)
     assert found.seconds == pytest.approx(found.encode_s + found.denoise.total + found.decode_s)
     assert found.to_dict()["seconds"] == found.seconds
+
+
+def test_weights_in_8_bits_are_less_to_read_and_compute_as_the_model_does() -> None:
+    reads = Operator(where="", family=GEMM, dtype="bfloat16", count=1, flops=Amount(1e9), weights=1e10)
+    computes = dataclasses.replace(reads, flops=Amount(1e13))
+    for method in ("fp8-weight", "int8-weight"):
+        assert seconds_of(reads, 1, 1.0, DEVICE, method) == pytest.approx(1e10 / 2 / 1e12)
+        assert seconds_of(computes, 1, 1.0, DEVICE, method) == pytest.approx(1e13 / 1e14)
+    moves = dataclasses.replace(reads, weights=0.0, bytes=Amount(1e10))
+    assert seconds_of(moves, 1, 1.0, DEVICE, "fp8-weight") == seconds_of(moves, 1, 1.0, DEVICE)
+    curve: Curve = ((1e6, 1e-3), (1e8, 1e-1))
+    measured = dataclasses.replace(DEVICE, curves={"gemm.bfloat16": curve})
+    small = dataclasses.replace(reads, weights=0.0, flops=Amount(1e7))
+    assert seconds_of(small, 1, 1.0, measured, "int8-weight") == pytest.approx(1e-2)  # as it was measured
+    assert seconds_of(small, 1, 1.0, measured, "int8") == pytest.approx(1e7 / 2e14)
+
+
+def test_a_method_without_a_rate_computes_as_the_model_does() -> None:
+    old = dataclasses.replace(DEVICE, flops={"bfloat16": 1e14, "float32": 1e12, "fp8": None})
+    product = Operator(where="", family=GEMM, dtype="bfloat16", count=1, flops=Amount(1e13))
+    for method in ("fp8", "int8"):
+        assert seconds_of(product, 1, 1.0, old, method) == pytest.approx(1e13 / 1e14)
+
+
+@pytest.mark.parametrize("family", [GEMM, ATTENTION])
+def test_a_dtype_without_a_rate_goes_by_the_slowest_that_is_known(family: str) -> None:
+    measured = dataclasses.replace(
+        DEVICE, flops={"bfloat16": 1e14, "int8": 2e14, "fp8": None}, attention={"bfloat16": 5e13, "fp8": None}
+    )
+    slowest = 1e14 if family == GEMM else 5e13
+    for dtype in ("float32", "float64", "float16"):
+        product = Operator(where="", family=family, dtype=dtype, count=1, flops=Amount(1e13))
+        assert seconds_of(product, 1, 1.0, measured) == pytest.approx(1e13 / slowest)
+
+
+def test_a_rate_is_told_whatever_a_device_lacks() -> None:
+    none = dataclasses.replace(DEVICE, flops={"bfloat16": 1e14}, attention={"bfloat16": None})
+    assert rate_of(none, "bfloat16", attention=True) == 1e14
+    assert rate_of(dataclasses.replace(none, flops={}), "bfloat16") == none.bytes_per_s
+
+
+def test_what_is_known_is_shared_where_ranks_compute_the_same() -> None:
+    known = Costs(facts(), machine())
+    larger = dataclasses.replace(DEVICE, memory_bytes=1)
+    faster = dataclasses.replace(DEVICE, flops=dict(DEVICE.flops) | {"bfloat16": 2e14})
+    heads = tuple(dataclasses.replace(part, heads=(20,)) for part in facts().parts)
+    one = Candidate(ulysses=8)
+    for there, parts in ((machine(inside=SLOW), facts().parts), (machine(device=larger), heads)):
+        beside = known.beside(facts(parts=parts), there)
+        assert beside._known is known._known
+        known.cost(one)
+        assert beside.cost(one) == cost(one, there, parts=parts)
+    beside = known.beside(facts(), machine(device=faster))
+    assert beside._known is not known._known
+    assert beside.cost(one) == cost(one, machine(device=faster))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import time
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from parafuse.engine.planning import known, learned, measure
 from parafuse.engine.planning.cost import Candidate, Costs
 from parafuse.engine.planning.facts import Facts
-from parafuse.engine.planning.machine import TABLE, Machine, machine_names, named, of_kind, on_curve
-from parafuse.errors import ConfigError
-from tests.planning.models import facts, machine
+from parafuse.engine.planning.machine import MEASURED, TABLE, Machine, machine_names, named, on_curve
+from parafuse.errors import ConfigError, ParafuseError
+from tests.planning.models import DEVICE, facts, machine
 
 
 def test_every_machine_of_the_table_can_be_named() -> None:
@@ -56,14 +60,6 @@ def test_a_wrong_name(text: str, said: str) -> None:
     assert said in str(caught.value)
 
 
-def test_names_of_nvml() -> None:
-    assert of_kind("NVIDIA H200") == "h200"
-    assert of_kind("NVIDIA H100 80GB HBM3") == "h100"
-    assert of_kind("NVIDIA H100 PCIe") == "h100-pcie"
-    assert of_kind("NVIDIA GeForce RTX 4090") == "rtx4090"
-    assert of_kind("Radeon") is None
-
-
 def test_a_curve_between_and_beyond_its_points() -> None:
     curve = ((1e3, 1e-6), (1e5, 1e-4))
     assert on_curve(curve, 1e4) == pytest.approx(1e-5)
@@ -87,7 +83,67 @@ def test_this_machine_is_measured_alone_and_busy() -> None:
         assert all(later[0] > earlier[0] for one in device.curves.values() for earlier, later in pairwise(one))
     assert 0 < found.inside.latency_s < 1
     assert 1e6 < found.inside.bytes_per_s < 1e12
+    assert found.is_measured
+    assert found.device.rate("bfloat16") == found.device.rate("float32")
     assert Machine.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def one_fails(rank: int, *rest: Any) -> None:
+    if rank == 0:
+        time.sleep(300)
+    rest[-1].put("ValueError: no room for it")
+
+
+def one_ends(rank: int, *_: Any) -> None:
+    if rank == 0:
+        time.sleep(300)
+    os._exit(7)
+
+
+@pytest.mark.parametrize(("does", "said"), [(one_fails, "ValueError: no room for it"), (one_ends, "exit code 7")])
+def test_a_rank_that_fails_ends_the_others_and_says_why(monkeypatch, does, said) -> None:
+    monkeypatch.setattr(measure, "_rank", does)
+    begun = time.monotonic()
+    with pytest.raises(ParafuseError, match=said):
+        measure._run(2, "cpu", "float32")
+    assert time.monotonic() - begun < measure.MOST_S / 2
+
+
+def test_an_exchange_is_a_line_through_all_of_its_sizes() -> None:
+    latency, rate = measure.fitted([(size, 1e-4 + size / 1e9, 2e-4 + size / 1e9) for size in measure.SENT])
+    assert latency == pytest.approx(1e-4)
+    assert rate == pytest.approx(1e9)
+
+
+@pytest.mark.parametrize("wrong", range(len(measure.SENT)))
+@pytest.mark.parametrize("by", [-1.0, 1.0])
+def test_one_disturbed_exchange_does_not_make_a_link_that_cannot_be(wrong: int, by: float) -> None:
+    whole = [1e-3 + size / 1e9 for size in measure.SENT]
+    points = [(size, one - 5e-4, one) for size, one in zip(measure.SENT, whole, strict=True)]
+    points[wrong] = (points[wrong][0], points[wrong][1] + by * points[wrong][2], points[wrong][2])
+    latency, rate = measure.fitted(points)
+    fastest = max(size / one for size, one in zip(measure.SENT, whole, strict=True))
+    assert 0 < latency < 2e-3
+    assert 1e8 < rate <= 2 * fastest * (1 + 1e-9)
+
+
+def test_what_is_measured_in_one_dtype_has_estimates_of_others() -> None:
+    h100 = named("1xh100").device
+    alone: dict[str, Any] = {"flops": {"bfloat16": 7e14}, "attention": {"bfloat16": 5e14}}
+    found = measure.with_other_dtypes(dataclasses.replace(DEVICE, name="NVIDIA H100 80GB HBM3", **alone))
+    assert found.rate("bfloat16") == 7e14
+    assert found.rate("float32") == pytest.approx(7e14 * h100.rate("float32") / h100.rate("bfloat16"))
+    assert found.rate("fp8") == pytest.approx(7e14 * h100.rate("fp8") / h100.rate("bfloat16"))
+    assert found.rate("float32", attention=True) < found.rate("bfloat16", attention=True) == 5e14
+    cpu = measure.with_other_dtypes(dataclasses.replace(DEVICE, name="some", kind="cpu", **alone))
+    assert cpu.rate("float32") == cpu.rate("float16") == cpu.rate("int8") == cpu.rate("bfloat16") == 7e14
+    with pytest.raises(ConfigError, match="does not compute in fp8"):
+        cpu.rate("fp8")
+
+
+def test_rates_where_no_other_device_is_known() -> None:
+    assert measure._filled_in({"bfloat16": 8.0}, {})["float32"] == 4.0
+    assert measure._filled_in({"float32": 8.0}, {"float32": None, "int8": 5.0})["bfloat16"] == 16.0
 
 
 @pytest.fixture
@@ -154,3 +210,38 @@ def test_a_disturbed_run_is_not_kept_and_runs_are_bounded(folder) -> None:
     assert "in 20 runs" in learned.table()[0]
     assert known.forget() == 1
     assert "nothing was learned" in learned.table()[0]
+
+
+def test_only_runs_that_were_predicted_alike_correct_a_prediction(folder) -> None:
+    guessed, right = named("1xh100"), dataclasses.replace(machine(1), sources=(MEASURED,))
+    estimate = dataclasses.replace(right, sources=())
+    learned.record("some", _run("1 rank", 1.5, Candidate()), estimate, "bfloat16")
+    learned.record("some", _run("1 rank", 0.5, Candidate()), estimate, "float32")
+
+    def factor(machine: Machine, dtype: str) -> float:
+        return learned.corrections("some", machine, dtype).of("gemm")
+
+    assert factor(estimate, "bfloat16") == pytest.approx(1.5)
+    assert factor(estimate, "float32") == pytest.approx(0.5)
+    assert factor(dataclasses.replace(estimate, per_node=8, name="8xeven"), "bfloat16") == pytest.approx(1.5)
+    assert factor(right, "bfloat16") == factor(guessed, "bfloat16") == factor(estimate, "float16") == 1.0
+    learned.record("some", _run("1 rank", 1.1, Candidate()), right, "bfloat16")
+    assert factor(right, "bfloat16") == pytest.approx(1.1)
+    assert factor(estimate, "bfloat16") == pytest.approx(1.5)
+    assert [line.partition(":")[0].split("; ")[3:] for line in learned.table()] == [
+        ["bfloat16 by even, estimated"],
+        ["float32 by even, estimated"],
+        ["bfloat16 by even, measured"],
+    ]
+
+
+def test_runs_of_one_dtype_do_not_push_out_those_of_another(folder) -> None:
+    learned.record("some", _run("1 rank", 1.5, Candidate()), machine(1), "float32")
+    for _ in range(learned.MOST_RUNS):
+        learned.record("some", _run("1 rank", 1.1, Candidate()), machine(1), "bfloat16")
+    assert learned.corrections("some", machine(1), "float32").of("gemm") == pytest.approx(1.5)
+
+
+def test_what_a_cache_leaves_out_does_not_depend_on_the_prediction(folder) -> None:
+    learned.record_hits("some", "small", "first-block", 0.4)
+    assert learned.corrections("some", machine(), "bfloat16").hit_rates == {"first-block": 0.4}

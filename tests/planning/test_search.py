@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
+import random
 
 import pytest
 
-from parafuse.engine.planning import explain
-from parafuse.engine.planning.cost import Candidate
+from parafuse.engine.planning.cost import Candidate, Corrections, Cost, Costs
 from parafuse.engine.planning.facts import DECODE, DENOISE
-from parafuse.engine.planning.search import Demand, Fidelity, Found, Objective, search, turns
+from parafuse.engine.planning.machine import Machine
+from parafuse.engine.planning.search import (
+    Demand,
+    Fidelity,
+    Floors,
+    Found,
+    Objective,
+    changes_of,
+    ranked,
+    search,
+    turns,
+)
+from parafuse.engine.planning.search import best as best_alone
 from parafuse.errors import ConfigError
 from tests.planning.models import DEVICE, SLOW, denoiser, facts, guided, machine
 
@@ -100,11 +111,36 @@ def test_fidelity_bounds_the_options() -> None:
         (Fidelity.EXACT, {"cache": "first-block:0.1"}),
         (Fidelity.EXACT, {"quantize": "int8"}),
         (Fidelity.HIGH, {"quantize": "fp8"}),
+        (Fidelity.EXACT, {"sparse": "window:2,8,8"}),
+        (Fidelity.HIGH, {"sparse": "radial:0.5"}),
+        (Fidelity.EXACT, {"attention": "sage"}),
+        (Fidelity.HIGH, {"attention": "fp8"}),
     ],
 )
 def test_contradictory_demands(fidelity: Fidelity, fixed: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="which is lossy"):
         search(facts(), machine(1), Demand(ranks=1, fidelity=fidelity, fixed=fixed))
+
+
+@pytest.mark.parametrize(
+    ("fidelity", "fixed"),
+    [
+        (Fidelity.EXACT, {"sparse": "", "attention": "auto", "cache": None}),
+        (Fidelity.EXACT, {"attention": "flash-attn-3"}),
+        (Fidelity.FAST, {"sparse": "window:2,8,8", "attention": "sage", "cache": "taylorseer:3"}),
+    ],
+)
+def test_demands_that_do_not_contradict(fidelity: Fidelity, fixed: dict[str, str | None]) -> None:
+    Demand(ranks=1, fidelity=fidelity, fixed=fixed).check()
+    Demand(ranks=1, fixed={"sparse": "window:2,8,8", "quantize": "fp8"}, layouts_only=True).check()
+
+
+def test_what_no_candidate_has_changes_no_plan() -> None:
+    fixed = {"sparse": "window:2,8,8", "attention": "sage"}
+    plain, given = (
+        search(facts(), machine(), Demand(ranks=8, fidelity=Fidelity.FAST, fixed=one)).costs for one in ({}, fixed)
+    )
+    assert plain == given
 
 
 def test_what_a_user_has_set_stays() -> None:
@@ -114,11 +150,40 @@ def test_what_a_user_has_set_stays() -> None:
     }
 
 
-def test_a_device_without_fp8_is_not_given_it() -> None:
-    old = machine(1, device=dataclasses.replace(DEVICE, flops={"bfloat16": 1e14, "fp8": None, "int8": 2e14}))
-    found = search(facts(), old, Demand(ranks=1, fidelity=Fidelity.FAST))
-    assert not any(cost.candidate.quantize.startswith("fp8") for cost in found.costs)
+NO_FP8 = dataclasses.replace(DEVICE, flops={"bfloat16": 1e14, "fp8": None, "int8": 2e14})
+
+
+def test_a_device_without_fp8_products_is_given_fp8_weights_alone() -> None:
+    found = search(facts(), machine(1, device=NO_FP8), Demand(ranks=1, fidelity=Fidelity.FAST))
+    assert {cost.candidate.quantize for cost in found.costs} == {"", "int8", "int8-weight", "fp8-weight"}
     assert "even does not compute in fp8" in found.refused["quantize fp8"]
+    assert "quantize fp8-weight" not in found.refused
+
+
+@pytest.mark.parametrize(
+    ("dtype", "methods"),
+    [
+        ("bfloat16", {"", "int8", "int8-weight", "fp8", "fp8-weight"}),
+        ("float16", {"", "fp8-weight"}),
+        ("float32", {"", "int8", "int8-weight", "fp8-weight"}),
+    ],
+)
+def test_methods_that_a_dtype_can_have(dtype: str, methods: set[str]) -> None:
+    found = search(facts(dtype=dtype), machine(1), Demand(ranks=1, fidelity=Fidelity.FAST))
+    assert {cost.candidate.quantize for cost in found.costs} == methods
+
+
+def test_a_layout_is_chosen_for_any_method_that_a_config_has() -> None:
+    there = machine(2, device=NO_FP8)
+    demand = Demand(ranks=2, fidelity=Fidelity.FAST, fixed={"quantize": "fp8"})
+    with pytest.raises(ConfigError, match="does not compute in fp8"):
+        search(facts(), there, demand)
+    chosen, plain = (
+        search(facts(), there, dataclasses.replace(demand, layouts_only=True, fixed=fixed)).best
+        for fixed in (demand.fixed, {})
+    )
+    assert chosen.candidate == dataclasses.replace(plain.candidate, quantize="fp8")
+    assert chosen.denoise.gemm == pytest.approx(plain.denoise.gemm)
 
 
 def test_compiling_pays_over_many_requests() -> None:
@@ -128,8 +193,16 @@ def test_compiling_pays_over_many_requests() -> None:
 
 def test_of_plans_that_are_as_good_the_simpler_one() -> None:
     free = dataclasses.replace(DEVICE, bytes_per_s=1e18)
-    found = search(facts(), machine(1, device=free), Demand(ranks=1, requests=10**9))
-    assert best(found) == Candidate()
+    demand = Demand(ranks=1, requests=10**9)
+    assert best(search(facts(), machine(1, device=free), demand)) == Candidate()
+    assert best_alone(facts(), machine(1, device=free), demand).candidate == Candidate()
+
+
+def test_more_heads_that_divide_are_not_ruled_out_by_those_that_do_not() -> None:
+    parts = tuple(denoiser(heads=(20,)) if part.phase == DENOISE else part for part in facts().parts)
+    found = search(facts(parts=parts), machine(16), Demand(ranks=16, layouts_only=True))
+    assert best(found) == Candidate(ring=2, ulysses=8)
+    assert ("80 heads", Candidate(ulysses=16)) in {(one.what, one.plan) for one in turns(found)}
 
 
 def test_what_would_change_the_choice_does() -> None:
@@ -140,13 +213,140 @@ def test_what_would_change_the_choice_does() -> None:
     assert all(one.gain > 1 and one.plan != best(found) for one in changes)
 
 
-def test_the_explanation_names_the_parts_that_cost() -> None:
-    found = search(facts(), machine(inside=SLOW), Demand(ranks=8))
-    said = "\n".join(explain.lines(found))
-    assert f"best: {found.best.candidate}" in said
-    assert "more a step for" in said
-    assert "ruled out:" in said
-    assert json.loads(json.dumps(explain.to_dict(found)))["plans"][0]["degrees"] == found.best.candidate.degrees
+DEMANDS = [
+    Demand(ranks=ranks, objective=objective, fidelity=fidelity, layouts_only=layouts_only)
+    for ranks in (1, 6, 8)
+    for objective in Objective
+    for fidelity in (Fidelity.EXACT, Fidelity.FAST)
+    for layouts_only in (False, True)
+]
+SMALL = dataclasses.replace(DEVICE, memory_bytes=int(4e9))
+PLACES = {
+    "fast": machine(4, nodes=2),
+    "slow": machine(4, nodes=2, inside=SLOW),
+    "small": machine(4, nodes=2, device=SMALL),
+    "tiny": machine(4, nodes=2, device=dataclasses.replace(DEVICE, memory_bytes=1)),
+}
+
+
+def _slowest_ranking(costs: list[Cost], found: Found) -> list[Cost]:
+    """What the ranking is, word for word."""
+    left, out = sorted(costs, key=found.value), list[Cost]()
+    while left:
+        same = [cost for cost in left if found.value(cost) <= found.value(left[0]) * 1.005]
+        out.append(min(same, key=lambda cost: (_options(cost.candidate), found.value(cost))))
+        left.remove(out[-1])
+    return out
+
+
+def _options(one: Candidate) -> tuple[int, int]:
+    given = [one.compile, one.quantize, one.cache, one.offload]
+    return sum(map(bool, given)), sum(degree > 1 for degree in one.degrees.values())
+
+
+def _none(there: Machine, demand: Demand) -> str | None:
+    """Why there is no plan."""
+    try:
+        search(guided(), there, demand)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_the_best_alone_is_the_first_of_all(where: str) -> None:
+    """Also with what another machine's plans have told about the least that a plan takes."""
+    there, legal = PLACES[where], 0
+    for demand in DEMANDS:
+        costs = Costs(guided(), there)
+        floors = Floors(costs, demand)
+        if (why := _none(there, demand)) is not None:
+            with pytest.raises(ConfigError) as caught:
+                best_alone(guided(), there, demand)
+            assert str(caught.value) == why
+            continue
+        found = search(guided(), there, demand)
+        legal += 1
+        assert best_alone(guided(), there, demand) == found.best
+        mixed = random.Random(0).sample(found.costs, len(found.costs))
+        assert list(ranked(mixed, demand)) == _slowest_ranking(mixed, found)
+        for changes in changes_of(found.facts).values():
+            for what, change in changes[-1:]:
+                facts_then, there_then = change(found.facts, there)
+                then = best_alone(
+                    facts_then, there_then, demand, costs=costs.beside(facts_then, there_then), floors=floors
+                )
+                assert then == search(facts_then, there_then, demand).best, (demand, what)
+    assert legal
+
+
+def test_plans_that_floors_rule_out_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    demand = Demand(ranks=16, objective=Objective.THROUGHPUT, fidelity=Fidelity.FAST)
+    costs = Costs(guided(), machine(8, nodes=2))
+    floors = Floors(costs, demand)
+    found = best_alone(guided(), costs.machine, demand, costs=costs, floors=floors)
+    asked: list[Candidate] = []
+    real = Costs.cost
+    monkeypatch.setattr(Costs, "cost", lambda self, one, **how: asked.append(one) or real(self, one, **how))
+    assert best_alone(guided(), costs.machine, demand, costs=costs, floors=floors) == found
+    assert len(asked) < search(guided(), costs.machine, demand).tried / 3
+
+
+def test_turns_are_what_whole_searches_tell() -> None:
+    for there in (machine(), machine(4, nodes=2)):
+        found = search(guided(), there, Demand(ranks=8, fidelity=Fidelity.FAST))
+        seen = turns(found)
+        assert seen
+        for one in seen:
+            change = next(c for kind in changes_of(found.facts).values() for what, c in kind if what == one.what)
+            then = search(*change(found.facts, there), found.demand)
+            now = next(cost for cost in then.costs if cost.candidate == found.best.candidate)
+            assert one.plan == then.best.candidate
+            assert one.gain == pytest.approx(then.value(now) / then.value(then.best))
+
+
+def test_memory_turns_a_plan_with_offload() -> None:
+    small = machine(1, device=dataclasses.replace(DEVICE, memory_bytes=int(5.6e9)))
+    found = search(facts(), small, Demand(ranks=1, fixed={"compile": False}))
+    assert found.best.candidate == Candidate(offload="model")
+    assert ("2 times the memory", Candidate()) in {(one.what, one.plan) for one in turns(found)}
+
+
+def test_a_search_keeps_the_corrections_and_turns_go_by_them() -> None:
+    slow = Corrections(factors={"ulysses": 40.0})
+    there = machine(inside=dataclasses.replace(SLOW, bytes_per_s=1e11, latency_s=1e-6))
+    demand = Demand(ranks=8, layouts_only=True)
+    plain, corrected = search(facts(), there, demand), search(facts(), there, demand, slow)
+    assert corrected.corrections == slow
+    assert search(facts(), there, demand, costs=Costs(facts(), there, slow)).corrections == slow
+    assert best(plain) == Candidate(ulysses=8)
+    assert best(corrected) == Candidate(ring=8)
+    assert turns(corrected) != turns(plain)
+    assert turns(corrected) != turns(dataclasses.replace(corrected, corrections=None))
+
+
+def test_layouts_that_are_refused_are_in_no_plan() -> None:
+    asked: list[Candidate] = []
+
+    def refusal(one: Candidate) -> str:
+        asked.append(one)
+        return "attention with sinks has no ring" if one.ring > 1 else ""
+
+    found = search(facts(), machine(), Demand(ranks=8, fidelity=Fidelity.FAST), refusal=refusal)
+    assert {cost.candidate.ring for cost in found.costs} == {1}
+    assert found.refused["ring 2 x ulysses 4"] == "attention with sinks has no ring"
+    assert Candidate(ring=2, ulysses=4) in asked
+    assert all(not (one.compile or one.quantize or one.cache or one.offload) for one in asked)
+    assert len(asked) == len(set(asked))
+    free = search(facts(), machine(), Demand(ranks=8, fidelity=Fidelity.FAST))
+    assert any(one.plan.ring > 1 for one in turns(free))
+    assert not any(one.plan.ring > 1 for one in turns(found))
+    assert "refusal" not in repr(found)
+    assert found == dataclasses.replace(found, refusal=None)
+    with pytest.raises(ConfigError, match="ulysses 8: never"):
+        search(facts(), machine(), Demand(ranks=8), refusal=lambda one: "never")
+    with pytest.raises(ConfigError, match="ulysses 8: never"):
+        best_alone(facts(), machine(), Demand(ranks=8), refusal=lambda one: "never")
 
 
 def test_hundreds_of_plans_for_64_ranks() -> None:

@@ -7,7 +7,9 @@ tensors, which say that they are on the CPU.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +21,9 @@ from parafuse.engine.architecture import read_architecture
 from parafuse.engine.random_weights import class_of, empty_module, fill, make_processor
 from parafuse.engine.source import ModelSource, read_json
 from parafuse.engine.stand_in import make_tokenizer
+from parafuse.engine.targets import AUTOENCODERS
 from parafuse.errors import ConfigError, ModelError
+from parafuse.parallel.hooks import override
 from parafuse.parallel.packed import inside
 
 CPU = torch.device("cpu")
@@ -135,6 +139,34 @@ def _faked(module: nn.Module, name: str, dtype: torch.dtype, mode: FakeTensorMod
     with mode:
         fill(module, name, CPU, dtype)
     return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def convertible(pipeline: Any) -> Iterator[None]:
+    """Inside, a pipeline can give an autoencoder another dtype, as those of Stable Diffusion XL do before they decode:
+    torch puts no fake tensor in the place of another. Stands on instances; gone afterwards, the dtype stays."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for name, module in components(pipeline).items():
+            if name in AUTOENCODERS:
+                undo.append(override(module, "to", partial(_converted, module)))
+        yield
+    finally:
+        for back in reversed(undo):
+            back()
+
+
+def _converted(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """What `Module.to` does, but for the device: all of it is on none."""
+    dtype = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), None)
+    for part in module.modules() if dtype is not None else ():
+        for name, x in part._parameters.items():
+            if x is not None and x.is_floating_point():
+                part._parameters[name] = nn.Parameter(x.detach().to(dtype), requires_grad=x.requires_grad)
+        for name, x in part._buffers.items():
+            if x is not None and x.is_floating_point():
+                part._buffers[name] = x.to(dtype)
+    return module
 
 
 def weights(module: nn.Module) -> Iterator[Tensor]:

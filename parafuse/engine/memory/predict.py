@@ -17,7 +17,7 @@ from parafuse.engine.apply import Handle, apply
 from parafuse.engine.calls import call_keywords, paint
 from parafuse.engine.host_times import host_times
 from parafuse.engine.memory.by_shape import ByShape
-from parafuse.engine.memory.fake_pipeline import components, fake_mode, fake_pipeline, nbytes
+from parafuse.engine.memory.fake_pipeline import components, convertible, fake_mode, fake_pipeline, nbytes
 from parafuse.engine.memory.kernels import LIBRARIES, CudaAttention, bodies, kernels_of
 from parafuse.engine.memory.ledger import ACTIVATIONS, EXCHANGE, PIPELINE, WEIGHTS, Ledger
 from parafuse.engine.memory.phases import DENOISE, PHASES, counting, met
@@ -204,6 +204,7 @@ class _Following:
             if self.plan.device == "cuda":
                 inside.enter_context(CudaAttention())
             memories = inside.enter_context(self.handle.request())
+            inside.enter_context(convertible(self.pipeline))
             inside.enter_context(host_times(self.pipeline))
             inside.enter_context(repeats(self.pipeline, ledger))
             inside.enter_context(met(self.pipeline, counting(ledger)))

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from parafuse.config import VAE_TILED, Axis, Config, Parallel
 from parafuse.engine.planning import known, machine
-from parafuse.engine.planning.cost import Corrections
+from parafuse.engine.planning.cost import Candidate, Corrections
 from parafuse.engine.planning.explain import one_line
 from parafuse.engine.planning.facts import Facts
 from parafuse.engine.planning.learned import corrections
 from parafuse.engine.planning.machine import Machine
 from parafuse.engine.planning.search import REQUESTS, Demand, Fidelity, Found, Objective, search
 from parafuse.engine.source import ModelSource, locate
-from parafuse.errors import ConfigError, ParafuseError
+from parafuse.errors import ConfigError, ModelError, ParafuseError, RankError, nearest
 from parafuse.hardware import memory_bytes, visible_gpus
+from parafuse.log import note
+from parafuse.parallel.world import AGREE_S, from_first
 
 PLAIN = (str, int, float, bool)
 
@@ -39,30 +42,40 @@ class Chosen:
 
 
 def machine_at_hand(ranks: int, device: str, dtype: str) -> Machine:
-    """The machine of these ranks: as it was measured, else by the names of its GPUs, else an estimate of a CPU."""
+    """The machine of these ranks: as it was measured, else by the names of its GPUs, else an estimate."""
     local = min(int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), ranks)
     nodes = max(1, ranks // local)
     measured = known.machine(local, device, dtype)
     if measured is not None:
-        return dataclasses.replace(measured, nodes=nodes)
+        return machine.across_nodes(measured, nodes)
     gpus = visible_gpus() if device == "cuda" else []
-    name = machine.of_kind(gpus[0].name) if gpus else None
-    if name is None:
-        found = machine.named(f"{local}xcpu")
-        room = memory_bytes() or found.device.memory_bytes
-        here = dataclasses.replace(found.device, memory_bytes=room // local)
-        return dataclasses.replace(found, device=here, nodes=nodes)
-    found = machine.named(f"{nodes}x{local}x{name}" if nodes > 1 else f"{local}x{name}")
-    room = min(gpu.memory_bytes for gpu in gpus)
-    return dataclasses.replace(found, device=dataclasses.replace(found.device, memory_bytes=room))
+    kind, room = machine.CPU, (memory_bytes() or 0) // local
+    if gpus:
+        room = min(gpu.memory_bytes for gpu in gpus)
+        kind = machine.of_kind(gpus[0].name) or machine.estimated(gpus[0].name, room, gpus[0].capability)
+        if machine.of_kind(gpus[0].name) is None:
+            note(f"{gpus[0].name}: not known, taken for {kind}; `parafuse plan --probe` measures it")
+    found = machine.named(f"{nodes}x{local}x{kind}" if nodes > 1 else f"{local}x{kind}", one_node=True)
+    return dataclasses.replace(
+        found, device=dataclasses.replace(found.device, memory_bytes=room or found.device.memory_bytes)
+    )
 
 
 def facts_of(
-    source: ModelSource, config: Config, device: str, dtype: str, call: Mapping[str, Any], pipeline: Any = None
+    source: ModelSource,
+    config: Config,
+    computes_in: tuple[str, str],
+    call: Mapping[str, Any],
+    *,
+    pipeline: Any = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Facts:
-    """Facts of a model and a call, kept from one process to the next. Raises as `gather` does."""
+    """Facts of a model and a call, kept from one process to the next. `pipeline`: one that is loaded; `given`: parts in
+    the place of the model's own. Raises as `gather` does."""
     from parafuse.engine.planner import resolve
 
+    device, dtype = computes_in
+    parts = {name: part for name, part in (given or {}).items() if hasattr(part, "named_parameters")}
     plain = {name: value for name, value in call.items() if isinstance(value, (*PLAIN, list))}
     tiled = config.vae == VAE_TILED or bool(getattr(getattr(pipeline, "vae", None), "use_tiling", False))
     alone = Config(device=device, dtype=dtype, parallel=Parallel(ulysses=1), allow_pickle=config.allow_pickle)
@@ -71,22 +84,44 @@ def facts_of(
         from parafuse.engine.planning.gather import gather
 
         plan = resolve(alone, source, 1, elsewhere=True)
-        return gather(source, plan, plain, pipeline=pipeline, tiled=tiled)
+        return gather(source, plan, plain, pipeline=pipeline, given=parts, tiled=tiled)
 
-    found = known.facts(known.key_of(source.model_id, device, dtype, plain, tiled), make)
-    return dataclasses.replace(found, vae=config.vae)
+    there = pipeline.components if pipeline is not None else parts
+    key = known.key_of(source.model_id, _revision(source), device, dtype, plain, tiled, *map(_made_of, there.items()))
+    return dataclasses.replace(known.facts(key, make), model=source.name, vae=config.vae)
+
+
+def _made_of(named: tuple[str, Any]) -> str:
+    """What decides the facts of a part that is loaded: sizes of weights, and settings; not their values."""
+    name, part = named
+    settings = dict(part.config) if hasattr(part, "set_timesteps") else {}  # a scheduler: how often it calls
+    tiles = {key: value for key, value in getattr(part, "__dict__", {}).items() if key.startswith(("tile_", "use_"))}
+    weights = part.named_parameters() if hasattr(part, "named_parameters") else ()
+    sizes = [(key, tuple(x.shape), str(x.dtype)) for key, x in weights]
+    return f"{name} {type(part).__name__} {settings} {tiles} {sizes}"
+
+
+def _revision(source: ModelSource) -> str:
+    """Of a hub id, what is in the local cache."""
+    from parafuse.engine.memory.fake_pipeline import folder_of
+
+    if source.kind != "hub":
+        return ""
+    try:
+        return folder_of(source).name
+    except ModelError:
+        return ""
 
 
 def fixed_of(config: Config, *, options: bool) -> dict[str, Any]:
     """What a config has set, as fields of a candidate; `options`: those beside degrees as well."""
     parallel = config.parallel
     found: dict[str, Any] = {}
-    if not parallel.is_chosen:
+    if parallel != Parallel():
         found = {str(axis): getattr(parallel, axis) for axis in (Axis.DATA, Axis.CFG, Axis.RING, Axis.ULYSSES)}
-    elif parallel != Parallel():
-        found = {str(axis): getattr(parallel, axis) for axis in (Axis.DATA, Axis.CFG, Axis.RING)}
     found = {name: degree for name, degree in found.items() if degree != "auto"}
     given = {
+        "sparse": str(config.sparse or ""),
         "compile": config.compile,
         "quantize": str(config.quantize or "").partition(":")[0],
         "cache": str(config.cache or ""),
@@ -106,30 +141,91 @@ def choose(
     call: Mapping[str, Any] | None = None,
     *,
     pipeline: Any = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Chosen:
-    """The layout for so many ranks; the config itself where it has set one. Local, and the same on every rank that has
-    the same model, machine and files. `computes_in`: device and dtype. `pipeline`: one that is loaded.
+    """The layout for so many ranks; the config itself where it has set one. Local: ranks may differ in what they know
+    of their machines (`choose_together`). `computes_in`: device and dtype. `pipeline`: one that is loaded; `given`:
+    parts in the place of the model's own.
 
-    Where facts of the model cannot be had, Ulysses takes all ranks, as without a planner, and `why` says so."""
+    Where facts of the model cannot be had, Ulysses takes all ranks, as without a planner, and `why` says so. Raises
+    ConfigError for a call that the pipeline does not take, and where no layout is legal."""
     if ranks == 1 or not config.parallel.is_chosen:
         return Chosen(config, "")
     device, dtype = computes_in
     try:
-        facts = facts_of(source, config, device, dtype, call or {}, pipeline)
-        demand = Demand(ranks=ranks, fidelity=Fidelity.FAST, fixed=fixed_of(config, options=True), layouts_only=True)
-        found = search(facts, machine_at_hand(ranks, device, dtype), demand, corrections_of(device))
+        facts = facts_of(source, config, computes_in, call or {}, pipeline=pipeline, given=given)
     except ParafuseError as error:
-        if isinstance(error, ConfigError) and "is legal" in str(error):
+        if isinstance(error, ConfigError) and call:
             raise
         first = str(error).partition("\n")[0]
         return Chosen(config, f"ulysses takes all ranks that no other axis uses; its cost is not known: {first}")
+    demand = Demand(ranks=ranks, fidelity=Fidelity.FAST, fixed=fixed_of(config, options=True), layouts_only=True)
+    there = machine_at_hand(ranks, device, dtype)
+    learned = corrections_of(there, device, dtype)
+    found = search(facts, there, demand, learned, refusal=refusal_of(config, device))
     parallel = Parallel(**found.best.candidate.degrees)
     return Chosen(dataclasses.replace(config, parallel=parallel), one_line(found), found)
 
 
-def corrections_of(device: str) -> Corrections:
-    """What runs on this machine have told."""
-    return corrections(known.this_machine(device))
+def choose_together(
+    config: Config,
+    source: ModelSource,
+    ranks: int,
+    computes_in: tuple[str, str],
+    call: Mapping[str, Any] | None = None,
+    *,
+    alone: bool,
+    **parts: Any,
+) -> Chosen:
+    """What rank 0 chooses, on every rank of a launcher; every rank must call it. With `alone`, this process decides for
+    ranks that it starts itself, or is the only one. Raises as `choose` does, on all ranks alike."""
+
+    def make() -> Chosen:
+        return choose(config, source, ranks, computes_in, call, **parts)
+
+    if alone or ranks == 1:
+        return make()
+    own: list[Chosen | Exception] = []
+
+    def told() -> str:
+        try:
+            own.append(found := make())
+        except Exception as error:
+            own.append(error)
+            return json.dumps({"error": str(error), "is_config": isinstance(error, ConfigError)})
+        return json.dumps({"degrees": dataclasses.asdict(found.config.parallel), "why": found.why})
+
+    said = json.loads(from_first("a layout", told, max(config.timeout_s, AGREE_S)))
+    for mine in own:  # on rank 0
+        if isinstance(mine, Exception):
+            raise mine
+        return mine
+    if "error" in said:
+        raise (ConfigError if said["is_config"] else RankError)(said["error"])
+    if not config.parallel.is_chosen:
+        return Chosen(config, "")
+    return Chosen(dataclasses.replace(config, parallel=Parallel(**said["degrees"])), said["why"])
+
+
+def refusal_of(config: Config, device: str) -> Callable[[Candidate], str]:
+    """Why an option of a config cannot be had in a layout; empty where it can."""
+    from parafuse.engine.extras import Extras
+
+    extras = Extras.of(config, device)
+
+    def why(one: Candidate) -> str:
+        try:
+            extras.check(device, lambda axis: one.degrees.get(str(axis), 1))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    return why
+
+
+def corrections_of(there: Machine, device: str, dtype: str) -> Corrections:
+    """What runs on this machine have told of predictions like these."""
+    return corrections(known.this_machine(device), there, dtype)
 
 
 def plans(
@@ -152,6 +248,10 @@ def plans(
     where no plan is legal, ModelError for a model that is not here, UnsupportedError for one that cannot be
     followed."""
     config = config or Config()
+    for name, value, kinds in (("objective", objective, Objective), ("fidelity", fidelity, Fidelity)):
+        names = [str(kind) for kind in kinds]
+        if value not in names:
+            raise ConfigError(f"{name}={value!r}: must be one of {', '.join(names)}{nearest(str(value), names) or '.'}")
     machine_there = machine.named(hardware) if isinstance(hardware, str) else hardware
     source = locate(model, allow_pickle=config.allow_pickle)
     on_it = dataclasses.replace(config, device=machine_there.device.kind)
@@ -178,4 +278,5 @@ def plans_for(
 
     demand.check()
     device, dtype = computes_in(config, demand.ranks, elsewhere=True)
-    return search(facts_of(source, config, device, dtype, call), there, demand, learned)
+    refusal = refusal_of(dataclasses.replace(config, device=device), device)
+    return search(facts_of(source, config, (device, dtype), call), there, demand, learned, refusal=refusal)

@@ -5,6 +5,7 @@ with efficiencies that were measured); an exchange its latency and its bytes on 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -172,28 +173,44 @@ class Cost:
         }
 
 
+def in_8_bits(method: str) -> bool:
+    """Whether a quantization computes in 8 bits; others keep weights in 8 bits, and compute in the model's dtype."""
+    return bool(method) and not method.endswith("-weight")
+
+
+def rate_of(device: Device, dtype: str, *, attention: bool = False) -> float:
+    """Floating-point operations a second: of the slowest dtype that is known where this one is not."""
+    tables = (device.attention, device.flops) if attention else (device.flops, device.attention)
+    known = tables[0].get(dtype)
+    if known:
+        return known
+    slowest = (min(rates) for table in tables if (rates := [rate for rate in table.values() if rate]))
+    return next(slowest, device.bytes_per_s)
+
+
 def seconds_of(one: Operator, degree: int, samples: float, device: Device, quantize: str = "") -> float:
     """Of one call of an operator on the device, for this share of the samples. The host's time is apart."""
     flops, moved = one.flops.on(degree) * samples, one.bytes.on(degree) * samples
     if one.family == VIEW:
         return 0.0
-    curve = device.curves.get(f"{one.family}.{one.dtype}") or (
-        None if one.family in PRODUCTS else device.curves.get(f"pointwise.{one.dtype}")
-    )
-    if curve and not quantize:
-        taken = on_curve(curve, flops if one.family in PRODUCTS else moved)
-        return max(taken, one.weights / device.bytes_per_s) if one.family == GEMM else taken
-    if one.family not in PRODUCTS:
-        return device.kernel_s + moved / device.bytes_per_s
     dtype, weights = one.dtype, one.weights
     if quantize and one.family == GEMM:
-        dtype, weights = quantize.removesuffix("-weight"), weights / ITEM_BYTES.get(one.dtype, 2)
-        moved *= 1.5  # what is quantized is read and written once more
-        dtype = one.dtype if quantize.endswith("-weight") else dtype
+        weights /= ITEM_BYTES.get(one.dtype, 2)
+        if in_8_bits(quantize) and device.flops.get(quantize):
+            dtype = quantize
+            moved *= 1.5  # what is quantized is read and written once more
+    curve = device.curves.get(f"{one.family}.{dtype}") or (
+        None if one.family in PRODUCTS else device.curves.get(f"pointwise.{dtype}")
+    )
+    if curve:
+        taken = on_curve(curve, flops if one.family in PRODUCTS else moved)
+        return max(taken, weights / device.bytes_per_s) if one.family == GEMM else taken
+    if one.family not in PRODUCTS:
+        return device.kernel_s + moved / device.bytes_per_s
     if one.family == ATTENTION:
-        rate = device.rate(dtype, attention=True)
+        rate = rate_of(device, dtype, attention=True)
     else:
-        rate = device.rate(dtype) * (_filled(one, flops, device) if one.family == GEMM else CONVOLUTION_RATE)
+        rate = rate_of(device, dtype) * (_filled(one, flops, device) if one.family == GEMM else CONVOLUTION_RATE)
     return device.kernel_s + max(flops / rate, (moved + weights) / device.bytes_per_s)
 
 
@@ -218,6 +235,22 @@ class Costs:
     def __init__(self, facts: Facts, machine: Machine, corrections: Corrections | None = None):
         self.facts, self.machine, self.corrections = facts, machine, corrections or Corrections()
         self._known: dict[Any, Step] = {}
+
+    def beside(self, facts: Facts, machine: Machine) -> Costs:
+        """Costs of other facts on another machine; what is known is shared where ranks compute the same."""
+        other = Costs(facts, machine, self.corrections)
+        if other._computing == self._computing:
+            other._known = self._known
+        return other
+
+    @property
+    def _computing(self) -> tuple[Any, ...]:
+        """All that the time to compute comes of."""
+        devices = [self.machine.device, self.machine.busy]
+        return (
+            [(part.name, part.phase, part.alone, part.shared) for part in self.facts.parts],
+            [None if one is None else dataclasses.replace(one, memory_bytes=0) for one in devices],
+        )
 
     def cost(self, one: Candidate, *, pictures: int | None = None) -> Cost:
         """Of a request for so many pictures; as many as the facts have where none are given."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from parafuse.engine.planning.cost import Corrections, Cost
+from parafuse.engine.planning.cost import Cost
 from parafuse.engine.planning.facts import ATTENTION, CONVOLUTION, DENOISE, GEMM
 from parafuse.engine.planning.search import Found, Objective, turns
 
@@ -39,7 +39,7 @@ def one_line(found: Found) -> str:
     )
 
 
-def lines(found: Found, corrections: Corrections | None = None, *, shown: int = SHOWN) -> list[str]:
+def lines(found: Found, *, shown: int = SHOWN) -> list[str]:
     """For people."""
     facts, machine, best = found.facts, found.machine, found.best
     request = f"{facts.model}, {_request(found)}, {facts.dtype} on {machine.name}"
@@ -49,7 +49,7 @@ def lines(found: Found, corrections: Corrections | None = None, *, shown: int = 
     out += _table(found, found.costs[:shown])
     out += ["", f"best: {best.candidate}", f"  {_share(best)}"]
     out += [f"  {text}" for text in _against(found, shown)]
-    changes = turns(found, corrections)
+    changes = turns(found)
     if changes:
         out += ["", "what would change the choice:"]
         out += [f"  with {one.what}: {one.plan} ({one.gain:.2f} times as fast then)" for one in changes]
@@ -59,7 +59,7 @@ def lines(found: Found, corrections: Corrections | None = None, *, shown: int = 
     return out
 
 
-def to_dict(found: Found, corrections: Corrections | None = None) -> dict[str, Any]:
+def to_dict(found: Found) -> dict[str, Any]:
     """For machines."""
     return {
         "model": found.facts.model,
@@ -70,9 +70,7 @@ def to_dict(found: Found, corrections: Corrections | None = None) -> dict[str, A
         "fidelity": str(found.demand.fidelity),
         "tried": found.tried,
         "plans": [cost.to_dict() for cost in found.costs],
-        "changes": [
-            {"what": one.what, "degrees": one.plan.degrees, "gain": one.gain} for one in turns(found, corrections)
-        ],
+        "changes": [{"what": one.what, "degrees": one.plan.degrees, "gain": one.gain} for one in turns(found)],
         "refused": found.refused,
     }
 

@@ -177,13 +177,31 @@ def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 def without_memory(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy whose parameters have sizes and no memory."""
+    """A copy whose parameters have sizes and no memory, and on which nothing stands: no hooks, no compiled or replaced
+    methods, which would run the module itself."""
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
     memo: dict[int, Any] = {}
     for x in module.parameters():
         if not isinstance(x, FakeTensor):
             with mode:
                 memo[id(x)] = nn.Parameter(torch.empty(x.shape, dtype=x.dtype), requires_grad=False)
-    return copy.deepcopy(module, memo).eval()
+    for x in module.buffers():
+        memo[id(x)] = x.detach().cpu().clone()
+    for part in module.modules():
+        stands = [value for name, value in vars(part).items() if name.startswith(HOOKS)]
+        memo |= {id(value): type(value)() if isinstance(value, dict) else None for value in stands if value is not None}
+    found = copy.deepcopy(module, memo).eval()
+    for part in found.modules():
+        for name, value in list(vars(part).items()):
+            is_method = callable(value) and not isinstance(value, nn.Module) and hasattr(type(part), name)
+            if is_method or name in OTHERS_HOOKS:
+                del vars(part)[name]
+    return found
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook", "_diffusers_hook")
+OTHERS_HOOKS = ("_hf_hook", "_diffusers_hook", "_old_forward")
+"""Attributes of accelerate and diffusers."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from parafuse.engine.calls import call_keywords, paint
 from parafuse.engine.host_times import host_times
-from parafuse.engine.memory.fake_pipeline import components, fake_mode, fake_pipeline, nbytes
+from parafuse.engine.memory.fake_pipeline import components, convertible, fake_mode, fake_pipeline, nbytes
 from parafuse.engine.memory.phases import counting, met
 from parafuse.engine.memory.repeats import repeats
 from parafuse.engine.modular import takes_generator
@@ -42,24 +42,28 @@ def gather(
     call: Mapping[str, Any] | None = None,
     *,
     pipeline: Any = None,
-    steps: int | None = None,
+    given: Mapping[str, nn.Module] | None = None,
     tiled: bool = False,
 ) -> Facts:
     """Facts of a request to a model: its keywords as for the pipeline, a prompt is not needed. Local.
 
     `plan`: of one rank; its dtype and device count. `pipeline`: one that is loaded, in place of what the source names;
-    its weights are left alone. `steps`: of the request; not given: the pipeline's own number. `tiled`: pictures are
-    decoded in tiles, even if the pipeline would not. Raises ConfigError for a call that the pipeline does not take,
+    its weights are left alone. `given`: parts in the place of the model's own. `tiled`: pictures are decoded in tiles,
+    even if the pipeline would not. Raises ConfigError for a call that the pipeline does not take,
     ModelError where configurations are not at hand, UnsupportedError for a pipeline that cannot be followed without
     values."""
     mode = fake_mode()
     dtype = getattr(torch, plan.dtype)
-    followed = fake_pipeline(source, dtype, mode) if pipeline is None else _without_memory(pipeline, mode)
+    if pipeline is None:
+        followed = fake_pipeline(source, dtype, mode)
+        followed.register_modules(**{name: without_memory(part, mode) for name, part in (given or {}).items()})
+    else:
+        followed = _without_memory(pipeline, mode)
     if tiled and hasattr(getattr(followed, "vae", None), "use_tiling"):
         followed.vae.use_tiling = True
     followed.set_progress_bar_config(disable=True)
     asked = call_keywords(followed, source, plan, (), {"prompt": "a red apple", **(call or {})})
-    return _Gathering(followed, source, plan).facts(asked, steps)
+    return _Gathering(followed, source, plan).facts(asked)
 
 
 class _Gathering(Follower):
@@ -71,14 +75,17 @@ class _Gathering(Follower):
         self.calls: dict[tuple[str, str], Calls] = {}
         self.tiles = 0
 
-    def facts(self, asked: dict[str, Any], steps: int | None) -> Facts:
-        number = steps or _steps_of(self.pipeline, asked)
+    def facts(self, asked: dict[str, Any]) -> Facts:
+        number = _steps_of(self.pipeline, asked)
         self._request(asked)
+        # a scheduler may call more often than it has steps: twice in each but the last, or once more in all
+        here = _timesteps(self.pipeline, STEPS) or STEPS
+        more = (_timesteps(self.pipeline, number) or here * number / STEPS) / here
         found = [
-            self.part(name, phase, one, one.number * number / STEPS if phase == DENOISE else one.number)
+            self.part(name, phase, one, one.number * more if phase == DENOISE else one.number)
             for (name, phase), one in self.calls.items()
         ]
-        per_step = sum(one.number for (_, phase), one in self.calls.items() if phase == DENOISE) / STEPS
+        per_step = sum(one.number for (_, phase), one in self.calls.items() if phase == DENOISE) / here
         rows = max((one.rows for (_, phase), one in self.calls.items() if phase == DENOISE), default=1)
         pictures = _pictures(asked)
         stacked = max(1, rows // pictures)
@@ -109,6 +116,7 @@ class _Gathering(Follower):
             for name, part in self.parts.items():
                 if name in DENOISERS:
                     inside.enter_context(self._noted(name, part))
+            inside.enter_context(convertible(self.pipeline))
             inside.enter_context(host_times(self.pipeline))
             inside.enter_context(self.inside())
             coded = inside.enter_context(repeats(self.pipeline, self.recorder))
@@ -174,6 +182,16 @@ def _steps_of(pipeline: Any, asked: Mapping[str, Any]) -> int:
     return default if isinstance(default, int) else 1
 
 
+def _timesteps(pipeline: Any, steps: int) -> int | None:
+    """Of so many steps, how many the pipeline's scheduler makes; None where it does not say."""
+    try:
+        scheduler = copy.deepcopy(pipeline.scheduler)
+        scheduler.set_timesteps(steps)
+        return len(scheduler.timesteps)
+    except Exception:  # it wants sigmas, or a shift, or there is none
+        return None
+
+
 def _pictures(asked: Mapping[str, Any]) -> int:
     prompts = asked.get("prompt")
     each = next((asked[name] for name in NUM_PICTURES if asked.get(name)), 1)
@@ -181,14 +199,24 @@ def _pictures(asked: Mapping[str, Any]) -> int:
 
 
 def _without_memory(pipeline: Any, mode: FakeTensorMode) -> Any:
-    """A pipeline like one that is loaded, its weights without memory."""
+    """A pipeline like one that is loaded, its weights without memory. Raises UnsupportedError for one that cannot be
+    made again from its parts."""
     parts: dict[str, Any] = {}
-    for name, part in pipeline.components.items():
-        is_module = isinstance(part, nn.Module)
-        parts[name] = without_memory(part, mode) if is_module else copy.deepcopy(part) if is_stateful(part) else part
-    accepted = inspect.signature(type(pipeline).__init__).parameters
-    settings = {name: value for name, value in pipeline.config.items() if name in accepted and name not in parts}
-    return type(pipeline)(**parts, **settings)
+    try:
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                parts[name] = without_memory(part, mode)
+            else:
+                parts[name] = copy.deepcopy(part) if is_stateful(part) else part
+        accepted = inspect.signature(type(pipeline).__init__).parameters
+        settings = {name: value for name, value in pipeline.config.items() if name in accepted and name not in parts}
+        return type(pipeline)(**parts, **settings)
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UnsupportedError(
+            f"{type(pipeline).__name__} cannot be copied without its weights ({type(error).__name__}: {first}); name "
+            "its layout: --ulysses, --cfg, --data."
+        ) from error
 
 
 def is_tiled(pipeline: Any) -> bool:

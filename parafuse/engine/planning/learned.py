@@ -1,5 +1,7 @@
 """What receipts of real runs have told about predictions: measured over predicted, by device and part. Torch-free.
 
+A run corrects predictions that were made as its own was: by the same kind of machine, named or measured, in one dtype.
+
 Kept in one file, at most so many runs of each kind; a plan goes by it only after `--learn` was asked for, since nothing
 is written otherwise. `parafuse plan --learned` shows it, `--forget` removes it."""
 
@@ -12,24 +14,34 @@ from typing import Any
 
 from parafuse.engine.planning import known
 from parafuse.engine.planning.cost import Corrections, Cost
+from parafuse.engine.planning.machine import Machine
 
 FILE = "learned.json"
 MOST_RUNS = 20
-"""Of each device, model and layout: the newest."""
+"""Of each device, model, layout, kind of machine and dtype: the newest."""
 MOST_KINDS = 200
 WIDEST = 4.0
 """A factor beyond which a run is taken for disturbed."""
 
 
-def record(device: str, what: Mapping[str, Any]) -> bool:
+def record(device: str, what: Mapping[str, Any], machine: Machine | None = None, dtype: str = "") -> bool:
     """Keeps one run: `model`, `layout`, `measured_s` of a step, and of what was predicted without any correction
-    `computed_s` and, by kind of exchange, `exchanged_s`. False where it is taken for disturbed, or nothing is kept."""
+    `computed_s` and, by kind of exchange, `exchanged_s`. False where it is taken for disturbed, or nothing is kept.
+
+    `machine`, `dtype`: by which it was predicted."""
     predicted = float(what["computed_s"]) + sum(what["exchanged_s"].values())
     factor = float(what["measured_s"]) / predicted if predicted else math.inf
     if not 1 / WIDEST <= factor <= WIDEST:
         return False
     times = {name: what[name] for name in ("measured_s", "computed_s", "exchanged_s")}
-    return _keep([device, what["model"], what["layout"]], times)
+    by = {} if machine is None else {"by": _by(machine, dtype)}
+    return _keep([device, what["model"], what["layout"]], times | by)
+
+
+def _by(machine: Machine, dtype: str) -> list[Any]:
+    """What predictions that err alike have in common: the kind of machine, whatever its number of ranks, whether it
+    was measured, and the dtype."""
+    return [machine.kind or machine.device.name, machine.is_measured, dtype]
 
 
 def record_hits(device: str, model: str, cache: str, rate: float) -> bool:
@@ -39,8 +51,9 @@ def record_hits(device: str, model: str, cache: str, rate: float) -> bool:
 
 def _keep(kind: list[str], values: dict[str, Any]) -> bool:
     runs = _runs()
-    same = [one for one in runs if one["kind"] == kind][-(MOST_RUNS - 1) :]
-    others = [one for one in runs if one["kind"] != kind][-MOST_RUNS * MOST_KINDS :]
+    alike = [one["kind"] == kind and one.get("by") == values.get("by") for one in runs]
+    same = [one for one, is_alike in zip(runs, alike, strict=True) if is_alike][-(MOST_RUNS - 1) :]
+    others = [one for one, is_alike in zip(runs, alike, strict=True) if not is_alike][-MOST_RUNS * MOST_KINDS :]
     return known.write(FILE, [*others, *same, {"kind": kind, **values}]) is not None
 
 
@@ -49,12 +62,15 @@ def _runs() -> list[dict[str, Any]]:
     return [one for one in found if isinstance(one, dict) and "kind" in one] if isinstance(found, list) else []
 
 
-def corrections(device: str) -> Corrections:
+def corrections(device: str, machine: Machine | None = None, dtype: str = "") -> Corrections:
     """What is known of a device: of runs that exchange nothing a factor for all that is computed; of others, what is
-    left
-    for their exchanges after that."""
+    left for their exchanges after that.
+
+    `machine`, `dtype`: runs that were predicted by such a one, in such a dtype, and no others; without a machine all
+    runs of the device. A cache leaves out what it does on any machine."""
     here = [one for one in _runs() if one["kind"][0] == device]
-    runs = [one for one in here if "measured_s" in one]
+    by = None if machine is None else _by(machine, dtype)
+    runs = [one for one in here if "measured_s" in one and (by is None or one.get("by") == by)]
     alone = [one["measured_s"] / one["computed_s"] for one in runs if not sum(one["exchanged_s"].values())]
     computed = statistics.median(alone) if alone else 1.0
     factors = dict.fromkeys(COMPUTED, computed) if alone else {}
@@ -84,6 +100,14 @@ def of_step(cost: Cost, steps: int) -> dict[str, Any]:
     return {"computed_s": sum(parts.values()), "exchanged_s": exchanged}
 
 
+def _told(run: Mapping[str, Any]) -> str:
+    """By what a run was predicted, in words."""
+    if "by" not in run:
+        return ""
+    name, is_measured, dtype = run["by"]
+    return f"; {dtype} by {name}, {'measured' if is_measured else 'estimated'}"
+
+
 def table() -> list[str]:
     """For people: each kind of run, and measured over predicted."""
     kinds: dict[tuple[str, ...], list[float]] = {}
@@ -93,11 +117,11 @@ def table() -> list[str]:
             hits.setdefault(tuple(one["kind"]), []).extend(one["hits"].values())
             continue
         predicted = one["computed_s"] + sum(one["exchanged_s"].values())
-        kinds.setdefault(tuple(one["kind"]), []).append(one["measured_s"] / predicted)
+        kinds.setdefault((*one["kind"], _told(one)), []).append(one["measured_s"] / predicted)
     lines = [
-        f"{device}; {model}; {layout}: a step took {statistics.median(found):.2f} times what is predicted, in "
+        f"{device}; {model}; {layout}{by}: a step took {statistics.median(found):.2f} times what is predicted, in "
         f"{len(found)} runs"
-        for (device, model, layout), found in kinds.items()
+        for (device, model, layout, by), found in kinds.items()
     ]
     return lines or [
         "nothing was learned: parafuse generate --learn compares a run with its prediction, and keeps that"

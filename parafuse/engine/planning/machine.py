@@ -20,6 +20,15 @@ from parafuse.errors import ConfigError, nearest
 
 TABLE = Path(__file__).with_name("machines.json")
 SPEC = re.compile(r"(?:(?P<nodes>\d+)x)?(?:(?P<number>\d+)x)(?P<name>[a-z].*)")
+MEASURED = "measured here"
+"""The source of a machine that was measured."""
+GUESSES: dict[tuple[int, int], tuple[str, str]] = {
+    (7, 0): ("v100", "v100"), (7, 5): ("t4", "t4"), (8, 0): ("a100-80g", "a100-80g"), (8, 6): ("a40", "rtx3090"),
+    (8, 9): ("l40", "rtx4080"), (9, 0): ("h100", "h100"), (10, 0): ("b200", "b200"), (12, 0): ("rtx5090", "rtx5090"),
+}  # fmt: skip
+"""Compute capability -> the kind that a GPU of no known name is taken for, and that a GeForce is."""
+OLDER = (7, 5)
+"""Taken for what is older than all of them."""
 Curve = tuple[tuple[float, float], ...]
 """(size, seconds) of one call, by size: floating-point operations of a product, bytes of anything else."""
 
@@ -92,6 +101,12 @@ class Machine:
     busy: Device | None = None
     """A rank's device while the others of its node compute, where they share something (memory, power)."""
     sources: tuple[str, ...] = ()
+    kind: str = ""
+    """By which `named` finds it, as in NUMBERxKIND, a link that was named included; none of one that was measured."""
+
+    @property
+    def is_measured(self) -> bool:
+        return MEASURED in self.sources
 
     @property
     def num_ranks(self) -> int:
@@ -130,10 +145,13 @@ def machine_names() -> list[str]:
     return sorted(_table()["machines"])
 
 
-def named(text: str) -> Machine:
+def named(text: str, *, one_node: bool = False) -> Machine:
     """The machine of `8xh200`, `4xl40-pcie`, or `2x8xh100-ib400` (nodes x ranks of each x device - link between
-    nodes, or
-    inside of the node). Raises ConfigError with the nearest name for one that is not known."""
+    nodes, or inside of the node).
+
+    Where no number of nodes is given, more ranks than a node of its kind has are whole nodes; `one_node`: they are one
+    node all the same, as of a machine that is at hand. Raises ConfigError with the nearest name for one that is not
+    known, and for ranks that are not whole nodes."""
     found = SPEC.fullmatch(text.strip().lower())
     example = "such as 8xh200, 4xl40-pcie or 2x8xh100-ib400"
     if found is None:
@@ -153,8 +171,8 @@ def named(text: str) -> Machine:
     inside, across = entry["inside"], entry["across"]
     if link is not None:
         inside, across = (inside, link) if nodes > 1 or link.startswith(NETWORKS) else (link, across)
-    if nodes == 1 and number > entry["per_node"]:
-        nodes, number = math.ceil(number / entry["per_node"]), entry["per_node"]
+    if found["nodes"] is None and not one_node:
+        nodes, number = _whole_nodes(text, number, name, entry["per_node"])
     return Machine(
         name=text,
         device=_device(entry["device"], table),
@@ -163,7 +181,21 @@ def named(text: str) -> Machine:
         inside=_link(inside, table),
         across=_link(across, table),
         sources=tuple(table["devices"][entry["device"]]["sources"]),
+        kind=name,
     )
+
+
+def _whole_nodes(text: str, number: int, name: str, per_node: int) -> tuple[int, int]:
+    """(nodes, ranks of each) for so many ranks. Raises ConfigError where a node would have fewer than the others."""
+    if number <= per_node:
+        return 1, number
+    if number % per_node:
+        raise ConfigError(
+            f"hardware={text!r}: {number} ranks are not whole nodes of {per_node}, which {name} has; must be from 1 to "
+            f"{per_node}, or a multiple of {per_node}. Name the nodes for any other: NODESxNUMBERx{name}, such as "
+            f"1x{number}x{name} for one node with all of them."
+        )
+    return number // per_node, per_node
 
 
 MOST_RANKS = 1024
@@ -195,13 +227,63 @@ def _link(name: str, table: dict[str, dict[str, Any]]) -> Link:
 
 
 def of_kind(name: str) -> str | None:
-    """The device of the table that NVML calls so ("NVIDIA H200"); None where there is none."""
-    words = re.sub(r"nvidia|geforce|\s", "", name.lower())
-    devices = sorted(_table()["devices"], key=len, reverse=True)
-    for device in devices:
-        if device.split("-")[0] in words and ("pcie" in device) == ("pcie" in words):
-            return device
-    return next((device for device in devices if device.split("-")[0] in words), None)
+    """The machine of the table whose GPUs NVML calls so ("NVIDIA H200"): of those whose words are all in the name, the
+    one with the most. None where there is none; `estimated` finds what is near."""
+    words = _words(name)
+    if words & SLOWER:
+        return None
+    fits = [
+        (len(told.split()), len(told), kind)
+        for kind, entry in _table()["machines"].items()
+        for told in entry.get("drivers_say", ())
+        if words.issuperset(told.split())
+    ]
+    return max(fits)[2] if fits else None
+
+
+SLOWER = frozenset({"laptop", "mobile", "max"})
+"""Words of GPUs that are much slower than those whose name they share; Max-Q is two words."""
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+def estimated(name: str, memory_bytes: int, capability: str = "") -> str:
+    """The machine of the table that is nearest to an NVIDIA GPU which it has not: a guess, by the compute capability
+    ("8.9"), or by the memory where that is not known. What takes it must say that it is a guess."""
+    found = re.match(r"(\d+)\.(\d+)", capability)
+    if found is None:
+        devices = {key: one for key, one in _table()["devices"].items() if one["kind"] == "cuda"}
+        return min(devices, key=lambda key: abs(math.log(devices[key]["memory_bytes"] / max(1, memory_bytes))))
+    number = int(found[1]), int(found[2])
+    usual, geforce = GUESSES[max((one for one in GUESSES if one <= number), default=OLDER)]
+    return geforce if "geforce" in _words(name) else usual
+
+
+def kind_of(device: Device) -> str:
+    """The machine of the table that is nearest to a device; a measured one is known by its name."""
+    if device.kind != "cuda":
+        return CPU
+    return of_kind(device.name) or estimated(device.name, device.memory_bytes, device.capability)
+
+
+CPU = "cpu"
+
+
+def across_nodes(measured: Machine, nodes: int) -> Machine:
+    """So many nodes of a machine that was measured as one. What joins them was not measured: it is taken from the named
+    machine of the same kind, or the nearest."""
+    if nodes == 1:
+        return dataclasses.replace(measured, nodes=1)
+    other = named(f"{nodes}x1x{kind_of(measured.device)}")
+    return dataclasses.replace(
+        measured,
+        name=f"{nodes}x{measured.name}" if measured.nodes == 1 else measured.name,
+        nodes=nodes,
+        across=other.across,
+        sources=(*measured.sources, f"estimate: {other.across.name} between nodes, which was not measured"),
+    )
 
 
 def on_curve(curve: Curve, size: float) -> float:

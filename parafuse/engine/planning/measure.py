@@ -4,11 +4,13 @@ What comes out is kept for this machine (`known.py`); nothing is measured unless
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import queue
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parafuse.engine.planning.facts import ATTENTION, CONVOLUTION, GEMM
-from parafuse.engine.planning.machine import Curve, Device, Link, Machine
+from parafuse.engine.planning.machine import MEASURED, Curve, Device, Link, Machine, kind_of, named
 from parafuse.errors import ParafuseError
 from parafuse.hardware import cores, hardware, memory_bytes, visible_gpus
 
@@ -65,14 +67,14 @@ def measure(ranks: int, device: str, dtype: str) -> Machine:
         inside=link,
         across=link,
         busy=_device(name, device, dtype, memory, busy) if busy else None,
-        sources=("measured here",),
+        sources=(MEASURED,),
     )
 
 
 def _device(name: str, kind: str, dtype: str, memory: int, found: dict[str, Any]) -> Device:
     curves: dict[str, Curve] = {key: tuple(map(tuple, values)) for key, values in found["curves"].items()}
     best = {family: max(size / s for size, s in curves[f"{family}.{dtype}"]) for family in (GEMM, ATTENTION)}
-    return Device(
+    device = Device(
         name=name,
         kind=kind,
         memory_bytes=memory,
@@ -85,6 +87,34 @@ def _device(name: str, kind: str, dtype: str, memory: int, found: dict[str, Any]
         capability=found["capability"],
         curves=curves,
     )
+    return with_other_dtypes(device)
+
+
+def with_other_dtypes(device: Device) -> Device:
+    """A device that was measured in one dtype, with estimates of its rates in others, which computing in two dtypes and
+    8-bit products need. On CUDA each stands to the measured one as in the nearest named device, on a CPU all are
+    equal. What was measured stays."""
+    like = named(f"1x{kind_of(device)}").device if device.kind == "cuda" else None
+    return dataclasses.replace(
+        device,
+        flops=_filled_in(device.flops, EQUAL if like is None else like.flops),
+        attention=_filled_in(device.attention, EQUAL_ATTENTION if like is None else like.attention),
+    )
+
+
+def _filled_in(measured: Mapping[str, float | None], like: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Rates that were measured, and of other dtypes as many times as much as another device's are of its own."""
+    dtype, rate = next((name, rate) for name, rate in measured.items() if rate)
+    own = like.get(dtype)
+    if not own:
+        like, own = USUAL, USUAL.get(dtype, 1.0)
+    return {name: None if other is None else rate * other / own for name, other in like.items()} | dict(measured)
+
+
+USUAL: dict[str, float] = {"float32": 1.0, "bfloat16": 2.0, "float16": 2.0, "float64": 0.5}
+"""Of a GPU, where nothing else is known: proportions of its rates."""
+EQUAL_ATTENTION: dict[str, float | None] = dict.fromkeys(("float32", "bfloat16", "float16"), 1.0)
+EQUAL: dict[str, float | None] = {**EQUAL_ATTENTION, "int8": 1.0}
 
 
 def _run(ranks: int, device: str, dtype: str) -> dict[str, Any]:
@@ -100,17 +130,14 @@ def _run(ranks: int, device: str, dtype: str) -> dict[str, Any]:
         for one in processes:
             one.start()
         try:
-            found = [results.get(timeout=MOST_S) for _ in processes]
-        except Exception as error:
-            raise ParafuseError(f"hardware: a rank that measured did not answer in {MOST_S:.0f} s.") from error
-        finally:
+            found = _awaited(processes, results)
             for one in processes:
                 one.join(timeout=5)
-                if one.is_alive():
+        finally:
+            for one in processes:
+                if one.is_alive():  # of a group in which one failed the others wait without end
                     one.kill()
-    failed = next((one for one in found if isinstance(one, str)), None)
-    if failed:
-        raise ParafuseError(f"hardware: measuring failed: {failed}")
+                one.join()
     merged = min(found, key=lambda one: one["rank"])
     for key, values in merged["curves"].items():
         times = [[s for _, s in one["curves"][key]] for one in found]
@@ -118,6 +145,32 @@ def _run(ranks: int, device: str, dtype: str) -> dict[str, Any]:
             (size, statistics.mean(each)) for (size, _), each in zip(values, zip(*times, strict=True), strict=True)
         ]
     return merged
+
+
+def _awaited(processes: Sequence[Any], results: Any) -> list[dict[str, Any]]:
+    """What all ranks have found. Raises ParafuseError as soon as one fails, ends without a word, or takes too long."""
+    found: list[dict[str, Any]] = []
+    last = time.monotonic()
+    while len(found) < len(processes):
+        codes = [one.exitcode for one in processes]  # before what they said: they end after it
+        try:
+            one = results.get(timeout=LOOK_S)
+        except queue.Empty:
+            code = next((code for code in codes if code), None)
+            if code is not None:
+                raise ParafuseError(f"hardware: measuring failed: a rank ended with exit code {code}.") from None
+            if time.monotonic() - last > MOST_S:
+                raise ParafuseError(f"hardware: a rank that measured did not answer in {MOST_S:.0f} s.") from None
+            continue
+        if isinstance(one, str):
+            raise ParafuseError(f"hardware: measuring failed: {one}")
+        found.append(one)
+        last = time.monotonic()
+    return found
+
+
+LOOK_S = 0.25
+"""Between two looks at whether the processes that measure are there."""
 
 
 def _rank(rank: int, ranks: int, kind: str, dtype: str, threads: int, folder: str, results: Any) -> None:
@@ -308,12 +361,12 @@ def _host_seconds(device: torch.device, dtype: torch.dtype, clock: Clock) -> flo
 
 
 def _link(ranks: int, device: torch.device, dtype: torch.dtype, clock: Clock) -> dict[str, float]:
-    """Latency and rate of an all-to-all among all ranks, by a line through times of several sizes.
+    """Latency and rate of an all-to-all among all ranks, by a line through times of several sizes; of the slowest.
 
     Between exchanges ranks compute, as in a model: so the time that they are apart, and that what sends takes from what
     computes, is in it."""
     x, weight = (torch.randn(BETWEEN, BETWEEN, device=device, dtype=dtype) for _ in range(2))
-    points: list[tuple[float, float]] = []
+    points: list[tuple[float, float, float]] = []
     for size in SENT:
         number = size // 4 // ranks * ranks
         sent = torch.ones(number, device=device)
@@ -331,14 +384,40 @@ def _link(ranks: int, device: torch.device, dtype: torch.dtype, clock: Clock) ->
         alone = statistics.median(_each(work, clock) for _ in range(3))
         dist.barrier()
         together = statistics.median(_each(both, clock) for _ in range(3))
-        points.append((size * (ranks - 1) / ranks, max(1e-6, together - alone)))
-    latency = points[0][1]
-    rates = [moved / max(1e-9, s - latency) for moved, s in points[2:]]
-    slowest = torch.tensor([latency, -statistics.median(rates)], dtype=torch.float64, device=device)
+        points.append((size * (ranks - 1) / ranks, together - alone, together))
+    latency, rate = fitted(points)
+    slowest = torch.tensor([latency, -rate], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return {"latency_s": float(slowest[0]), "bytes_per_s": -float(slowest[1])}
 
 
+def fitted(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """(latency in seconds, bytes a second) of exchanges: points are bytes that were moved, the seconds of the exchange,
+    and those of all that was timed, from which what was computed is taken away.
+
+    A line by least squares; each point counts as the error of its time, which grows with all that was timed. Beyond a
+    few times what the fastest of all moved in its whole time, a rate can only be noise."""
+    weights = [1 / whole**2 for _, _, whole in points]
+    least = 1 / (MOST_FASTER * max(moved / whole for moved, _, whole in points))
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+
+    moved, taken = mean(one[0] for one in points), mean(one[1] for one in points)
+    spread = mean((one[0] - moved) ** 2 for one in points)
+    slope = mean((one[0] - moved) * (one[1] - taken) for one in points) / spread if spread else 0.0
+    latency = taken - slope * moved
+    if latency < LEAST_LATENCY_S:  # the line through that latency
+        latency = LEAST_LATENCY_S
+        slope = mean(one[0] * (one[1] - latency) for one in points) / mean(one[0] ** 2 for one in points)
+    if slope < least:
+        slope = least
+        latency = max(LEAST_LATENCY_S, taken - slope * moved)
+    return latency, 1 / slope
+
+
+MOST_FASTER = 2.0
+LEAST_LATENCY_S = 1e-6
 BETWEEN, PRODUCTS_BETWEEN, EXCHANGES = 256, 4, 8
 
 

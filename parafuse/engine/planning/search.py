@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import heapq
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from parafuse.attention import LOSSY_BACKENDS
 from parafuse.config import MAX_BRANCHES
-from parafuse.engine.planning.cost import Candidate, Corrections, Cost, Costs
+from parafuse.engine.planning.cost import Candidate, Corrections, Cost, Costs, in_8_bits
 from parafuse.engine.planning.facts import DECODE, DENOISE, Facts
-from parafuse.engine.planning.machine import Machine
+from parafuse.engine.planning.machine import Link, Machine
 from parafuse.errors import ConfigError
 
 
@@ -42,6 +46,8 @@ LOSSY_BY_FIDELITY: Mapping[Fidelity, Mapping[str, tuple[str, ...]]] = {
     Fidelity.HIGH: {"quantize": ("", "int8", "int8-weight"), "cache": ("",)},
     Fidelity.FAST: {"quantize": ("", "int8", "int8-weight", "fp8", "fp8-weight"), "cache": ("", "first-block:0.1")},
 }
+"""What is tried."""
+LOSSY_FIELDS = ("quantize", "cache", "sparse", "attention")
 OFFLOADS = ("model", "group")
 """What is tried where weights have no room, the faster one first."""
 SAME = 0.005
@@ -67,22 +73,31 @@ class Demand:
 
     def check(self) -> None:
         """Raises ConfigError for demands that contradict each other."""
-        allowed = LOSSY_BY_FIDELITY[self.fidelity]
-        for name in ("quantize", "cache"):
+        if self.layouts_only:
+            return
+        for name in LOSSY_FIELDS:
             value = str(self.fixed.get(name) or "")
-            if value and not self.layouts_only and value.partition(":")[0] not in _kinds(allowed[name]):
-                loose = next(
-                    (one for one in Fidelity if value.partition(":")[0] in _kinds(LOSSY_BY_FIDELITY[one][name])),
-                    Fidelity.FAST,
-                )
+            if not allows(self.fidelity, name, value):
+                loose = next(one for one in Fidelity if allows(one, name, value))
                 raise ConfigError(
                     f"fidelity={str(self.fidelity)!r}: not with {name}={value!r}, which is lossy; leave {name} out, or "
                     f"give fidelity={str(loose)!r}."
                 )
 
 
-def _kinds(values: tuple[str, ...]) -> set[str]:
-    return {value.partition(":")[0] for value in values}
+def allows(fidelity: Fidelity, name: str, value: str) -> bool:
+    """Whether a user may set an option to this beside the fidelity: more than is tried, where it is fast."""
+    kind = value.partition(":")[0]
+    if fidelity == Fidelity.FAST:
+        return True
+    if name == "attention":
+        return kind not in LOSSY_BACKENDS
+    tried = LOSSY_BY_FIDELITY[fidelity].get(name, ("",))
+    return kind in {one.partition(":")[0] for one in tried}
+
+
+Refusal = Callable[[Candidate], str]
+"""Why a layout cannot be; empty where it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +112,10 @@ class Found:
     """Plan, or kind of plan -> why it cannot be."""
     tried: int
     """Plans that were looked at."""
+    corrections: Corrections | None = None
+    """That the costs were found with."""
+    refusal: Refusal | None = field(default=None, repr=False, compare=False)
+    """What else rules layouts out."""
 
     @property
     def best(self) -> Cost:
@@ -123,10 +142,11 @@ def search(
     corrections: Corrections | None = None,
     *,
     costs: Costs | None = None,
+    refusal: Refusal | None = None,
 ) -> Found:
-    """The legal plans of so many ranks, the best first. Raises ConfigError where there is none, with each constraint
-    that
-    ruled plans out."""
+    """The legal plans of so many ranks, the best first. `refusal`: asked for each layout, by its degrees alone.
+
+    Raises ConfigError where there is none, with each constraint that ruled plans out."""
     demand.check()
     costs = costs or Costs(facts, machine, corrections)
     refused: dict[str, str] = {}
@@ -134,48 +154,141 @@ def search(
     over: list[Cost] = []
     tried = 0
     room = machine.device.memory_bytes
-    for layout in layouts(facts, machine, demand, refused):
+    for layout in layouts(facts, machine, demand, refused, refusal):
         for one in options(layout, facts, machine, demand, refused):
             tried += 1
-            cost = costs.cost(one, pictures=_pictures(facts, demand, one))
-            if cost.memory_bytes <= room:
+            plain, cost = _fitting(one, costs, demand)
+            if cost is not None:
                 good.append(cost)
-                continue
-            refused[str(one)] = (
-                f"needs {cost.memory_bytes / 1e9:.1f} GB in {cost.memory_at}, and a rank has {room / 1e9:.1f} GB"
-            )
-            over.append(cost)
-            if "offload" not in demand.fixed and machine.device.kind == "cuda":
-                for way in OFFLOADS:
-                    away = dataclasses.replace(one, offload=way)
-                    cost = costs.cost(away, pictures=_pictures(facts, demand, away))
-                    if cost.memory_bytes <= room:
-                        good.append(cost)
-                        break
+            if cost is not plain:
+                refused[str(one)] = (
+                    f"needs {plain.memory_bytes / 1e9:.1f} GB in {plain.memory_at}, and a rank has {room / 1e9:.1f} GB"
+                )
+                over.append(plain)
     if not good and demand.layouts_only:  # the request is a guess: smaller ones may fit
         good = over
     if not good:
-        tiles = any(cost.memory_at == DECODE for cost in over) and not facts.tiles
-        hint = " Tiles take less memory to decode: vae='tiled' (--vae tiled)." if tiles else ""
-        why = "; ".join(f"{plan}: {reason}" for plan, reason in list(refused.items())[:12])
-        raise ConfigError(
-            f"model={facts.model!r}: no plan of {demand.ranks} ranks is legal on {machine.name}. "
-            f"{why or 'none was found'}.{hint}"
+        raise _none_legal(facts, machine, demand, over, refused)
+    return Found(
+        facts=facts,
+        machine=machine,
+        demand=demand,
+        costs=ranked(good, demand),
+        refused=refused,
+        tried=tried,
+        corrections=costs.corrections,
+        refusal=refusal,
+    )
+
+
+def _none_legal(
+    facts: Facts, machine: Machine, demand: Demand, over: list[Cost], refused: dict[str, str]
+) -> ConfigError:
+    tiles = any(cost.memory_at == DECODE for cost in over) and not facts.tiles
+    hint = " Tiles take less memory to decode: vae='tiled' (--vae tiled)." if tiles else ""
+    why = "; ".join(f"{plan}: {reason}" for plan, reason in list(refused.items())[:12])
+    return ConfigError(
+        f"model={facts.model!r}: no plan of {demand.ranks} ranks is legal on {machine.name}. "
+        f"{why or 'none was found'}.{hint}"
+    )
+
+
+def _fitting(one: Candidate, costs: Costs, demand: Demand) -> tuple[Cost, Cost | None]:
+    """(what the plan costs, what it costs in a way that has room: with offload where it needs that; None: none has)."""
+    device = costs.machine.device
+    pictures = _pictures(costs.facts, demand, one)
+    plain = costs.cost(one, pictures=pictures)
+    if plain.memory_bytes <= device.memory_bytes:
+        return plain, plain
+    if "offload" not in demand.fixed and device.kind == "cuda":
+        for way in OFFLOADS:
+            cost = costs.cost(dataclasses.replace(one, offload=way), pictures=pictures)
+            if cost.memory_bytes <= device.memory_bytes:
+                return plain, cost
+    return plain, None
+
+
+class Floors:
+    """The least that plans of a layout can take whatever the links, heads and memory are: for searches that differ in
+    nothing else. Exchanges take no time, and heads divide."""
+
+    def __init__(self, costs: Costs, demand: Demand):
+        free = Link(name="free", bytes_per_s=math.inf, latency_s=0.0)
+        facts = dataclasses.replace(
+            costs.facts, parts=tuple(dataclasses.replace(part, heads=()) for part in costs.facts.parts)
         )
-    return Found(facts=facts, machine=machine, demand=demand, costs=_ranked(good, demand), refused=refused, tried=tried)
+        self._costs = costs.beside(facts, dataclasses.replace(costs.machine, inside=free, across=free))
+        self._demand = demand
+        self._known: dict[Candidate, list[tuple[float, int, Candidate]]] = {}
+
+    def of(self, layout: Candidate) -> list[tuple[float, int, Candidate]]:
+        """(the least value, place among the options, plan), the least first."""
+        if layout not in self._known:
+            tried = options(layout, self._costs.facts, self._costs.machine, self._demand, {})
+            self._known[layout] = sorted(
+                ((self._least(one), place, one) for place, one in enumerate(tried)), key=lambda found: found[:2]
+            )
+        return self._known[layout]
+
+    def _least(self, one: Candidate) -> float:
+        if self._demand.objective == Objective.MEMORY:
+            return 0.0  # offload takes less
+        cost = self._costs.cost(one, pictures=_pictures(self._costs.facts, self._demand, one))
+        return value_of(cost, self._demand)
 
 
-def _ranked(costs: list[Cost], demand: Demand) -> tuple[Cost, ...]:
+def best(
+    facts: Facts,
+    machine: Machine,
+    demand: Demand,
+    corrections: Corrections | None = None,
+    *,
+    costs: Costs | None = None,
+    refusal: Refusal | None = None,
+    floors: Floors | None = None,
+) -> Cost:
+    """The first plan of `search` alone: those that `floors` tells to be slower are not looked at. Raises as `search`
+    does."""
+    demand.check()
+    costs = costs or Costs(facts, machine, corrections)
+    floors = floors or Floors(costs, demand)
+    legal = enumerate(layouts(facts, machine, demand, {}, refusal))
+    ways = sorted((least, number, place, one) for number, layout in legal for least, place, one in floors.of(layout))
+    good: list[tuple[float, tuple[int, int], Cost]] = []
+    limit = math.inf
+    for least, number, place, one in ways:
+        if least > limit:
+            break
+        cost = _fitting(one, costs, demand)[1]
+        if cost is not None:
+            value = value_of(cost, demand)
+            good.append((value, (number, place), cost))
+            limit = min(limit, value * (1 + 2 * SAME))
+    if not good:  # all were looked at
+        return search(facts, machine, demand, costs=costs, refusal=refusal).best
+    most = min(value for value, *_ in good) * (1 + SAME)
+    near = (found for found in good if found[0] <= most)
+    return min(near, key=lambda found: (_complexity(found[2].candidate), *found[:2]))[2]
+
+
+def ranked(costs: list[Cost], demand: Demand) -> tuple[Cost, ...]:
     """By value; of those that are as good as the best of the rest, the simplest first."""
-    left = sorted(costs, key=lambda cost: value_of(cost, demand))
-    ranked: list[Cost] = []
-    while left:
-        least = value_of(left[0], demand)
-        same = [cost for cost in left if value_of(cost, demand) <= least * (1 + SAME)]
-        chosen = min(same, key=lambda cost: (_complexity(cost.candidate), value_of(cost, demand)))
-        ranked.append(chosen)
-        left.remove(chosen)
-    return tuple(ranked)
+    values = [value_of(cost, demand) for cost in costs]
+    order = sorted(range(len(costs)), key=lambda i: values[i])
+    near: list[tuple[tuple[int, int], float, int]] = []  # a heap of those that are as good as the best of the rest
+    out: dict[int, Cost] = {}
+    first = last = 0
+    while len(out) < len(costs):
+        while order[first] in out:
+            first += 1
+        most = values[order[first]] * (1 + SAME)
+        while last < len(order) and values[order[last]] <= most:
+            i = order[last]
+            heapq.heappush(near, (_complexity(costs[i].candidate), values[i], i))
+            last += 1
+        chosen = heapq.heappop(near)[2]
+        out[chosen] = costs[chosen]
+    return tuple(out.values())
 
 
 def _complexity(one: Candidate) -> tuple[int, int]:
@@ -188,7 +301,9 @@ def _pictures(facts: Facts, demand: Demand, one: Candidate) -> int:
     return wanted * one.data if demand.objective == Objective.THROUGHPUT else wanted
 
 
-def layouts(facts: Facts, machine: Machine, demand: Demand, refused: dict[str, str]) -> Iterator[Candidate]:
+def layouts(
+    facts: Facts, machine: Machine, demand: Demand, refused: dict[str, str], refusal: Refusal | None = None
+) -> Iterator[Candidate]:
     """Degrees whose product is the number of ranks. What is not legal goes into `refused`."""
     number = demand.ranks
     for data in divisors(number):
@@ -201,6 +316,8 @@ def layouts(facts: Facts, machine: Machine, demand: Demand, refused: dict[str, s
                 if any(name in demand.fixed and getattr(one, name) != demand.fixed[name] for name in AXES):
                     continue
                 why = illegal(one, facts, demand)
+                if not why and refusal is not None and (said := refusal(one)):
+                    why = str(one), said
                 if why:
                     refused.setdefault(why[0], why[1])
                 else:
@@ -243,7 +360,7 @@ def options(
     for compiled in values("compile", (False, True)):
         for quantize in values("quantize", allowed["quantize"]):
             method = str(quantize).partition(":")[0]
-            why = _unquantizable(method, machine, facts)
+            why = "" if demand.layouts_only else _unquantizable(method, machine, facts)
             if why:
                 refused.setdefault(f"quantize {method}", why)
                 continue
@@ -258,11 +375,14 @@ def options(
 
 
 def _unquantizable(method: str, machine: Machine, facts: Facts) -> str:
-    if not method:
-        return ""
-    if not machine.device.flops.get(method.removesuffix("-weight")):
-        return f"{machine.device.name} does not compute in {method.removesuffix('-weight')}"
-    return "" if facts.dtype != "float32" or machine.device.kind == "cpu" else "needs bfloat16"
+    """Why not, empty where it can be: what weights alone are kept in needs nothing of a device."""
+    if in_8_bits(method) and not machine.device.flops.get(method):
+        return f"{machine.device.name} does not compute in {method}"
+    if method == "fp8" and facts.dtype != "bfloat16" and machine.device.kind != "cpu":
+        return "needs bfloat16"
+    if method.startswith("int8") and facts.dtype == "float16":
+        return "needs bfloat16 or float32"
+    return ""
 
 
 def divisors(number: int) -> list[int]:
@@ -282,26 +402,31 @@ class Turn:
     """How many times as fast as the plan that is the best now, then."""
 
 
-def turns(found: Found, corrections: Corrections | None = None) -> list[Turn]:
+def turns(found: Found) -> list[Turn]:
     """What would change the choice: the least of each kind of change that does."""
+    costs, now = Costs(found.facts, found.machine, found.corrections), found.best.candidate
+    floors = Floors(costs, found.demand)
+    refusal = functools.cache(found.refusal) if found.refusal is not None else None
     out: list[Turn] = []
-    for changes in _changes(found.facts).values():
+    for changes in changes_of(found.facts).values():
         for what, change in changes:
             facts, machine = change(found.facts, found.machine)
+            there = costs.beside(facts, machine)
             try:
-                then = search(facts, machine, found.demand, corrections)
+                then = best(facts, machine, found.demand, costs=there, refusal=refusal, floors=floors)
             except ConfigError:
                 continue
-            if then.best.candidate != found.best.candidate:
-                now = next((one for one in then.costs if one.candidate == found.best.candidate), None)
-                gain = then.value(now) / then.value(then.best) if now is not None else 1.0
-                if gain > 1 + SAME:
-                    out.append(Turn(what=what, plan=then.best.candidate, gain=gain))
-                    break
+            if then.candidate == now or illegal(now, facts, found.demand):
+                continue
+            same = there.cost(now, pictures=_pictures(facts, found.demand, now))
+            gain = found.value(same) / found.value(then)
+            if gain > 1 + SAME:
+                out.append(Turn(what=what, plan=then.candidate, gain=gain))
+                break
     return out
 
 
-def _changes(facts: Facts) -> dict[str, list[tuple[str, Change]]]:
+def changes_of(facts: Facts) -> dict[str, list[tuple[str, Change]]]:
     def links(factor: float) -> Change:
         def change(facts: Facts, machine: Machine) -> tuple[Facts, Machine]:
             def faster(link: Any) -> Any:

@@ -242,4 +242,4 @@ def test_a_run_is_compared_with_its_prediction_and_kept(folder: Path, capsys: py
     assert cli.run(cli.Launch([*words, "--learn"], supervised=False)) == 0
     assert "learned: a step" in capsys.readouterr().err
     assert plan("--learned") == 0
-    assert "emoji; 1 rank: a step took" in capsys.readouterr().out
+    assert "emoji; 1 rank; float32 by cpu, estimated: a step took" in capsys.readouterr().out

@@ -23,7 +23,7 @@ def test_the_explanation_names_the_parts_that_cost() -> None:
     found = search(facts(), machine(inside=SLOW), Demand(ranks=8))
     said = "\n".join(explain.lines(found))
     assert f"best: {found.best.candidate}" in said
-    assert "more a step for" in said
+    assert "more a request for" in said
     assert "ruled out:" in said
     assert json.loads(json.dumps(explain.to_dict(found)))["plans"][0]["degrees"] == found.best.candidate.degrees
 
@@ -93,3 +93,23 @@ def test_without_matplotlib_the_extra_is_named_before_anything_is_computed(monke
     monkeypatch.setattr(scaling, "search", computed)
     with pytest.raises(ConfigError, match=r"pip install 'parafuse\[bench\]'"):
         scaling.draw(found, "x.svg")
+
+
+def test_fewer_ranks_are_named_where_they_are_faster() -> None:
+    slow = machine(4, inside=dataclasses.replace(SLOW, bytes_per_s=1e7))
+    for there, said in ((slow, True), (machine(4), False)):
+        found = search(facts(), there, Demand(ranks=4, layouts_only=True))
+        assert any("--ranks 1" in line for line in explain.lines(found)) == said
+
+
+def test_what_is_counted_is_what_is_compared() -> None:
+    """Pictures a second, and bytes."""
+    found = search(facts(), machine(8), Demand(ranks=8, objective=Objective.THROUGHPUT))
+    said = "\n".join(explain.lines(found))
+    assert f"{found.best.pictures / found.best.seconds:.3g} pictures a second predicted" in explain.one_line(found)
+    assert "more a picture for" in said
+    assert "more plans: --json has all" in said
+    found = search(facts(), machine(8), Demand(ranks=8, objective=Objective.MEMORY))
+    assert " GB against " in "\n".join(explain.lines(found))
+    least = found.best.memory_bytes * 1.005
+    assert found.best.seconds == min(cost.seconds for cost in found.costs if cost.memory_bytes <= least)

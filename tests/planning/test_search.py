@@ -58,7 +58,8 @@ def test_more_replicas_for_throughput() -> None:
 def test_least_memory() -> None:
     found = search(facts(), machine(), Demand(ranks=8, objective=Objective.MEMORY, fidelity=Fidelity.FAST))
     assert found.best.candidate.quantize
-    assert found.best.memory_bytes == min(cost.memory_bytes for cost in found.costs)
+    assert found.best.candidate.offload
+    assert found.best.memory_bytes <= 1.005 * min(cost.memory_bytes for cost in found.costs)
 
 
 def test_every_plan_multiplies_to_the_ranks_and_keeps_to_the_facts() -> None:
@@ -232,9 +233,14 @@ PLACES = {
 def _slowest_ranking(costs: list[Cost], found: Found) -> list[Cost]:
     """What the ranking is, word for word."""
     left, out = sorted(costs, key=found.value), list[Cost]()
+    by_time = found.demand.objective == Objective.MEMORY
+
+    def tie(cost: Cost) -> tuple[float, ...]:
+        return (cost.seconds if by_time else 0.0, *_options(cost.candidate), found.value(cost))
+
     while left:
         same = [cost for cost in left if found.value(cost) <= found.value(left[0]) * 1.005]
-        out.append(min(same, key=lambda cost: (_options(cost.candidate), found.value(cost))))
+        out.append(min(same, key=tie))
         left.remove(out[-1])
     return out
 

@@ -423,7 +423,7 @@ class Costs:
             if one.offload == "model":
                 there = kept[part.name]
             elif one.offload == "group":
-                there = facts.weights.get(part.name, 0) * GROUP_SHARE
+                there = kept[part.name] * GROUP_SHARE
             by_phase[part.phase] = max(by_phase.get(part.phase, 0.0), there + peak)
         at = max(by_phase, key=lambda phase: by_phase[phase])
         return by_phase[at] + OVERHEAD.get(self.machine.device.kind, 0.0), at

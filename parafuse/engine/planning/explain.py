@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 from parafuse.engine.planning.cost import Cost
 from parafuse.engine.planning.facts import ATTENTION, CONVOLUTION, DENOISE, GEMM
-from parafuse.engine.planning.search import Found, Objective, turns
+from parafuse.engine.planning.search import AXES, SAME, Found, Objective, turns, value_of
+from parafuse.engine.planning.search import best as cheapest
+from parafuse.errors import ConfigError
 
 SHOWN = 6
 PARTS = ("gemm", "attention", "convolution", "pointwise", "host", "ulysses", "ring", "gather", "batch", "offload")
@@ -22,6 +26,7 @@ NAMES = {
     "offload": "weights on their way",
     "encode": "encoding the prompt",
     "decode": "decoding pictures",
+    "compile": "its share of compiling",
 }
 
 
@@ -33,8 +38,11 @@ def one_line(found: Found) -> str:
     second = found.costs[1]
     ratio = found.value(second) / found.value(best)
     what = "bytes" if found.demand.objective == Objective.MEMORY else "time"
+    predicted = f"{_ms(best.step_s)} a step"
+    if found.demand.objective == Objective.THROUGHPUT:
+        predicted = f"{best.pictures / best.seconds:.3g} pictures a second"
     return (
-        f"chosen by cost of {len(found.costs)} plans: {_ms(best.step_s)} a step predicted, next best "
+        f"chosen by cost of {len(found.costs)} plans for {_request(found)}: {predicted} predicted, next best "
         f"{second.candidate} ({ratio:.2f} times the {what})"
     )
 
@@ -47,8 +55,9 @@ def lines(found: Found, *, shown: int = SHOWN) -> list[str]:
     work = ", ".join(f"{number:.4g} TFLOP {family}" for family, number in per_step.items() if number)
     out = [request, f"a step: {work}; {len(found.costs)} legal plans of {found.tried} for {found.demand.objective}", ""]
     out += _table(found, found.costs[:shown])
+    out += _and_more(len(found.costs) - shown, "plans")
     out += ["", f"best: {best.candidate}", f"  {_share(best)}"]
-    out += [f"  {text}" for text in _against(found, shown)]
+    out += [f"  {text}" for text in (*_against(found, shown), *_fewer(found))]
     changes = turns(found)
     if changes:
         out += ["", "what would change the choice:"]
@@ -56,7 +65,33 @@ def lines(found: Found, *, shown: int = SHOWN) -> list[str]:
     if found.refused:
         out += ["", "ruled out:"]
         out += [f"  {plan}: {why}" for plan, why in list(found.refused.items())[:shown]]
+        out += _and_more(len(found.refused) - shown, "kinds of plans")
     return out
+
+
+def _and_more(number: int, what: str) -> list[str]:
+    return [f"  and {number} more {what}: --json has all"] if number > 0 else []
+
+
+def _fewer(found: Found) -> list[str]:
+    """The number of ranks that would be faster, where fewer are: links may cost more than ranks save."""
+    demand, best = found.demand, found.best
+    fewer = [2**i for i in range(demand.ranks.bit_length()) if 2**i < demand.ranks]
+    if demand.objective != Objective.LATENCY or any(name in demand.fixed for name in AXES):
+        return []
+    times: list[tuple[float, int]] = []
+    for ranks in fewer:
+        try:
+            less = dataclasses.replace(demand, ranks=ranks)
+            one = cheapest(found.facts, found.machine, less, found.corrections, refusal=found.refusal)
+        except ConfigError:
+            continue
+        times.append((value_of(one, less), ranks))
+    least, ranks = min(times, default=(math.inf, 1))
+    if least >= found.value(best) * (1 - SAME):
+        return []
+    word = "rank takes" if ranks == 1 else "ranks take"
+    return [f"fewer are faster: {ranks} {word} {least / found.value(best):.2f} of the time; --ranks {ranks}"]
 
 
 def to_dict(found: Found) -> dict[str, Any]:
@@ -90,10 +125,13 @@ def _flops(found: Found, family: str) -> float:
 def _table(found: Found, costs: tuple[Cost, ...]) -> list[str]:
     used = [name for name in PARTS if any(getattr(cost.denoise, name) > 0 for cost in costs)]
     steps = found.facts.steps
-    head = ["plan", "request", "step", *used, "encode", "decode", "GB", "limit"]
+    several = found.demand.objective == Objective.THROUGHPUT or found.best.pictures > 1
+    head = ["plan", *(["pictures", "a second"] if several else []), "request", "step", *used, "encode", "decode", "GB"]
+    head.append("limit")
     rows = [
         [
             str(cost.candidate),
+            *([str(cost.pictures), f"{cost.pictures / cost.seconds:.3g}"] if several else []),
             _s(cost.seconds),
             _ms(cost.step_s),
             *(_ms(getattr(cost.denoise, name) / steps) for name in used),
@@ -135,20 +173,31 @@ def _against(found: Found, shown: int) -> list[str]:
 
 
 def _loses(best: Cost, other: Cost, found: Found) -> str:
-    steps = found.facts.steps
-    more = {
-        name: (getattr(other.denoise, name) / other.pictures - getattr(best.denoise, name) / best.pictures) / steps
-        for name in PARTS
-    }
-    more |= {
-        "encode": (other.encode_s / other.pictures - best.encode_s / best.pictures) / steps,
-        "decode": (other.decode_s / other.pictures - best.decode_s / best.pictures) / steps,
-    }
-    worse = sorted(((seconds, name) for name, seconds in more.items() if seconds > 0), reverse=True)[:2]
+    """By the parts that differ the most: of a request, of a picture where these are counted, or bytes."""
+    demand = found.demand
     ratio = found.value(other) / found.value(best)
-    why = " and ".join(f"{_ms(seconds)} more a step for {NAMES.get(name, name)}" for seconds, name in worse)
-    how = "much" if found.demand.objective == Objective.MEMORY else "long"
-    return f"{other.candidate} takes {ratio:.2f} times as {how}: {why or 'no part alone tells'}"
+    if demand.objective == Objective.MEMORY:
+        there, here = (f"{cost.memory_bytes / 1e9:.1f} GB" for cost in (other, best))
+        return f"{other.candidate} takes {ratio:.2f} times as much: {there} against {here}"
+    by_picture = demand.objective == Objective.THROUGHPUT
+
+    def parts(cost: Cost) -> dict[str, float]:
+        here = cost.denoise._asdict() | {"encode": cost.encode_s, "decode": cost.decode_s}
+        here["compile"] = cost.compile_s / max(1, demand.requests)
+        return {name: seconds / (cost.pictures if by_picture else 1) for name, seconds in here.items()}
+
+    before = parts(best)
+    change = {name: seconds - before[name] for name, seconds in parts(other).items()}
+    most = sorted(change, key=lambda name: -abs(change[name]))[:2]
+    most = [name for name in most if abs(change[name]) > 0.05 * max(map(abs, change.values()), default=0.0) > 0]
+    of = "a picture" if by_picture else "a request"
+    why = ", ".join(
+        f"{_s(abs(change[name]))} {'more' if change[name] > 0 else 'less'} {of} for {NAMES.get(name, name)}"
+        for name in sorted(most, key=lambda name: -change[name])
+    )
+    if ratio <= 1 + SAME:
+        return f"{other.candidate} is as good ({ratio:.3f} times the time): {why or 'the same in all parts'}"
+    return f"{other.candidate} takes {ratio:.2f} times as long: {why}"
 
 
 def _s(seconds: float) -> str:

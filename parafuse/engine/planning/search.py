@@ -160,7 +160,7 @@ def search(
             plain, cost = _fitting(one, costs, demand)
             if cost is not None:
                 good.append(cost)
-            if cost is not plain:
+            if plain.memory_bytes > room:
                 refused[str(one)] = (
                     f"needs {plain.memory_bytes / 1e9:.1f} GB in {plain.memory_at}, and a rank has {room / 1e9:.1f} GB"
                 )
@@ -198,14 +198,14 @@ def _fitting(one: Candidate, costs: Costs, demand: Demand) -> tuple[Cost, Cost |
     device = costs.machine.device
     pictures = _pictures(costs.facts, demand, one)
     plain = costs.cost(one, pictures=pictures)
-    if plain.memory_bytes <= device.memory_bytes:
-        return plain, plain
-    if "offload" not in demand.fixed and device.kind == "cuda":
-        for way in OFFLOADS:
-            cost = costs.cost(dataclasses.replace(one, offload=way), pictures=pictures)
-            if cost.memory_bytes <= device.memory_bytes:
-                return plain, cost
-    return plain, None
+    least = demand.objective == Objective.MEMORY
+    fits = [plain] if plain.memory_bytes <= device.memory_bytes else []
+    if (least or not fits) and "offload" not in demand.fixed and device.kind == "cuda":
+        away = (costs.cost(dataclasses.replace(one, offload=way), pictures=pictures) for way in OFFLOADS)
+        fits += [cost for cost in away if cost.memory_bytes <= device.memory_bytes]
+    if not fits:
+        return plain, None
+    return plain, min(fits, key=lambda cost: cost.memory_bytes) if least else fits[0]
 
 
 class Floors:
@@ -268,14 +268,14 @@ def best(
         return search(facts, machine, demand, costs=costs, refusal=refusal).best
     most = min(value for value, *_ in good) * (1 + SAME)
     near = (found for found in good if found[0] <= most)
-    return min(near, key=lambda found: (_complexity(found[2].candidate), *found[:2]))[2]
+    return min(near, key=lambda found: (_tie(found[2], demand), *found[:2]))[2]
 
 
 def ranked(costs: list[Cost], demand: Demand) -> tuple[Cost, ...]:
     """By value; of those that are as good as the best of the rest, the simplest first."""
     values = [value_of(cost, demand) for cost in costs]
     order = sorted(range(len(costs)), key=lambda i: values[i])
-    near: list[tuple[tuple[int, int], float, int]] = []  # a heap of those that are as good as the best of the rest
+    near: list[tuple[tuple[float, ...], float, int]] = []  # a heap of those that are as good as the best of the rest
     out: dict[int, Cost] = {}
     first = last = 0
     while len(out) < len(costs):
@@ -284,11 +284,17 @@ def ranked(costs: list[Cost], demand: Demand) -> tuple[Cost, ...]:
         most = values[order[first]] * (1 + SAME)
         while last < len(order) and values[order[last]] <= most:
             i = order[last]
-            heapq.heappush(near, (_complexity(costs[i].candidate), values[i], i))
+            heapq.heappush(near, (_tie(costs[i], demand), values[i], i))
             last += 1
         chosen = heapq.heappop(near)[2]
         out[chosen] = costs[chosen]
     return tuple(out.values())
+
+
+def _tie(cost: Cost, demand: Demand) -> tuple[float, ...]:
+    """What decides between plans that are as good: the time where bytes are compared, else how simple they are."""
+    simple = _complexity(cost.candidate)
+    return (cost.seconds, *simple) if demand.objective == Objective.MEMORY else simple
 
 
 def _complexity(one: Candidate) -> tuple[int, int]:

@@ -64,7 +64,7 @@ test-memory: setup ## Run the tests of loading, text encoders, placement, offloa
 test-vae: setup ## Run the tests of autoencoders on several ranks (five minutes)
 	$(PYTEST) tests/vae --hold-floors
 
-test-planning: setup ## Run the tests of the planner (two minutes)
+test-planning: setup ## Run the tests of the planner (four minutes)
 	$(PYTEST) tests/planning --hold-floors
 
 bench-plan: setup ## Is the planner right? On 2 CPU cores, and against published times: docs/planner.md (a quarter of an hour)

@@ -21,7 +21,6 @@ from parafuse.engine.source import ModelSource, locate
 from parafuse.errors import ConfigError, ModelError, ParafuseError, RankError, nearest
 from parafuse.hardware import memory_bytes, visible_gpus
 from parafuse.log import note
-from parafuse.parallel.world import AGREE_S, from_first
 
 PLAIN = (str, int, float, bool)
 
@@ -185,6 +184,8 @@ def choose_together(
 
     if alone or ranks == 1:
         return make()
+    from parafuse.parallel.world import AGREE_S, from_first
+
     own: list[Chosen | Exception] = []
 
     def told() -> str:

@@ -379,3 +379,12 @@ def test_tiles_are_the_way_out_where_a_decode_has_no_room() -> None:
         with pytest.raises(ConfigError) as caught:
             search(large, there, Demand(ranks=2))
         assert ("--vae tiled" in str(caught.value)) == said
+
+
+def test_where_no_plan_is_legal_a_number_of_ranks_is_told_that_has_one() -> None:
+    parts = (denoiser(refused="it has no block stack"),)
+    with pytest.raises(ConfigError, match=r"no plan of 8 ranks .*With 2 ranks there is one: cfg 2\."):
+        search(guided(parts=parts), machine(8), Demand(ranks=8))
+    small = dataclasses.replace(machine(1), device=dataclasses.replace(DEVICE, memory_bytes=1))
+    with pytest.raises(ConfigError, match="no plan of 1 rank is legal"):
+        search(facts(), small, Demand(ranks=1))

@@ -200,6 +200,8 @@ def test_words_that_are_none_are_refused() -> None:
         plans("emoji", "2xh100", fidelity="exakt")
     with pytest.raises(ConfigError, match="sparse"):
         plans("emoji", "2xh100", SMALL, Config(sparse="window:0,4,4,tile=1x4x4"))
+    with pytest.raises(ConfigError, match="attention"):
+        plans("emoji", "2xh100", SMALL, Config(attention="fp8-reference"))
 
 
 def test_without_facts_the_reason_is_told() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from parafuse.attention import AUTO
 from parafuse.config import VAE_TILED, Axis, Config, Parallel
 from parafuse.engine.planning import known, machine
 from parafuse.engine.planning.cost import Candidate, Corrections
@@ -121,6 +122,7 @@ def fixed_of(config: Config, *, options: bool) -> dict[str, Any]:
     found = {name: degree for name, degree in found.items() if degree != "auto"}
     given = {
         "sparse": str(config.sparse or ""),
+        "attention": "" if config.attention == AUTO else str(config.attention),
         "compile": config.compile,
         "quantize": str(config.quantize or "").partition(":")[0],
         "cache": str(config.cache or ""),

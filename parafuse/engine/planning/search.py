@@ -168,7 +168,7 @@ def search(
     if not good and demand.layouts_only:  # the request is a guess: smaller ones may fit
         good = over
     if not good:
-        raise _none_legal(facts, machine, demand, over, refused)
+        raise _none_legal(costs, demand, over, refused, refusal)
     return Found(
         facts=facts,
         machine=machine,
@@ -182,14 +182,26 @@ def search(
 
 
 def _none_legal(
-    facts: Facts, machine: Machine, demand: Demand, over: list[Cost], refused: dict[str, str]
+    costs: Costs, demand: Demand, over: list[Cost], refused: dict[str, str], refusal: Refusal | None
 ) -> ConfigError:
+    facts, machine = costs.facts, costs.machine
     tiles = any(cost.memory_at == DECODE for cost in over) and not facts.tiles
     hint = " Tiles take less memory to decode: vae='tiled' (--vae tiled)." if tiles else ""
     why = "; ".join(f"{plan}: {reason}" for plan, reason in list(refused.items())[:12])
+    for ranks in range(demand.ranks - 1, 0, -1):
+        less = dataclasses.replace(demand, ranks=ranks)
+        there = (
+            one
+            for each in layouts(facts, machine, less, {}, refusal)
+            for one in options(each, facts, machine, less, {})
+        )
+        fits = next((one for one in there if _fitting(one, costs, less)[1] is not None), None)
+        if fits is not None:
+            hint += f" With {ranks} rank{'s' if ranks > 1 else ''} there is one: {fits}."
+            break
+    ranks = "1 rank" if demand.ranks == 1 else f"{demand.ranks} ranks"
     return ConfigError(
-        f"model={facts.model!r}: no plan of {demand.ranks} ranks is legal on {machine.name}. "
-        f"{why or 'none was found'}.{hint}"
+        f"model={facts.model!r}: no plan of {ranks} is legal on {machine.name}. {why or 'none was found'}.{hint}"
     )
 
 

@@ -209,4 +209,5 @@ def test_without_facts_the_reason_is_told() -> None:
         raise ModelError("no files")
 
     with patch.object(choosing, "facts_of", none):
-        assert "no files" in choose(Config(), locate("emoji"), 2, CPU).why
+        for call in (None, SMALL):
+            assert "no files" in choose(Config(), locate("emoji"), 2, CPU, call).why

@@ -19,7 +19,7 @@ from parafuse.engine.planning.learned import corrections
 from parafuse.engine.planning.machine import Machine
 from parafuse.engine.planning.search import REQUESTS, Demand, Fidelity, Found, Objective, search
 from parafuse.engine.source import ModelSource, locate
-from parafuse.errors import ConfigError, ModelError, ParafuseError, RankError, nearest
+from parafuse.errors import ConfigError, ModelError, ParafuseError, RankError, UnsupportedError, nearest
 from parafuse.hardware import memory_bytes, visible_gpus
 from parafuse.log import note
 
@@ -156,7 +156,7 @@ def choose(
     try:
         facts = facts_of(source, config, computes_in, call or {}, pipeline=pipeline, given=given)
     except ParafuseError as error:
-        if isinstance(error, ConfigError) and call:
+        if call and isinstance(error, ConfigError) and not isinstance(error, (ModelError, UnsupportedError)):
             raise
         first = str(error).partition("\n")[0]
         return Chosen(config, f"ulysses takes all ranks that no other axis uses; its cost is not known: {first}")

@@ -46,14 +46,10 @@ def followed(case: Case, *, alone: bool) -> tuple[Part, int]:
 UNWATCHED = {
     "AnyFlowFARTransformer3DModel": "flex_attention",
     "Kandinsky6SRTransformer3DModel": "flex_attention",
-    "GlmImageTransformer2DModel": "nonzero",
     "HiDreamImageTransformer2DModel": "bincount",
-    "HunyuanImageTransformer2DModel: distilled, two texts": "nonzero",
-    "HunyuanVideo15Transformer3DModel": "nonzero",
 }
 """Class, or a configuration of it -> what it does that tells nothing without values: an attention that takes
-functions, and
-sizes that go by values. For these an engine takes Ulysses, and says why."""
+functions, and experts whose tokens go by values that are computed. For these an engine takes Ulysses, and says why."""
 
 
 def _unwatched(name: str) -> str:

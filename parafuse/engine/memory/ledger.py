@@ -226,6 +226,8 @@ class Ledger(TorchDispatchMode):
                 return body(*args, **kwargs)
         if func in ASKS and any(isinstance(x, FakeTensor) for x in args):
             return self._answer(func, args[0])
+        if func in BY_PLACES:
+            args = (args[0], _places(args[1]), *args[2:])
         with self._mode if self._mode and self._is_too_large(func, types, args) else nullcontext():
             result = func(*args, **kwargs)
         if isinstance(result, FakeTensor) and 1 in result.shape:
@@ -312,6 +314,8 @@ MAKES = {torch.ops.aten.full.default, torch.ops.aten.ones.default, torch.ops.ate
 """Operators that make a real tensor of the size that they are given."""
 MOST_VALUES = 1 << 28
 """Of a real tensor that is made inside of a component."""
+BY_PLACES = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default}
+"""Operators that a mask of booleans may choose places for."""
 ASKS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default}
 """Operators that give a value to Python."""
 
@@ -330,6 +334,16 @@ def _laid_out(func: Any, args: Any, result: FakeTensor) -> Tensor:
     if wanted == result.stride() or any(size > 1 and mine != other for size, mine, other in sizes):
         return result
     return torch.ops.aten.as_strided.default(result, result.size(), wanted, result.storage_offset())
+
+
+def _places(indices: Any) -> list[Any]:
+    """The same places by their numbers, where they are given by a mask that has values: a fake tensor can be asked for
+    these."""
+    found: list[Any] = []
+    for index in indices:
+        is_mask = isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+        found += index.nonzero().unbind(1) if is_mask and not isinstance(index, FakeTensor) else [index]
+    return found
 
 
 def _is_own(kind: type[Any]) -> bool:

@@ -214,8 +214,9 @@ def refusal_of(config: Config, device: str) -> Callable[[Candidate], str]:
     """Why an option of a config cannot be had in a layout; empty where it can."""
     from parafuse.engine.extras import Extras
 
-    # a placement says nothing of layouts, and is settled later
-    extras = Extras.of(dataclasses.replace(config, placement=None, offload_folder=None), device)
+    if config.placement is not None:  # it is settled against the machine, later
+        return lambda _: ""
+    extras = Extras.of(config, device)
 
     def why(one: Candidate) -> str:
         try:

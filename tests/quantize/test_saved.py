@@ -70,7 +70,8 @@ def test_a_saved_engine_is_loaded_without_the_original(name: str, model: Path, t
     for where in ("diffusers", "parafuse"):
         again = "fp8:reference=true,min_features=16" if name == "fp8" else ""
         found, kept = fresh(where, folder, tmp_path / f"{where}.pt", again)
-        assert torch.equal(found, want), where
+        apart = (found - want).abs().max() / want.abs().max()
+        assert apart <= 1e-5, where  # where a tensor lies in memory may choose another kernel of the CPU
         assert kept == ("Float8Tensor" if name.startswith("fp8") else "Int8Tensor")
     record = json.loads((folder / RECORD).read_text())
     assert record["transformer"].startswith(f"{name}:")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PARAFUSE_CACHE"] = ""  # every block is examined
+os.environ.setdefault("PARAFUSE_TESTS_FACTS", tempfile.mkdtemp(prefix="facts-"))  # one for all processes of a run
 
 import hypothesis
 import pytest
@@ -88,6 +91,12 @@ def _one_thread() -> None:
 def _no_process_left() -> Iterator[None]:
     yield
     close_pools()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The process that has begun ends last."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["PARAFUSE_TESTS_FACTS"], ignore_errors=True)
 
 
 def _suite(item: pytest.Item) -> str:

@@ -205,6 +205,9 @@ def _meet(rank: int, world_size: int, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
+    from tests.dist.facts_once import keep_facts
+
+    keep_facts()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -15,17 +15,16 @@ import pytest
 from parafuse.config import Config, Parallel
 from parafuse.engine.caches import skipping
 from parafuse.launch.bench import contestant as contestant_module
-from parafuse.launch.bench import run as run_module
 from parafuse.launch.bench.case import Case, Variant
 from parafuse.launch.bench.contestant import Contestant
 from parafuse.launch.bench.model import load
 from parafuse.launch.bench.quality import Verdict, judge, write
 from parafuse.launch.bench.record import NotAppliedError, Record
 from parafuse.launch.bench.run import Run
-from parafuse.launch.bench.work import Rates
 from parafuse.parallel import bundle, guidance
 from tests.dist.ranks import run_ranks
 from tests.dist.test_sequence import attempt
+from tests.measuring.quick import quick
 
 PLAIN = Variant(name="plain", way="plain")
 CFG = Variant(name="cfg", parallel={"cfg": 2}, needs_ranks=2)
@@ -45,8 +44,7 @@ def case(*variants: Variant, prompts: int = 0, **call: Any) -> Case:
 
 
 def measured(*variants: Variant, **more: Any) -> Record:
-    """Without the rates of this machine, which take time and are not looked at here."""
-    with patch.object(run_module, "rates", lambda *_: Rates(1e11, 1e11, 1e10)):
+    with quick():
         return Run(case(*variants, **more), load("emoji", Config()), 2, Config(timeout_s=60)).measure({})
 
 

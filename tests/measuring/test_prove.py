@@ -14,10 +14,9 @@ import pytest
 from parafuse.cache import IntervalCache, cache_of
 from parafuse.errors import ConfigError
 from parafuse.launch import prove
-from parafuse.launch.bench import run as run_module
-from parafuse.launch.bench.work import Rates
 from parafuse.launch.cli import CONFIG_OPTIONS
 from tests.dist.ranks import run_ranks
+from tests.measuring.quick import quick
 
 PLAIN_NAMES = ("plain", "parafuse (cfg 2)", "diffusers context parallel", "diffusers first-block cache")
 """The last one does nothing on emoji: only rank 0 sees that, and both must leave it out."""
@@ -28,7 +27,7 @@ def proven(out: str) -> None:
     proof = prove.Proof(steps=2, first=2, rounds=2, out=out, peers=True, quiet=True)
     job = prove.prepare(None, proof, CONFIG_OPTIONS, {"cfg": "2"})
     kept = tuple(variant for variant in job.case.variants if variant.name in PLAIN_NAMES)
-    with patch.object(run_module, "rates", lambda *_: Rates(1e11, 1e11, 1e10)):
+    with quick():
         prove.run(dataclasses.replace(job, case=dataclasses.replace(job.case, variants=kept)))
 
 

@@ -17,18 +17,17 @@ import parafuse
 from parafuse.config import Axis, Config, Parallel
 from parafuse.errors import ConfigError
 from parafuse.launch.bench import report
-from parafuse.launch.bench import run as run_module
 from parafuse.launch.bench.case import Case, Variant, load_case
 from parafuse.launch.bench.contestant import Contestant
 from parafuse.launch.bench.figures import figures_of
 from parafuse.launch.bench.model import load
 from parafuse.launch.bench.record import NotAppliedError, Record
 from parafuse.launch.bench.run import Run
-from parafuse.launch.bench.work import Rates
 from parafuse.parallel import absent
 from parafuse.parallel.comm import Count, since
 from parafuse.parallel.mesh import make_mesh
 from tests.dist.ranks import run_ranks
+from tests.measuring.quick import quick
 
 LAYOUTS: list[dict[str, int]] = [{"ulysses": 2}, {"ring": 3}, {"ring": 2, "ulysses": 2}]
 
@@ -105,12 +104,12 @@ HALF = Variant(name="half", share_of=2)
 
 
 def measured(*variants: Variant) -> Record:
-    call: dict[str, Any] = {"prompt": "a red apple", "num_inference_steps": 2}
+    call: dict[str, Any] = {"prompt": "a red apple", "num_inference_steps": 2, "width": 64, "height": 64}
     case = Case(
         name="small", theme="test", model="emoji", baseline="plain", variants=variants, call=call, rounds=2,
         whole_steps=10, link={"bytes_per_s": 1e8, "latency_s": 1e-3},
     )  # fmt: skip
-    with patch.object(run_module, "rates", lambda *_: Rates(1e11, 1e11, 1e10)):
+    with quick():
         return Run(case, load("emoji", Config()), 2, Config(timeout_s=60)).measure({})
 
 
@@ -166,7 +165,7 @@ def test_a_large_case_runs_in_its_tiny_form(name: str) -> None:
     eager = tuple(replace(v, compile=False, may_fail=False) for v in shares)
     case = replace(case, variants=(PLAIN, *eager))
     threads = torch.get_num_threads()
-    with patch.object(run_module, "rates", lambda *_: Rates(1e11, 1e11, 1e10)):
+    with quick():
         try:
             record = Run(case, load(case.model, Config()), 2, Config(timeout_s=60)).measure({})
         finally:

@@ -9,8 +9,13 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 WHEELS ?= diffusers torchao platformdirs ftfy wcwidth torchmetrics lightning_utilities psutil typer nvidia-ml-py requests urllib3 \
 	certifi idna charset-normalizer importlib_metadata zipp jinja2 markupsafe rich
 WHEELS_FOR ?= 3.12
-# Two processes share the tests, file by file: most of them leave a core idle.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes share the tests, file by file, in the order of tests/conftest.py: most of them leave a core idle.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# The suites beside the engine's, by target; all of them together share imports and ranks, and leave no core idle.
+USE := tests/drop_in tests/measuring
+OPTIONS := tests/quantize tests/rewrites tests/options
+ATTENTION := tests/kernels tests/sparse
+REST := $(USE) $(OPTIONS) $(ATTENTION) tests/caches tests/memory tests/vae tests/planning tests/support
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -44,34 +49,33 @@ check: setup ## Lint, format, types, import floors, docs
 test: setup ## Run the tests of the engine (eight minutes); fewer than tests/collected_floors.json says is a failure
 	$(PYTEST) tests/unit tests/dist tests/gpu tests/quality --hold-floors
 
-test-use: setup ## Run what users run: members, adapters and guides of diffusers; bench, prove, verify (ten minutes)
-	$(PYTEST) tests/drop_in tests/measuring --hold-floors
+test-rest: setup ## Run all other tests: those of the targets below, and support-ci, at once
+	$(PYTEST) $(REST) --hold-floors
 
-test-caches: setup ## Run the tests of caches, and hold a part of docs/cache-support.md (three minutes)
+test-use: setup ## Run what users run: members, adapters and guides of diffusers; bench, prove, verify
+	$(PYTEST) $(USE) --hold-floors
+
+test-caches: setup ## Run the tests of caches, and hold a part of docs/cache-support.md
 	$(PYTEST) tests/caches --hold-floors
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.caches --fixed-part
 
-test-options: setup ## Run the tests of quantization, compile and rewrites, and hold a part of docs/options-support.md (five minutes)
-	$(PYTEST) tests/quantize tests/rewrites tests/options --hold-floors
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.options --fixed-part
+test-options: setup ## Run the tests of quantization, compile and rewrites, and hold a part of docs/options-support.md
+	$(PYTEST) $(OPTIONS) --hold-floors
 
-test-attention: setup ## Run the tests of attention's kernels and of sparse attention (four minutes)
-	$(PYTEST) tests/kernels tests/sparse --hold-floors
+test-attention: setup ## Run the tests of attention's kernels and of sparse attention
+	$(PYTEST) $(ATTENTION) --hold-floors
 
-test-memory: setup ## Run the tests of loading, text encoders, placement, offload and prediction of memory (six minutes)
+test-memory: setup ## Run the tests of loading, text encoders, placement, offload and prediction of memory
 	$(PYTEST) tests/memory --hold-floors
 
-test-vae: setup ## Run the tests of autoencoders on several ranks (five minutes)
+test-vae: setup ## Run the tests of autoencoders on several ranks
 	$(PYTEST) tests/vae --hold-floors
 
-test-planning: setup ## Run the tests of the planner (four minutes)
+test-planning: setup ## Run the tests of the planner
 	$(PYTEST) tests/planning --hold-floors
 
 bench-plan: setup ## Is the planner right? On 2 CPU cores, and against published times: docs/planner.md (a quarter of an hour)
 	$(BIN)/python -m benchmarks.plan_published --page docs/planner.md
 	$(BIN)/python -m benchmarks.plan_cpu --page docs/planner.md --out docs/planner-cpu.json
-
-test-rest: test-use test-caches test-options test-attention test-memory test-vae test-planning ## All tests that `make test` leaves out, one after the other (half an hour)
 
 vae: setup ## Put every autoencoder class on 2, 3 and 4 ranks: docs/vae-support.md (a quarter of an hour)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.vae
@@ -96,7 +100,7 @@ support: setup ## Measure every transformer class in every layout: docs/support.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support
 
 support-ci: setup ## Measure a part of it; a cell that is worse than docs/support.json is a failure
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support --fixed-part
+	$(PYTEST) tests/support --hold-floors
 
 format: setup ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix .

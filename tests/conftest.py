@@ -15,6 +15,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compiling processes for each rank: they start slowly
 os.environ["PARAFUSE_CACHE"] = ""  # every block is examined
 os.environ.setdefault("PARAFUSE_TESTS_FACTS", tempfile.mkdtemp(prefix="facts-"))  # one for all processes of a run
 
@@ -29,8 +30,8 @@ hypothesis.settings.register_profile("parafuse", derandomize=True, deadline=None
 hypothesis.settings.load_profile("parafuse")
 
 SUITES = tuple(  # the fastest answer first
-    "unit dist gpu quality caches kernels quantize rewrites sparse memory planning options vae drop_in "
-    "measuring".split()
+    "unit dist gpu quality caches kernels quantize rewrites sparse planning memory vae options measuring support "
+    "drop_in".split()
 )
 
 
@@ -44,8 +45,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks each test by its folder, orders the folders, and skips `gpu` where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks each test by its folder, orders the folders, and skips `gpu` where there is none.
+
+    Where several processes share the tests, what takes longest comes first: else one of them is idle at the end."""
     no_gpu = pytest.mark.skip(reason="no CUDA")
     for item in items:
         suite = _suite(item)
@@ -53,7 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(suite)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-    items.sort(key=lambda item: SUITES.index(_suite(item)))  # stable: within a suite, files by name, tests as written
+    sign = -1 if hasattr(config, "workerinput") else 1
+    items.sort(key=lambda item: sign * SUITES.index(_suite(item)))  # stable: within a suite, files by name
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -1,6 +1,5 @@
 """`python -m tests.caches` puts a first-block cache on every transformer class in several layouts, the other methods on
-a few pipelines, and writes docs/cache-support.md. With `--fixed-part` it measures a part, writes nothing, and fails
-where a cell is not right."""
+a few pipelines, and writes docs/cache-support.md."""
 
 from __future__ import annotations
 
@@ -12,19 +11,15 @@ from collections.abc import Mapping
 
 from tests.caches.cells import COMPILED, LAYOUTS, Cell, NeverSkippedError, cell_of, on_one_rank, parting_cache
 from tests.caches.methods import TEXTS, cells_of
-from tests.caches.table import Record, read_record, write_record
+from tests.caches.table import read_record, write_record
 from tests.dist.ranks import close_pools
 from tests.zoo.collect import cases
 
 COLUMNS = (*LAYOUTS, COMPILED)
-FIXED_PART = (
-    "FluxTransformer2DModel", "Lumina2Transformer2DModel", "WanVACETransformer3DModel", "LatteTransformer3DModel",
-)  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--fixed-part", action="store_true", help="a part; writes nothing")
     parser.add_argument("--only", action="append", default=[], help="a transformer by name; may be repeated")
     parser.add_argument("--method", action="append", default=[], help="another method by name; may be repeated")
     asked = parser.parse_args()
@@ -36,22 +31,17 @@ def main() -> int:
 def measure(asked: argparse.Namespace) -> int:
     record, faults = read_record(), 0
     some = bool(asked.only or asked.method)
-    for name in FIXED_PART if asked.fixed_part else asked.only if some else cases():
+    for name in asked.only if some else cases():
         row = record.first_block[name] = row_of(name)
         faults += _said(name, row)
-        _keep(record, asked)
-    for method in () if asked.fixed_part else asked.method if some else TEXTS:
+        write_record(record)
+    for method in asked.method if some else TEXTS:
         found = record.methods[method] = cells_of(method)
         faults += sum(_said(f"{method} on {name}", row) for name, row in found.items())
-        _keep(record, asked)
+        write_record(record)
     close_pools()
     print(f"{faults} cells are not right", flush=True)
     return min(faults, 1)
-
-
-def _keep(record: Record, asked: argparse.Namespace) -> None:
-    if not asked.fixed_part:
-        write_record(record)
 
 
 def row_of(name: str) -> dict[str, Cell]:

@@ -40,7 +40,7 @@ def test_two_nodes_under_torchrun(tmp_path: Path) -> None:
         out.parent.mkdir()
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
         command += ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-        command += ["-m", "parafuse", "generate", "a red apple", *SMALL, "--out", str(out)]
+        command += ["-m", "parafuse", "generate", "a red apple", *SMALL, "--ulysses", "2", "--out", str(out)]
         nodes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
         said = [node.communicate(timeout=300)[0] for node in nodes]

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from functools import cache as cached
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import parafuse
 from parafuse.errors import ParafuseError
+from parafuse.parallel import tiers
 from tests import adapters
 from tests.dist.ranks import RankFailure, run_ranks
 from tests.guided import flux, hunyuan, sd3, sdxl, wan
@@ -182,7 +184,9 @@ PIPELINES: dict[str, tuple[Callable[[], Any], Callable[[int], dict[str, Any]], s
 }
 
 
-def painted(pipeline: str, config: dict[str, Any], setting: Setting) -> tuple[Tensor, list[str]]:
+def painted(
+    pipeline: str, config: dict[str, Any], setting: Setting, backend: str = "inductor"
+) -> tuple[Tensor, list[str]]:
     """(latents of two prompts, what was applied), as one rank sees it."""
     build, call, denoiser = PIPELINES[pipeline]
     torch.compiler.reset()
@@ -193,7 +197,7 @@ def painted(pipeline: str, config: dict[str, Any], setting: Setting) -> tuple[Te
     options = parafuse.Config(parallel=parafuse.Parallel(**setting.parallel), **asked)
     if setting.lora:
         made.load_lora_weights(adapters.lora(made, (denoiser,), rank=3, seed=1, every=2), adapter_name="a")
-    with parafuse.Engine.from_pipeline(made, options) as engine:
+    with mock.patch.object(tiers, "BACKEND", backend), parafuse.Engine.from_pipeline(made, options) as engine:
         part, here = getattr(engine, denoiser), torch.device("cpu")
         if setting.offload == "model":
             engine.enable_model_cpu_offload(device="cpu")
@@ -212,12 +216,13 @@ def alone(pipeline: str, texts: tuple[tuple[str, Any], ...], cache: str | None, 
     return painted(pipeline, dict(texts), Setting(cache=cache, lora=lora))[0]
 
 
-def cell_of(pipeline: str, option: Option, setting: Setting) -> Cell:
+def cell_of(pipeline: str, option: Option, setting: Setting, backend: str = "inductor") -> Cell:
+    """The worst that ranks see. `backend`: what compiles, where that is asked for."""
     lossy = tuple((name, value) for name, value in option.config.items() if name in ("quantize", "sparse", "cache"))
     try:
         want = alone(pipeline, lossy, setting.cache, setting.lora)
         exact = alone(pipeline, (), setting.cache, setting.lora)
-        found = run_ranks(_tried, setting.ranks, pipeline, option.config, setting, timeout_s=300)
+        found = run_ranks(_tried, setting.ranks, pipeline, option.config, setting, backend, timeout_s=300)
     except ParafuseError as refusal:
         return Cell(refused=f"{type(refusal).__name__}: {refusal}")
     except RankFailure as failure:
@@ -259,9 +264,9 @@ def _idle(config: dict[str, Any], applied: list[str]) -> str:
     return ""
 
 
-def _tried(pipeline: str, config: dict[str, Any], setting: Setting) -> tuple[Tensor, list[str]] | str:
+def _tried(pipeline: str, config: dict[str, Any], setting: Setting, backend: str) -> tuple[Tensor, list[str]] | str:
     try:
-        return painted(pipeline, config, setting)
+        return painted(pipeline, config, setting, backend)
     except ParafuseError as refusal:
         return f"{type(refusal).__name__}: {refusal}"
 

@@ -163,6 +163,8 @@ def test_the_command_shows_plans_for_a_named_machine(folder: Path, capsys: pytes
     [
         (("emojy", "--hardware", "8xh200"), "did you mean 'emoji'"),
         (("emoji", "--hardware", "8xh20o"), "did you mean 'h20"),
+        (("emoji", "--ranks", "8", "--data", "8"), "parallel.data=8 (--data): the request has 1 picture"),
+        (("tiny:flux.1-dev", "--ranks", "2", "--cfg", "2"), "parallel.cfg=2 (--cfg): the request has no guidance"),
         (("emoji", "--objective", "speed"), "must be one of latency, throughput, memory"),
         (("emoji", "--fidelity", "hihg"), "did you mean 'high'"),
         (("emoji", "--size", "1024"), "WIDTHxHEIGHT"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from parafuse.engine.planning import known, learned, measure
-from parafuse.engine.planning.cost import Candidate, Costs
+from parafuse.engine.planning.cost import Candidate, Costs, rate_of
 from parafuse.engine.planning.facts import Facts
 from parafuse.engine.planning.machine import MEASURED, TABLE, Machine, machine_names, named, on_curve
 from parafuse.errors import ConfigError, ParafuseError
@@ -79,12 +79,12 @@ def test_this_machine_is_measured_alone_and_busy() -> None:
     assert found.busy is not None
     for device in (found.device, found.busy):
         assert {"gemm.float32", "attention.float32", "convolution.float32", "pointwise.float32"} <= device.curves.keys()
-        assert 1e9 < device.rate("float32") < 1e13
+        assert 1e9 < rate_of(device, "float32") < 1e13
         assert all(later[0] > earlier[0] for one in device.curves.values() for earlier, later in pairwise(one))
     assert 0 < found.inside.latency_s < 1
     assert 1e6 < found.inside.bytes_per_s < 1e12
     assert found.is_measured
-    assert found.device.rate("bfloat16") == found.device.rate("float32")
+    assert rate_of(found.device, "bfloat16") == rate_of(found.device, "float32")
     assert Machine.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
@@ -131,14 +131,13 @@ def test_what_is_measured_in_one_dtype_has_estimates_of_others() -> None:
     h100 = named("1xh100").device
     alone: dict[str, Any] = {"flops": {"bfloat16": 7e14}, "attention": {"bfloat16": 5e14}}
     found = measure.with_other_dtypes(dataclasses.replace(DEVICE, name="NVIDIA H100 80GB HBM3", **alone))
-    assert found.rate("bfloat16") == 7e14
-    assert found.rate("float32") == pytest.approx(7e14 * h100.rate("float32") / h100.rate("bfloat16"))
-    assert found.rate("fp8") == pytest.approx(7e14 * h100.rate("fp8") / h100.rate("bfloat16"))
-    assert found.rate("float32", attention=True) < found.rate("bfloat16", attention=True) == 5e14
+    assert rate_of(found, "bfloat16") == 7e14
+    assert rate_of(found, "float32") == pytest.approx(7e14 * rate_of(h100, "float32") / rate_of(h100, "bfloat16"))
+    assert rate_of(found, "fp8") == pytest.approx(7e14 * rate_of(h100, "fp8") / rate_of(h100, "bfloat16"))
+    assert rate_of(found, "float32", attention=True) < rate_of(found, "bfloat16", attention=True) == 5e14
     cpu = measure.with_other_dtypes(dataclasses.replace(DEVICE, name="some", kind="cpu", **alone))
-    assert cpu.rate("float32") == cpu.rate("float16") == cpu.rate("int8") == cpu.rate("bfloat16") == 7e14
-    with pytest.raises(ConfigError, match="does not compute in fp8"):
-        cpu.rate("fp8")
+    assert {rate_of(cpu, dtype) for dtype in ("float32", "float16", "int8", "bfloat16")} == {7e14}
+    assert not cpu.flops["fp8"]
 
 
 def test_rates_where_no_other_device_is_known() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from parafuse.engine.planning.cost import Cost
 from parafuse.engine.planning.facts import ATTENTION, CONVOLUTION, DENOISE, GEMM
-from parafuse.engine.planning.search import AXES, SAME, Found, Objective, turns, value_of
+from parafuse.engine.planning.search import AXES, SAME, Found, Objective, value_of
 from parafuse.engine.planning.search import best as cheapest
+from parafuse.engine.planning.turns import turns
 from parafuse.errors import ConfigError
 
 SHOWN = 6

@@ -59,13 +59,6 @@ class Device:
     host_bytes_per_s: float = 20e9
     """Between the host's memory and the device, for offload."""
 
-    def rate(self, dtype: str, *, attention: bool = False) -> float:
-        """Raises ConfigError for a dtype that the device does not compute in."""
-        found = (self.attention if attention else self.flops).get(dtype)
-        if not found:
-            raise ConfigError(f"hardware: {self.name} does not compute in {dtype}.")
-        return found
-
 
 @dataclass(frozen=True, kw_only=True)
 class Link:

@@ -46,6 +46,10 @@ LOSSY_BY_FIDELITY: Mapping[Fidelity, Mapping[str, tuple[str, ...]]] = {
     Fidelity.FAST: {"quantize": ("", "int8", "int8-weight", "fp8", "fp8-weight"), "cache": ("", "first-block:0.1")},
 }
 """What is tried."""
+ALLOWED = (
+    "exact allows lossless options alone, high also int8 and int8-weight, fast any: fp8, caches, sparse and 8-bit "
+    "attention."
+)
 LOSSY_FIELDS = ("quantize", "cache", "sparse", "attention")
 OFFLOADS = ("model", "group")
 """What is tried where weights have no room, the faster one first."""
@@ -78,9 +82,10 @@ class Demand:
             value = str(self.fixed.get(name) or "")
             if not allows(self.fidelity, name, value):
                 loose = next(one for one in Fidelity if allows(one, name, value))
+                default = ", the default" if self.fidelity == Fidelity.EXACT else ""
                 raise ConfigError(
-                    f"fidelity={str(self.fidelity)!r}: not with {name}={value!r}, which is lossy; leave {name} out, or "
-                    f"give fidelity={str(loose)!r}."
+                    f"fidelity={str(self.fidelity)!r}{default}: not with {name}={value!r}, which is lossy; leave "
+                    f"{name} out, or give fidelity={str(loose)!r} (--fidelity {loose}). {ALLOWED}"
                 )
 
 
@@ -115,6 +120,12 @@ class Found:
     """That the costs were found with."""
     refusal: Refusal | None = field(default=None, repr=False, compare=False)
     """What else rules layouts out."""
+
+    def __str__(self) -> str:
+        """The explanation, for people."""
+        from parafuse.engine.planning.explain import lines
+
+        return "\n".join(lines(self))
 
     @property
     def best(self) -> Cost:

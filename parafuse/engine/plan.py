@@ -21,6 +21,7 @@ from parafuse.errors import ConfigError, reject_unknown
 from parafuse.offload import offload_of
 from parafuse.placement import DISK, Placement, placement_of
 from parafuse.quantization import AUTO, Fp8, quantize_of
+from parafuse.sparse import sparse_of
 
 SCHEMA = 1
 OPTIONAL = (
@@ -212,16 +213,16 @@ class Plan:
         """E.g. `2 ranks: ulysses 2, float32 on cpu (all ranks left go to Ulysses)`."""
         axes = ", ".join(f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1) or "no splitting"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        more = f", cache {self.cache}" if self.cache else ""
-        more += f", quantize {self.quantize}" if self.quantize else ""
+        more = f", cache {cache.brief}" if (cache := cache_of(self.cache or None)) is not None else ""
+        more += f", quantize {method.brief}" if (method := quantize_of(self.quantize or None)) is not None else ""
         more += ", compiled" + (" to CUDA graphs" if self.cuda_graphs else "") if self.compile else ""
         more += f", rewrites {self.rewrites}" if self.rewrites else ""
         more += f", attention {self.attention}" if self.attention != TORCH else ""
-        more += f", sparse {self.sparse}" if self.sparse else ""
-        more += f", text encoders {self.text_encoders}" if encoding_of(self.text_encoders).acts else ""
+        more += f", sparse {sparse.brief}" if (sparse := sparse_of(self.sparse or None)) is not None else ""
+        more += f", text encoders {encoding.brief}" if (encoding := encoding_of(self.text_encoders)).acts else ""
         more += f", vae {self.vae}" if self.vae in (VAE_TILED, VAE_SHARDED) else ""
         more += f", {self._placement_line()}" if self.placement else ""
-        more += f", offload {self.offload}" if self.offload else ""
+        more += f", offload {offload.brief}" if (offload := offload_of(self.offload or None)) is not None else ""
         again = ", with the decisions of a receipt" if self.replay is not None else ""
         return f"{ranks}: {axes}, {self.dtype} on {self.device}{more}{again}" + (f" ({self.why})" if self.why else "")
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from parafuse.engine.engine import Engine
+    from parafuse.engine.source import ModelSource
 
 FORMATS = (".png",)
 VIDEO_FORMATS = (".mp4", ".gif", ".webm", ".webp", ".mov", ".avi", ".mkv")
@@ -197,7 +198,7 @@ def paint(job: Job) -> None:
         own = list(islice(left, len(prompts) * each))
         if engine.rank == 0:
             engine.receipt.setdefault("timings_s", {})["start"] = None if started is None else round(started, 3)
-            tell(job, engine, output, own, seconds)
+            tell(job, engine, source, output, own, seconds)
         if picture.learn:
             learning.tell(engine, source, job.config, job.call, len(own))
         begun = time.perf_counter()
@@ -214,7 +215,7 @@ def _request(prompts: tuple[str, ...], engine: Engine, seed: int | None, call: d
     return {**call, **lists, "prompt": list(prompts), "seed": (seed,) * len(prompts)}
 
 
-def tell(job: Job, engine: Engine, output: Any, paths: list[Path], seconds: float) -> None:
+def tell(job: Job, engine: Engine, source: ModelSource, output: Any, paths: list[Path], seconds: float) -> None:
     """Writes what one request has painted, and prints a line for each prompt."""
     seed = engine.receipt.get("seed", job.picture.seed)
     if isinstance(seed, (list, tuple)):  # one for each, all the same
@@ -223,7 +224,7 @@ def tell(job: Job, engine: Engine, output: Any, paths: list[Path], seconds: floa
     if not job.picture.quiet:
         ranks = "1 rank" if job.world_size == 1 else f"{job.world_size} ranks"
         lines = shown if job.num_pictures == 1 else [", ".join(shown)]
-        step = learning.beside(engine)
+        step = learning.beside(engine, source, job.config, job.call, len(paths))
         more = f"; {step}" if step else ""
         for line in lines:
             print(f"{line}  ({seconds:.1f} s on {ranks}, seed {seed}{more})", flush=True)

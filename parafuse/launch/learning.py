@@ -1,4 +1,4 @@
-"""A run beside its prediction: printed after each run whose layout was chosen, and kept where `--learn` asks for it."""
+"""A run beside its prediction: printed where that is known at once, and kept where `--learn` asks for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from parafuse.cache import cache_of
 from parafuse.engine.planning import choose, known, learned
 from parafuse.engine.planning.cost import Candidate, Costs
 from parafuse.errors import ParafuseError
@@ -36,10 +37,22 @@ def measured_step(receipt: dict[str, Any]) -> float | None:
     return statistics.median(steps[1:]) if len(steps) > 1 else None
 
 
-def beside(engine: Engine) -> Step | None:
-    """What was predicted when the layout was chosen, and what was measured; None where nothing was chosen."""
-    found = engine.chosen
-    return None if found is None else Step(found.best.step_s, measured_step(engine.receipt))
+def beside(engine: Engine, source: ModelSource, config: Config, call: dict[str, Any], pictures: int) -> Step | None:
+    """What was predicted when the layout was chosen, or is by facts of such a request that an earlier plan or run has
+    kept; and what was measured. None where neither is at hand: nothing is found out for it."""
+    step = measured_step(engine.receipt)
+    if engine.chosen is not None:
+        return Step(engine.chosen.best.step_s, step)
+    plan = engine.plan
+    facts = choose.kept_facts(source, config, (plan.device, plan.dtype), call) if engine.rank == 0 else None
+    if facts is None:
+        return None
+    try:
+        machine = choose.machine_at_hand(plan.world_size, plan.device, plan.dtype)
+    except ParafuseError:
+        return None
+    known_of = choose.corrections_of(machine, plan.device, plan.dtype)
+    return Step(Costs(facts, machine, known_of).cost(candidate_of(plan), pictures=pictures).step_s, step)
 
 
 def candidate_of(plan: Plan) -> Candidate:
@@ -48,7 +61,7 @@ def candidate_of(plan: Plan) -> Candidate:
         **{axis: plan.degrees[axis] for axis in ("data", "cfg", "ring", "ulysses")},
         compile=plan.compile,
         quantize=plan.quantize.partition(":")[0],
-        cache=plan.cache,
+        cache=cache.brief if (cache := cache_of(plan.cache or None)) is not None else "",
         offload=choose.OFFLOADS.get(plan.offload.partition(":")[0], ""),
     )
 

@@ -109,11 +109,12 @@ def prepare(model: str, planning: Planning, options: list[Option], typed: dict[s
     from parafuse.engine.planning.machine import named
     from parafuse.engine.request import check_call
     from parafuse.engine.source import locate
+    from parafuse.launch.scaling import check_packages
 
     if "RANK" in os.environ:
         raise ConfigError("plan: runs on one rank, whatever the plan is for; leave the launcher out and give --ranks.")
     config = build(Config.from_file(planning.config) if planning.config else Config(), given(options, typed))
-    machine = named(planning.hardware) if planning.hardware else None
+    machine = named(planning.hardware) if planning.hardware is not None else None
     ranks = planning.ranks or (machine.num_ranks if machine else 1)
     if machine is not None:
         if ranks > machine.num_ranks:
@@ -125,6 +126,8 @@ def prepare(model: str, planning: Planning, options: list[Option], typed: dict[s
         if planning.probe:
             raise ConfigError("--probe: measures this machine, and --hardware names another; leave one out.")
         config = replace(config, device=machine.device.kind)
+    if planning.plot is not None:
+        check_packages()
     source = locate(model, allow_pickle=config.allow_pickle)
     call, typed_as = call_keywords(planning, source)
     refuse_unknown(source, call)
@@ -142,10 +145,12 @@ def run(job: PlanJob) -> None:
     legal, UnsupportedError for a pipeline whose memory cannot be told without values."""
     planning = job.planning
     if planning.forget or planning.learned:
-        print(_kept(forget=planning.forget))
+        print(_kept(job))
         return
     found, why = chosen(job)
     plan = settled_plan(job, found, why)
+    if other := other_dtype(job.config, job.source):
+        note(other)
     memory = predicted(job, plan) if planning.memory else None
     if found is None and planning.plot:
         note(f"--plot {planning.plot}: not drawn, since there are {why}")
@@ -164,10 +169,15 @@ def run(job: PlanJob) -> None:
         print("\n".join(["", *explain.lines(found)]))
 
 
-def _kept(*, forget: bool) -> str:
+def _kept(job: PlanJob) -> str:
+    from parafuse.engine.planner import computes_in
     from parafuse.engine.planning import known, learned
 
-    return f"{known.forget()} files removed" if forget else "\n".join(learned.table())
+    if job.planning.forget:
+        return f"{known.forget()} files removed"
+    device, dtype = computes_in(job.config, job.ranks, elsewhere=True)
+    machine = job.machine or _here(job.ranks, device, dtype)
+    return "\n".join(learned.table(known.this_machine(device), machine, dtype))
 
 
 def chosen(job: PlanJob) -> tuple[Found | None, str]:
@@ -195,6 +205,16 @@ def chosen(job: PlanJob) -> tuple[Found | None, str]:
         return choose.plans_for(job.source, job.config, machine, demand, job.call, learned), ""
     except (ModelError, UnsupportedError) as error:
         return None, f"no costs: {str(error).partition(chr(10))[0]}"
+
+
+def other_dtype(config: Config, source: ModelSource) -> str:
+    """One line where a dtype that was asked for is not the one in which the model is saved."""
+    from parafuse.engine.memory.check import saved_in
+
+    own = saved_in(source) if config.dtype != "auto" else ""
+    if not own or own == config.dtype:
+        return ""
+    return f"--dtype {config.dtype}: the model is saved in {own}; plans are as exact as one rank in {config.dtype}"
 
 
 def _here(ranks: int, device: str, dtype: str) -> Machine:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parafuse.engine.planning.cost import Cost
+from parafuse.engine.planning.explain import request_of
 from parafuse.engine.planning.machine import MOST_RANKS, Machine, named
 from parafuse.engine.planning.search import AXES, Found, search
 from parafuse.errors import ConfigError
@@ -75,6 +76,12 @@ def draw(found: Found, path: str) -> Path:
     return target
 
 
+def title_of(found: Found) -> str:
+    """What was predicted, on what, and what each plan is the best for."""
+    kind = found.machine.kind or found.machine.name
+    return f"{found.facts.model}, {request_of(found)}\non {kind}, the best for {found.demand.objective}"
+
+
 def _plot(figure: Figure, found: Found, points: dict[int, tuple[Cost, ...]]) -> None:
     one = points[min(points)][0].seconds
     axes = figure.subplots()
@@ -92,7 +99,5 @@ def _plot(figure: Figure, found: Found, points: dict[int, tuple[Cost, ...]]) -> 
         if len(shown) > 1:
             axes.loglog(list(shown), list(shown.values()), "o-" if name == "best" else "x--", label=name)
     axes.set_xticks(list(points), [str(ranks) for ranks in points])
-    axes.set(
-        xlabel="ranks", ylabel="seconds of a request, predicted", title=f"{found.facts.model} on {found.machine.name}"
-    )
+    axes.set(xlabel="ranks", ylabel="seconds of a request, predicted", title=title_of(found))
     axes.legend()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 ATOMS = (
     bool, int, float, complex, str, bytes, type(None), type(...), range, type, enum.Enum, np.generic, ModuleType,
@@ -157,7 +158,9 @@ def _equal_but_for_rounding(a: Any, b: Any) -> bool:
 
 
 def _place(x: Tensor) -> int | None:
-    """Where its data is; None for one that wraps others."""
+    """Where its data is; None for one that wraps others, or has none."""
+    if isinstance(x, FakeTensor):
+        return None
     try:
         return x.data_ptr()
     except RuntimeError:

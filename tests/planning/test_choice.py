@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import pytest
 import parafuse
 from parafuse.config import Axis, Config, Parallel
 from parafuse.engine.engine import Engine
+from parafuse.engine.memory.check import saved_in
 from parafuse.engine.planning import choose as choosing
-from parafuse.engine.planning import known
+from parafuse.engine.planning import known, learned
 from parafuse.engine.planning.choose import choose, facts_of, machine_at_hand
 from parafuse.engine.planning.cost import Candidate, Costs
 from parafuse.engine.source import ModelSource, locate
 from parafuse.errors import ConfigError, ModelError
+from parafuse.hardware import Gpu
 from parafuse.launch import cli
 from tests.dist.ranks import run_ranks
 from tests.planning.models import denoiser, guided, machine
@@ -163,11 +167,18 @@ def test_the_command_shows_plans_for_a_named_machine(folder: Path, capsys: pytes
     [
         (("emojy", "--hardware", "8xh200"), "did you mean 'emoji'"),
         (("emoji", "--hardware", "8xh20o"), "did you mean 'h20"),
+        (("emoji", "--ranks", "8", "--data", "8"), "parallel.data=8 (--data): the request has 1 picture"),
+        (("tiny:flux.1-dev", "--ranks", "2", "--cfg", "2"), "parallel.cfg=2 (--cfg): the request has no guidance"),
         (("emoji", "--objective", "speed"), "must be one of latency, throughput, memory"),
         (("emoji", "--fidelity", "hihg"), "did you mean 'high'"),
         (("emoji", "--size", "1024"), "WIDTHxHEIGHT"),
         (("emoji", "--size", "64x64", "--width", "64"), "leave one out"),
-        (("emoji", "--cache", "first-block:0.1"), "which is lossy"),
+        (("emoji", "--cache", "first-block:0.1"), "'exact', the default: not with cache='first-block:0.1'"),
+        (
+            ("emoji", "--cache", "first-block:0.1"),
+            "exact allows lossless options alone, high also int8 and int8-weight",
+        ),
+        (("emoji", "--hardware", ""), "hardware='': must be NUMBERxDEVICE"),
         (("emoji", "--hardware", "2xh200", "--ranks", "4"), "has 2"),
         (("emoji", "--hardware", "2xh200", "--device", "cpu"), "computes on cuda"),
         (("emoji", "--hardware", "2xh200", "--probe"), "leave one out"),
@@ -183,6 +194,66 @@ def test_a_wrong_request_is_one_line(words: tuple[str, ...], said: str, capsys: 
     assert said in found.err
     assert found.err.count("\n") == 1
     assert not found.out
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"model": 3}, "model=3: must be str, not int"),
+        ({"hardware": 2.5}, "hardware=2.5: must be a name such as '8xh200', a number of ranks"),
+        ({"hardware": True}, "hardware=True"),
+        ({"hardware": 0}, "hardware=0"),
+        ({"call": [1]}, "call=.*must be Mapping or None, not list"),
+        ({"config": {"compile": True}}, "config=.*must be Config or None, not dict"),
+        ({"requests": 0}, "requests=0: must be at least 1"),
+        ({"hardware": "8xh200", "config": Config(device="cpu")}, "computes on cuda, not on device='cpu'"),
+    ],
+)
+def test_plans_refuse_what_they_do_not_take(asked: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parafuse.plans(**{"model": "emoji"} | asked)  # pyright: ignore[reportArgumentType]
+
+
+def test_plans_of_this_machine(quick: None) -> None:
+    assert parafuse.plans("emoji", config=Config(device="cpu")).machine.name == "1xcpu"
+    found = parafuse.plans("emoji", 2, config=Config(device="cpu"))
+    assert found.machine.name == "2xcpu"
+    assert str(found).startswith("small, 1024x1024, 10 steps, 2 branches, bfloat16 on 2xcpu\n")
+
+
+def test_headlines_have_options_in_brief(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--hardware", "1xh200", "--fidelity", "fast", "--cache", "first-block:0.1", "--quantize", "fp8-weight")
+    assert plan("emoji", *words) == 0
+    said = capsys.readouterr().out
+    assert ", cache first-block:0.1, quantize fp8-weight" in said.splitlines()[0]
+    assert "1 rank, quantize fp8-weight, cache first-block:0.1" in said
+    assert "warmup" not in said
+
+
+def test_a_dtype_that_is_not_the_models_own_is_said(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    own = saved_in(locate("emoji"))
+    other = "float16" if own != "float16" else "bfloat16"
+    for dtype, said in ((own, False), (other, True)):
+        assert plan("emoji", "--hardware", "1xh200", "--dtype", dtype) == 0
+        assert (f"the model is saved in {own}" in capsys.readouterr().err) == said
+
+
+def test_a_plot_is_refused_before_the_work(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *on: None if name == "matplotlib" else real(name, *on)
+    )
+    monkeypatch.setattr(choosing, "facts_of", None)
+    assert plan("emoji", "--hardware", "1xh200", "--plot", "x.svg") == 2
+    assert "pip install 'parafuse[bench]'" in capsys.readouterr().err
+
+
+def test_two_gpus_with_a_bridge_are_joined_by_it(folder: Path, monkeypatch) -> None:
+    gpu = Gpu(name="NVIDIA GeForce RTX 3090", memory_bytes=int(24e9), capability="8.6", nvlinks=4)
+    for links, joined in ((4, "nvlink-bridge"), (0, "pcie4-no-p2p")):
+        found = [dataclasses.replace(gpu, nvlinks=links)] * 2
+        monkeypatch.setattr(choosing, "visible_gpus", lambda found=found: found)
+        assert machine_at_hand(2, "cuda", "bfloat16").inside.name == joined
 
 
 def test_what_the_planner_keeps_can_be_seen_and_removed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +294,10 @@ def test_a_call_without_guidance_is_no_error_where_nobody_asked_for_branches() -
     assert np.abs(first - want).max() <= 1 / 255
 
 
-def test_a_run_is_compared_with_its_prediction_and_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_compared_with_its_prediction_and_kept(
+    folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(learned, "WIDEST", 1e9)  # however busy the machine is
     words = [
         "generate",
         "a red apple",
@@ -239,7 +313,14 @@ def test_a_run_is_compared_with_its_prediction_and_kept(folder: Path, capsys: py
     assert cli.run(cli.Launch(words, supervised=False)) == 0
     assert plan("--learned") == 0
     assert "nothing was learned" in capsys.readouterr().out, "control: nothing is kept unless it is asked for"
+    assert cli.run(cli.Launch(words, supervised=False)) == 0
+    assert "predicted" not in capsys.readouterr().out, "nothing is found out for it"
     assert cli.run(cli.Launch([*words, "--learn"], supervised=False)) == 0
     assert "learned: a step" in capsys.readouterr().err
     assert plan("--learned") == 0
-    assert "emoji; 1 rank; float32 by cpu, estimated: a step took" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "emoji; 1 rank; float32 by cpu, estimated: a step took" in said
+    assert "(in use)" in said
+    assert "predictions for 1xcpu in float32 go by:" in said
+    assert cli.run(cli.Launch(words, supervised=False)) == 0
+    assert ", predicted " in capsys.readouterr().out, "it is known now"

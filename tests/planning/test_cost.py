@@ -218,3 +218,18 @@ def test_what_is_known_is_shared_where_ranks_compute_the_same() -> None:
     beside = known.beside(facts(), machine(device=faster))
     assert beside._known is not known._known
     assert beside.cost(one) == cost(one, machine(device=faster))
+
+
+def test_offload_brings_every_component_at_the_rate_of_the_slot_in_the_size_that_it_has() -> None:
+    slow = dataclasses.replace(DEVICE, host_bytes_per_s=1e9)
+    there = machine(1, device=slow)
+    plain, away, small = (
+        cost(one, there)
+        for one in (Candidate(), Candidate(offload="model"), Candidate(offload="model", quantize="int8"))
+    )
+    assert away.encode_s - plain.encode_s == pytest.approx(1.0), "1 GB of the text encoder"
+    assert away.decode_s - plain.decode_s == pytest.approx(0.1)
+    assert away.denoise.offload == pytest.approx(4.0)
+    assert small.denoise.offload == pytest.approx(2.0), "8 bits of 16"
+    fast = cost(Candidate(offload="model"), machine(1, device=dataclasses.replace(slow, host_bytes_per_s=2e9)))
+    assert fast.denoise.offload == pytest.approx(2.0)

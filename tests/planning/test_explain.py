@@ -13,7 +13,7 @@ import pytest
 from parafuse.engine.planning import explain
 from parafuse.engine.planning.cost import Candidate, Corrections
 from parafuse.engine.planning.machine import named
-from parafuse.engine.planning.search import Demand, Found, Objective, search
+from parafuse.engine.planning.search import Demand, Fidelity, Found, Objective, search
 from parafuse.errors import ConfigError
 from parafuse.launch import scaling
 from tests.planning.models import SLOW, facts, machine
@@ -50,7 +50,7 @@ def test_the_plot_goes_by_the_corrections_and_the_refusal_of_the_plan() -> None:
     assert scaling.scaled(refused)[8][0].candidate == Candidate(ulysses=8)
 
 
-@pytest.mark.parametrize("name", ["1xrtx4090", "4xl40-pcie", "2xcpu", "2x4xh100-eth", "16xh100-eth", "8xh100-ib200"])
+@pytest.mark.parametrize("name", ["1xrtx4090", "4xl40-pcie", "2xcpu", "2x4xh100-eth", "16xh100-eth", "16xh100-ib200"])
 def test_a_named_machine_with_other_ranks_is_of_the_same_kind(name: str) -> None:
     there = named(name)
     room = 4 if there.nodes == 2 and there.per_node == 4 else 64 if "cpu" in name else 8
@@ -93,6 +93,53 @@ def test_without_matplotlib_the_extra_is_named_before_anything_is_computed(monke
     monkeypatch.setattr(scaling, "search", computed)
     with pytest.raises(ConfigError, match=r"pip install 'parafuse\[bench\]'"):
         scaling.draw(found, "x.svg")
+
+
+def test_the_plot_says_of_what_it_is() -> None:
+    found = search(facts(), named("8xh200"), Demand(ranks=8, objective=Objective.MEMORY))
+    assert scaling.title_of(found) == "small, 1024x1024, 10 steps\non h200, the best for memory"
+
+
+def test_a_found_plan_prints_its_explanation() -> None:
+    found = search(facts(), machine(), Demand(ranks=8))
+    assert str(found) == "\n".join(explain.lines(found))
+
+
+def test_json_has_reasons_shares_and_the_request() -> None:
+    said = explain.to_dict(search(facts(), machine(inside=SLOW), Demand(ranks=8)))
+    first, second = said["plans"][:2]
+    assert said["request"] == {"call": facts().call, "pictures": 1, "branches": 1, "steps": 10}
+    assert said["flops"]["step"]["gemm"] == said["flops"]["request"]["denoise"]["gemm"] / 10 > 0
+    assert "chosen by cost" in said["why"]
+    assert "its time is" in first["why"]
+    assert "times as long" in second["why"]
+    for plan in said["plans"]:
+        assert sum(plan["shares"].values()) == pytest.approx(1)
+        assert plan["shares"]["gemm"] == pytest.approx(plan["denoise_s"]["gemm"] / plan["seconds"])
+
+
+def test_the_table_says_what_a_cache_leaves_out_and_whether_that_is_known() -> None:
+    demand = Demand(ranks=1, fidelity=Fidelity.FAST, fixed={"cache": "first-block:0.1", "quantize": ""})
+    for known, told in ((None, "36% of the steps are left out (assumed"), ({"first-block": 0.5}, "50% of the steps")):
+        found = search(facts(), machine(1), demand, Corrections(hit_rates=known) if known else None)
+        best = found.best
+        said = "\n".join(explain.lines(found))
+        assert told in said
+        assert f"one that is computed takes {best.step_s * 1e3:.1f} ms" in said
+        assert best.mean_step_s == pytest.approx(best.step_s * (1 - best.hits))
+        row = next(line for line in said.splitlines() if line.startswith(f"{best.candidate}  "))
+        assert f"{best.mean_step_s * 1e3:.1f} ms" in row, "parts of a row add up to its step"
+
+
+@pytest.mark.parametrize(("name", "dtype", "said"), [
+    ("1xv100", "bfloat16", True), ("1xt4", "bfloat16", True), ("1xv100", "float16", False),
+    ("1xa100-80g", "bfloat16", False), ("1xa100-80g", "float32", False),
+])  # fmt: skip
+def test_a_dtype_that_a_device_has_no_units_for(name: str, dtype: str, said: bool) -> None:
+    found = search(facts(dtype=dtype), named(name), Demand(ranks=1))
+    line = f"{found.machine.device.name} has no units for bfloat16"
+    assert (line in "\n".join(explain.lines(found))) == said
+    assert any("--dtype float16" in one for one in explain.to_dict(found)["remarks"]) == said
 
 
 def test_fewer_ranks_are_named_where_they_are_faster() -> None:

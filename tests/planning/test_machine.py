@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from parafuse.engine.planning import known, learned, measure
-from parafuse.engine.planning.cost import Candidate, Costs
+from parafuse.engine.planning.cost import Candidate, Costs, rate_of
 from parafuse.engine.planning.facts import Facts
 from parafuse.engine.planning.machine import MEASURED, TABLE, Machine, machine_names, named, on_curve
 from parafuse.errors import ConfigError, ParafuseError
-from tests.planning.models import DEVICE, facts, machine
+from tests.planning.models import DEVICE, facts, guided, machine
 
 
 def test_every_machine_of_the_table_can_be_named() -> None:
@@ -39,6 +39,13 @@ def test_nodes_ranks_and_links() -> None:
     assert named("4xl40-pcie").inside.name.startswith("pcie")
     assert named("4xa100-80g-pcie4").inside.name == "pcie4"
     assert (named("16xh100").per_node, named("16xh100").nodes) == (8, 2)
+    assert named("64xh200").name == "8x8xh200"
+    assert named("1x64xh200").name == "1x64xh200"
+    inside = named("2x8xh100-pcie5")
+    assert (inside.inside.name, inside.across.name) == ("pcie5", "ib400"), "a link that joins no nodes is in them"
+    assert named("8xh200-nvlink").inside.name == "nvlink4"
+    assert named("8xh800-nvlink").inside.name == "nvlink4-400"
+    assert named("4xa40-pcie").inside.name == "pcie4"
     assert two.link(8).name == "nvlink4"
     assert two.link(16).name == "ib400"
 
@@ -50,7 +57,14 @@ def test_nodes_ranks_and_links() -> None:
         ("h200", "NUMBERxDEVICE"),
         ("0xh200", "from 1 to"),
         ("9999xh200", "from 1 to"),
-        ("8xh200-nvlonk", "is not known"),
+        ("8xh200-nvlonk", "did you mean 'nvlink4'"),
+        ("8xh200-nvlonk", "Its links are nvlink4, pcie5"),
+        ("8xh200-ib400", "ib400 joins nodes, and this is one"),
+        ("4xl40-nvlink", "l40 has no such link. Its links are pcie4, pcie3"),
+        ("4xl40-pcie5", "l40 has no such link"),
+        ("4xrtx3090-nvlink", "rtx3090 has no such link"),
+        ("8xh100-p", "h100 has no kind or link 'p'"),
+        ("9xfoo", "'foo' is not known. There are a10, "),
         ("", "NUMBERxDEVICE"),
     ],
 )
@@ -58,6 +72,13 @@ def test_a_wrong_name(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match="hardware=") as caught:
         named(text)
     assert said in str(caught.value)
+
+
+def test_the_way_from_the_host_goes_by_the_slot() -> None:
+    rates = {name: named(f"1x{name}").device.host_bytes_per_s for name in ("v100", "a100-80g", "l40", "h100")}
+    assert rates["v100"] < rates["a100-80g"] == rates["l40"] < rates["h100"]
+    measured = measure.with_other_dtypes(dataclasses.replace(DEVICE, name="Tesla T4", flops={"float16": 1e13}))
+    assert measured.host_bytes_per_s == rates["v100"]
 
 
 def test_a_curve_between_and_beyond_its_points() -> None:
@@ -79,12 +100,12 @@ def test_this_machine_is_measured_alone_and_busy() -> None:
     assert found.busy is not None
     for device in (found.device, found.busy):
         assert {"gemm.float32", "attention.float32", "convolution.float32", "pointwise.float32"} <= device.curves.keys()
-        assert 1e9 < device.rate("float32") < 1e13
+        assert 1e9 < rate_of(device, "float32") < 1e13
         assert all(later[0] > earlier[0] for one in device.curves.values() for earlier, later in pairwise(one))
     assert 0 < found.inside.latency_s < 1
     assert 1e6 < found.inside.bytes_per_s < 1e12
     assert found.is_measured
-    assert found.device.rate("bfloat16") == found.device.rate("float32")
+    assert rate_of(found.device, "bfloat16") == rate_of(found.device, "float32")
     assert Machine.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
@@ -131,14 +152,13 @@ def test_what_is_measured_in_one_dtype_has_estimates_of_others() -> None:
     h100 = named("1xh100").device
     alone: dict[str, Any] = {"flops": {"bfloat16": 7e14}, "attention": {"bfloat16": 5e14}}
     found = measure.with_other_dtypes(dataclasses.replace(DEVICE, name="NVIDIA H100 80GB HBM3", **alone))
-    assert found.rate("bfloat16") == 7e14
-    assert found.rate("float32") == pytest.approx(7e14 * h100.rate("float32") / h100.rate("bfloat16"))
-    assert found.rate("fp8") == pytest.approx(7e14 * h100.rate("fp8") / h100.rate("bfloat16"))
-    assert found.rate("float32", attention=True) < found.rate("bfloat16", attention=True) == 5e14
+    assert rate_of(found, "bfloat16") == 7e14
+    assert rate_of(found, "float32") == pytest.approx(7e14 * rate_of(h100, "float32") / rate_of(h100, "bfloat16"))
+    assert rate_of(found, "fp8") == pytest.approx(7e14 * rate_of(h100, "fp8") / rate_of(h100, "bfloat16"))
+    assert rate_of(found, "float32", attention=True) < rate_of(found, "bfloat16", attention=True) == 5e14
     cpu = measure.with_other_dtypes(dataclasses.replace(DEVICE, name="some", kind="cpu", **alone))
-    assert cpu.rate("float32") == cpu.rate("float16") == cpu.rate("int8") == cpu.rate("bfloat16") == 7e14
-    with pytest.raises(ConfigError, match="does not compute in fp8"):
-        cpu.rate("fp8")
+    assert {rate_of(cpu, dtype) for dtype in ("float32", "float16", "int8", "bfloat16")} == {7e14}
+    assert not cpu.flops.get("fp8")
 
 
 def test_rates_where_no_other_device_is_known() -> None:
@@ -201,6 +221,41 @@ def test_runs_correct_what_is_computed_and_then_what_is_exchanged(folder) -> Non
     after = Costs(facts(), machine(), learned.corrections(device)).cost(Candidate(ulysses=8))
     assert after.step_s == pytest.approx(1.55 * Costs(facts(), machine()).cost(Candidate(ulysses=8)).step_s, rel=0.01)
     assert learned.corrections("another").factors == {}
+
+
+def test_a_run_of_several_ranks_that_hardly_exchange_corrects_what_they_compute(folder) -> None:
+    """Branches exchange next to nothing: no factor of that explains a step that took half as long again."""
+    one = Candidate(cfg=2)
+
+    def cost(**how: Any):
+        return Costs(guided(), machine(2), **how).cost(one)
+
+    plain = cost()
+    assert plain.denoise.batch < 0.01 * plain.denoise.total
+    for measured in (1.5, 0.7):
+        known.forget()
+        told = {"model": "small", "layout": str(one), "measured_s": measured * plain.step_s}
+        learned.record("some", told | learned.of_step(plain, 10))
+        after = cost(corrections=learned.corrections("some"))
+        assert after.step_s == pytest.approx(measured * plain.step_s, rel=0.01)
+    alone = Costs(guided(), machine(2), learned.corrections("some")).cost(Candidate())
+    assert alone.step_s == pytest.approx(Costs(guided(), machine(2)).cost(Candidate()).step_s)
+
+
+def test_what_is_known_says_whether_it_is_used(folder) -> None:
+    learned.record("some", _run("1 rank", 1.5, Candidate()), machine(1), "bfloat16")
+    learned.record("some", _run("1 rank", 1.2, Candidate()), machine(1), "float32")
+    learned.record_hits("some", "small", "first-block", 0.4)
+    said = learned.table("some", machine(1), "bfloat16")
+    assert said[0].endswith("(in use)")
+    assert said[1].endswith("(not in use: of another device, machine or dtype)")
+    assert said[2] == "some; small; cache first-block: 40% of the calls were left out, in 1 run (in use)"
+    assert said[4:] == [
+        "predictions for 1xeven in bfloat16 go by:",
+        "  what is computed: 1.50",
+        "  cache first-block: 40% left out",
+    ]
+    assert learned.table("other", machine(1), "bfloat16")[-1] == "  nothing that was learned"
 
 
 def test_a_disturbed_run_is_not_kept_and_runs_are_bounded(folder) -> None:

@@ -142,7 +142,7 @@ def test_more_ranks_than_a_node_has_are_whole_nodes() -> None:
 def test_a_machine_knows_its_kind(text: str, kind: str) -> None:
     found = named(text)
     assert found.kind == kind
-    assert named(f"1x{kind}").device == found.device
+    assert named(f"2x1x{kind}").device == found.device
     assert not found.is_measured
     assert Machine.from_dict(found.to_dict()).kind == kind
 

@@ -17,12 +17,11 @@ from parafuse.engine.planning.search import (
     Floors,
     Found,
     Objective,
-    changes_of,
     ranked,
     search,
-    turns,
 )
 from parafuse.engine.planning.search import best as best_alone
+from parafuse.engine.planning.turns import changes_of, turns
 from parafuse.errors import ConfigError
 from tests.planning.models import DEVICE, SLOW, denoiser, facts, guided, machine
 
@@ -142,6 +141,29 @@ def test_what_no_candidate_has_changes_no_plan() -> None:
         search(facts(), machine(), Demand(ranks=8, fidelity=Fidelity.FAST, fixed=one)).costs for one in ({}, fixed)
     )
     assert plain == given
+
+
+@pytest.mark.parametrize(
+    ("fixed", "said"),
+    [
+        ({"cfg": 2}, r"parallel\.cfg=2 \(--cfg\): the request has no guidance: one branch; leave it out, or ask for"),
+        ({"data": 8}, r"parallel\.data=8 \(--data\): the request has 1 picture .*; leave it out.*--num-images"),
+        ({"data": 4, "cfg": 1, "ring": 1, "ulysses": 2}, r"parallel\.data=4"),
+    ],
+)
+def test_degrees_that_the_request_has_no_work_for(fixed: dict[str, int], said: str) -> None:
+    """A plan is refused; an engine's own choice leaves them as they are, since its requests are not known yet."""
+    for look in (search, best_alone):
+        with pytest.raises(ConfigError, match=said):
+            look(facts(), machine(), Demand(ranks=8, fixed=fixed))
+    found = search(facts(), machine(), Demand(ranks=8, fixed=fixed, layouts_only=True))
+    assert fixed.items() <= best(found).degrees.items()
+    with pytest.raises(ConfigError, match=r"cfg=3 \(--cfg\): the request has 2 branches"):
+        search(guided(), machine(6), Demand(ranks=6, fixed={"cfg": 3}))
+    assert best(search(guided(), machine(), Demand(ranks=8, fixed={"cfg": 2}))).cfg == 2
+    assert best(search(facts(pictures=8), machine(), Demand(ranks=8, fixed={"data": 8}))).data == 8
+    busy = Demand(ranks=8, fixed={"data": 8}, objective=Objective.THROUGHPUT)
+    assert best(search(facts(), machine(), busy)).data == 8
 
 
 def test_what_a_user_has_set_stays() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parafuse.parallel.fingerprint import fingerprint
 from parafuse.parallel.held import Held
@@ -84,3 +86,13 @@ def test_attributes_and_data_of_a_parameter_are_put_back() -> None:
     assert held.is_same()
     assert torch.equal(block(x), expected)
     assert torch.equal(block(x), expected)
+
+
+def test_weights_without_memory_are_not_asked_where_they_are(recwarn: pytest.WarningsRecorder) -> None:
+    with FakeTensorMode():
+        module = Packed()
+    held = Held(module)
+    assert held.is_same()
+    held.restore()
+    assert module.weight.scale == 2.0
+    assert not [one for one in recwarn if "data pointer" in str(one.message)]

@@ -65,6 +65,19 @@ def _of_file(path: Path, dtype: str, quantized: bool) -> int:
     return total
 
 
+def saved_in(source: ModelSource) -> str:
+    """The dtype of most of the weights in a folder or a file; empty where there are none at hand."""
+    path, total = Path(source.path), dict[str, int]()
+    files = [path] if source.kind == "file" and path.suffix in SAFE else []
+    for name in source.components or () if source.kind == "folder" else ():
+        files += weight_files(source.name, name, path / name, "") if (path / name).is_dir() else []
+    for file in dict.fromkeys(files):
+        for kind, shape in tensor_facts(file, file.name).values():
+            total[kind] = total.get(kind, 0) + math.prod(shape)
+    most = max(total, key=lambda kind: total[kind], default="")
+    return {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(most, "")
+
+
 def check_memory(source: ModelSource, config: Config, world_size: int) -> None:
     """Raises ConfigError for an architecture whose weights alone are more than a rank's device has, or where they are
     offloaded to, which a disk is never."""

@@ -189,7 +189,9 @@ class _Following:
         if plan.world_size > 1 and mesh is None:
             raise ConfigError("predict: a plan of several ranks needs a mesh.")
         mesh = mesh or make_mesh(config.parallel.degrees(1), "cpu", plan.timeout_s)
-        return apply(self.pipeline, config, mesh=mesh)
+        handle = apply(self.pipeline, config, mesh=mesh)
+        handle.agree(lambda: True)  # an engine's requests: all ranks make them, and share what is large
+        return handle
 
     def request(self, keywords: dict[str, Any]) -> dict[str, Phase]:
         """One request; the most of each phase."""

@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from parafuse.attention import AUTO
+from parafuse.cache import cache_of
 from parafuse.config import VAE_TILED, Axis, Config, Parallel
 from parafuse.engine.planning import known, machine
 from parafuse.engine.planning.cost import Candidate, Corrections
@@ -20,10 +22,12 @@ from parafuse.engine.planning.machine import Machine
 from parafuse.engine.planning.search import REQUESTS, Demand, Fidelity, Found, Objective, search
 from parafuse.engine.source import ModelSource, locate
 from parafuse.errors import ConfigError, ModelError, ParafuseError, RankError, UnsupportedError, nearest
-from parafuse.hardware import memory_bytes, visible_gpus
+from parafuse.hardware import memory_bytes, num_cuda_devices, visible_gpus
 from parafuse.log import note
 
 PLAIN = (str, int, float, bool)
+BRIDGED = 2
+"""Ranks that an NVLink bridge joins."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ def machine_at_hand(ranks: int, device: str, dtype: str) -> Machine:
         kind = machine.of_kind(gpus[0].name) or machine.estimated(gpus[0].name, room, gpus[0].capability)
         if machine.of_kind(gpus[0].name) is None:
             note(f"{gpus[0].name}: not known, taken for {kind}; `parafuse plan --probe` measures it")
+        if gpus[0].nvlinks and local == BRIDGED and f"{kind}-bridge" in machine.machine_names():
+            kind = f"{kind}-bridge"
     found = machine.named(f"{nodes}x{local}x{kind}" if nodes > 1 else f"{local}x{kind}", one_node=True)
     return dataclasses.replace(
         found, device=dataclasses.replace(found.device, memory_bytes=room or found.device.memory_bytes)
@@ -76,8 +82,7 @@ def facts_of(
 
     device, dtype = computes_in
     parts = {name: part for name, part in (given or {}).items() if hasattr(part, "named_parameters")}
-    plain = {name: value for name, value in call.items() if isinstance(value, (*PLAIN, list))}
-    tiled = config.vae == VAE_TILED or bool(getattr(getattr(pipeline, "vae", None), "use_tiling", False))
+    plain, tiled = _plain(call), _tiled(config, pipeline)
     alone = Config(device=device, dtype=dtype, parallel=Parallel(ulysses=1), allow_pickle=config.allow_pickle)
 
     def make() -> Facts:
@@ -87,8 +92,31 @@ def facts_of(
         return gather(source, plan, plain, pipeline=pipeline, given=parts, tiled=tiled)
 
     there = pipeline.components if pipeline is not None else parts
-    key = known.key_of(source.model_id, _revision(source), device, dtype, plain, tiled, *map(_made_of, there.items()))
+    key = _key(source, computes_in, plain, tiled, there)
     return dataclasses.replace(known.facts(key, make), model=source.name, vae=config.vae)
+
+
+def kept_facts(
+    source: ModelSource, config: Config, computes_in: tuple[str, str], call: Mapping[str, Any]
+) -> Facts | None:
+    """`facts_of` where an earlier plan or run has kept them; None where they would have to be made."""
+    found = known.kept_facts(_key(source, computes_in, _plain(call), _tiled(config), {}))
+    return None if found is None else dataclasses.replace(found, model=source.name, vae=config.vae)
+
+
+def _plain(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if isinstance(value, (*PLAIN, list))}
+
+
+def _tiled(config: Config, pipeline: Any = None) -> bool:
+    return config.vae == VAE_TILED or bool(getattr(getattr(pipeline, "vae", None), "use_tiling", False))
+
+
+def _key(
+    source: ModelSource, computes_in: tuple[str, str], plain: dict[str, Any], tiled: bool, there: Mapping[str, Any]
+) -> str:
+    """By which facts are kept. `there`: parts that are loaded."""
+    return known.key_of(source.model_id, _revision(source), *computes_in, plain, tiled, *map(_made_of, there.items()))
 
 
 def _made_of(named: tuple[str, Any]) -> str:
@@ -125,7 +153,7 @@ def fixed_of(config: Config, *, options: bool) -> dict[str, Any]:
         "attention": "" if config.attention == AUTO else str(config.attention),
         "compile": config.compile,
         "quantize": str(config.quantize or "").partition(":")[0],
-        "cache": str(config.cache or ""),
+        "cache": cache.brief if (cache := cache_of(config.cache)) is not None else "",
         "offload": OFFLOADS.get(str(config.offload or "").partition(":")[0], ""),
     }
     return found | {name: value for name, value in given.items() if value or options}
@@ -235,7 +263,7 @@ def corrections_of(there: Machine, device: str, dtype: str) -> Corrections:
 
 def plans(
     model: str,
-    hardware: str | Machine,
+    hardware: str | int | Machine | None = None,
     call: Mapping[str, Any] | None = None,
     config: Config | None = None,
     *,
@@ -243,31 +271,60 @@ def plans(
     fidelity: str = Fidelity.EXACT,
     requests: int = REQUESTS,
 ) -> Found:
-    """The legal plans for a model and a request on a machine, the best first, with what each costs. Nothing is loaded,
-    downloaded or exchanged, and the machine need not be here.
+    """The legal plans for a model and a request on a machine, the best first, with what each costs; `print` shows why.
+    Nothing is loaded, downloaded or exchanged, and the machine need not be here.
 
-    `hardware`: as `8xh200` (docs/planner.md), or a machine. `call`: keywords of the pipeline's call; the model's own
-    where
-    they are not given. `config`: what it sets stays, all else is chosen. Raises ConfigError for contradictory demands
-    and
-    where no plan is legal, ModelError for a model that is not here, UnsupportedError for one that cannot be
-    followed."""
+    `hardware`: as `8xh200` (docs/planner.md), a machine, or a number of ranks of this one; not given: all GPUs of this
+    one, or one rank on its CPU. `call`: keywords of the pipeline's call; the model's own where they are not given.
+    `config`: what it sets stays, all else is chosen. Raises ConfigError for contradictory demands and where no plan is
+    legal, ModelError for a model that is not here, UnsupportedError for one that cannot be followed."""
+    _check_kinds(model=(model, str), call=(call, Mapping | None), requests=(requests, int))
+    _check_kinds(config=(config, Config | None))
     config = config or Config()
     for name, value, kinds in (("objective", objective, Objective), ("fidelity", fidelity, Fidelity)):
         names = [str(kind) for kind in kinds]
         if value not in names:
             raise ConfigError(f"{name}={value!r}: must be one of {', '.join(names)}{nearest(str(value), names) or '.'}")
-    machine_there = machine.named(hardware) if isinstance(hardware, str) else hardware
+    if requests < 1:
+        raise ConfigError(f"requests={requests}: must be at least 1.")
+    there = _machine_of(hardware, config)
+    if config.device not in ("auto", there.device.kind):
+        raise ConfigError(f"hardware={there.name!r}: computes on {there.device.kind}, not on device={config.device!r}.")
     source = locate(model, allow_pickle=config.allow_pickle)
-    on_it = dataclasses.replace(config, device=machine_there.device.kind)
+    on_it = dataclasses.replace(config, device=there.device.kind)
     demand = Demand(
-        ranks=machine_there.num_ranks,
+        ranks=there.num_ranks,
         objective=Objective(objective),
         fidelity=Fidelity(fidelity),
         requests=requests,
         fixed=fixed_of(config, options=False),
     )
-    return plans_for(source, on_it, machine_there, demand, call or {})
+    return plans_for(source, on_it, there, demand, call or {})
+
+
+def _check_kinds(**given: tuple[Any, Any]) -> None:
+    """Raises ConfigError for an argument of another type."""
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            wanted = " or ".join("None" if one is NoneType else one.__name__ for one in get_args(kind) or (kind,))
+            raise ConfigError(f"{name}={value!r}: must be {wanted}, not {type(value).__name__}.")
+
+
+def _machine_of(hardware: str | int | Machine | None, config: Config) -> Machine:
+    """That is named, or this one. Raises ConfigError for what names none."""
+    from parafuse.engine.planner import computes_in
+
+    if isinstance(hardware, Machine):
+        return hardware
+    if isinstance(hardware, str):
+        return machine.named(hardware)
+    ranks = (num_cuda_devices() if config.device != "cpu" else 0) or 1 if hardware is None else hardware
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= machine.MOST_RANKS:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(
+            f"hardware={hardware!r}: must be a name such as '8xh200', a number of ranks of this machine (from 1 to "
+            f"{machine.MOST_RANKS}), or a Machine."
+        )
+    return machine_at_hand(ranks, *computes_in(config, ranks))
 
 
 def plans_for(

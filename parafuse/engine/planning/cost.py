@@ -85,7 +85,8 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Corrections:
-    """What real runs have told: measured over predicted, by what it is of. 1 where nothing is known."""
+    """What real runs have told: measured over predicted, by what it is of (a part of `Step`, encode, decode, or
+    `beside`: computing while other ranks do). 1 where nothing is known."""
 
     factors: Mapping[str, float] = field(default_factory=dict[str, float])
     hit_rates: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -128,6 +129,7 @@ class Cost:
     denoise: Step
     """Of all steps."""
     step_s: float
+    """Of a step that no cache leaves out."""
     decode_s: float
     compile_s: float
     """Once, before the first request."""
@@ -138,6 +140,20 @@ class Cost:
     """Of a step's computing, the share that every rank of a sequence does."""
     pictures: int
     """That are made in this time."""
+    steps: int = 1
+    hits: float = 0.0
+    """Share of the steps that a cache leaves out."""
+
+    @property
+    def mean_step_s(self) -> float:
+        """Of all steps, those that a cache leaves out among them."""
+        return self.denoise.total / self.steps
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Part of a request -> its share of the time."""
+        parts = self.denoise._asdict() | {"encode": self.encode_s, "decode": self.decode_s}
+        return {name: seconds / (self.seconds or 1.0) for name, seconds in parts.items() if seconds}
 
     @property
     def seconds(self) -> float:
@@ -156,10 +172,14 @@ class Cost:
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "plan": str(self.candidate),
             "degrees": self.candidate.degrees,
             "options": {name: getattr(self.candidate, name) for name in ("compile", "quantize", "cache", "offload")},
             "seconds": self.seconds,
             "step_s": self.step_s,
+            "mean_step_s": self.mean_step_s,
+            "hits": self.hits,
+            "shares": self.shares,
             "encode_s": self.encode_s,
             "denoise_s": self.denoise._asdict(),
             "decode_s": self.decode_s,
@@ -257,6 +277,7 @@ class Costs:
         facts, device = self.facts, self.machine.device_for(one.num_ranks)
         wanted = facts.pictures if pictures is None else pictures
         encode = sum((part.calls * self._alone(part, device).total for part in facts.of(ENCODE)), 0.0)
+        encode += sum((self._brought(part, one, device) for part in facts.of(ENCODE)), 0.0)
         here = math.ceil(wanted / one.data) / facts.pictures  # of the facts' samples, those of this replica
         denoise, step = Step(), 0.0
         for part in facts.of(DENOISE):
@@ -269,6 +290,7 @@ class Costs:
         if hits:
             denoise = Step(*(seconds * (1 - hits) for seconds in denoise))
         decode = sum((part.calls * self._decode(part, one, wanted, device) for part in facts.of(DECODE)), 0.0)
+        decode += sum((self._brought(part, one, device) for part in facts.of(DECODE)), 0.0)
         kinds = {name for part in facts.of(DENOISE) for name in part.blocks}
         bytes_, at = self._memory(one, here)
         return Cost(
@@ -282,6 +304,8 @@ class Costs:
             memory_at=at,
             replicated=self._replicated(one),
             pictures=wanted,
+            steps=facts.steps,
+            hits=hits,
         )
 
     def _share(self, part: Part, one: Candidate, here: float) -> tuple[float, float]:
@@ -297,6 +321,8 @@ class Costs:
         each = self._computed(part, one.sequence, samples, device, compiled=one.compile, quantize=one.quantize)
         if part.heads and one.ulysses > 1:
             each = each._replace(attention=each.attention * uneven(min(part.heads), one.ulysses))
+        if one.num_ranks > 1:
+            each = Step(*(seconds * self.corrections.of("beside") for seconds in each))
         each = self._exchanged(part, one, samples, each)
         if one.offload:
             each = each._replace(offload=self._carried(part, one, each.total, device))
@@ -376,11 +402,15 @@ class Costs:
         return Step(batch=seconds * self.facts.steps * self.corrections.of("batch"))
 
     def _carried(self, part: Part, one: Candidate, computed: float, device: Device) -> float:
-        """Weights that come while others compute; what is left to wait for."""
-        came = self.facts.weights.get(part.name, 0) / device.host_bytes_per_s
+        """Weights that come while others compute; what is left to wait for in one call."""
+        came = self._kept(part.name, one) / device.host_bytes_per_s
         if one.offload == "model":
             return came / max(1.0, part.calls)
         return max(0.0, came - computed)
+
+    def _brought(self, part: Part, one: Candidate, device: Device) -> float:
+        """The same in a request, of an encoder or a decoder."""
+        return part.calls * self._carried(part, one, self._alone(part, device).total, device) if one.offload else 0.0
 
     def _decode(self, part: Part, one: Candidate, wanted: int, device: Device) -> float:
         alone = self._alone(part, device).total * wanted / self.facts.pictures

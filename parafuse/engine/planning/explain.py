@@ -6,13 +6,15 @@ import dataclasses
 import math
 from typing import Any
 
-from parafuse.engine.planning.cost import Cost
-from parafuse.engine.planning.facts import ATTENTION, CONVOLUTION, DENOISE, GEMM
-from parafuse.engine.planning.search import AXES, SAME, Found, Objective, turns, value_of
+from parafuse.engine.planning.cost import OVERHEAD, Cost
+from parafuse.engine.planning.facts import ATTENTION, CONVOLUTION, DECODE, DENOISE, ENCODE, GEMM, Facts
+from parafuse.engine.planning.search import AXES, SAME, Found, Objective, value_of
 from parafuse.engine.planning.search import best as cheapest
+from parafuse.engine.planning.turns import turns
 from parafuse.errors import ConfigError
 
 SHOWN = 6
+PHASES = (ENCODE, DENOISE, DECODE)
 PARTS = ("gemm", "attention", "convolution", "pointwise", "host", "ulysses", "ring", "gather", "batch", "offload")
 NAMES = {
     "gemm": "matrix products",
@@ -38,11 +40,11 @@ def one_line(found: Found) -> str:
     second = found.costs[1]
     ratio = found.value(second) / found.value(best)
     what = "bytes" if found.demand.objective == Objective.MEMORY else "time"
-    predicted = f"{_ms(best.step_s)} a step"
+    predicted = f"{_ms(best.mean_step_s)} a step" + (" on average" if best.hits else "")
     if found.demand.objective == Objective.THROUGHPUT:
         predicted = f"{best.pictures / best.seconds:.3g} pictures a second"
     return (
-        f"chosen by cost of {len(found.costs)} plans for {_request(found)}: {predicted} predicted, next best "
+        f"chosen by cost of {len(found.costs)} plans for {request_of(found)}: {predicted} predicted, next best "
         f"{second.candidate} ({ratio:.2f} times the {what})"
     )
 
@@ -50,14 +52,15 @@ def one_line(found: Found) -> str:
 def lines(found: Found, *, shown: int = SHOWN) -> list[str]:
     """For people."""
     facts, machine, best = found.facts, found.machine, found.best
-    request = f"{facts.model}, {_request(found)}, {facts.dtype} on {machine.name}"
+    request = f"{facts.model}, {request_of(found)}, {facts.dtype} on {machine.name}"
     per_step = {family: _flops(found, family) / 1e12 for family in (GEMM, ATTENTION, CONVOLUTION)}
     work = ", ".join(f"{number:.4g} TFLOP {family}" for family, number in per_step.items() if number)
     out = [request, f"a step: {work}; {len(found.costs)} legal plans of {found.tried} for {found.demand.objective}", ""]
     out += _table(found, found.costs[:shown])
     out += _and_more(len(found.costs) - shown, "plans")
+    out += [f"  {text}" for text in _of_table(found, found.costs[:shown])]
     out += ["", f"best: {best.candidate}", f"  {_share(best)}"]
-    out += [f"  {text}" for text in (*_against(found, shown), *_fewer(found))]
+    out += [f"  {text}" for text in (*_against(found, shown), *_remarks(found))]
     changes = turns(found)
     if changes:
         out += ["", "what would change the choice:"]
@@ -71,6 +74,25 @@ def lines(found: Found, *, shown: int = SHOWN) -> list[str]:
 
 def _and_more(number: int, what: str) -> list[str]:
     return [f"  and {number} more {what}: --json has all"] if number > 0 else []
+
+
+def _remarks(found: Found) -> list[str]:
+    return [*_slow_dtype(found), *_fewer(found)]
+
+
+def _slow_dtype(found: Found) -> list[str]:
+    """Of a 16-bit dtype that the device has no units for, such as bfloat16 before capability 8.0."""
+    device, dtype = found.machine.device, found.facts.dtype
+    rates = {name: device.flops.get(name) or 0.0 for name in SHORT}
+    fast = max(rates, key=lambda name: rates[name])
+    own = rates.get(dtype)
+    if not own or rates[fast] < 2 * own:
+        return []
+    slow, there = f"{own / 1e12:.3g} TFLOP/s of matrix products", f"{rates[fast] / 1e12:.3g}"
+    return [f"{device.name} has no units for {dtype}: {slow}, where {fast} has {there}; --dtype {fast}"]
+
+
+SHORT = ("bfloat16", "float16")
 
 
 def _fewer(found: Found) -> list[str]:
@@ -96,21 +118,38 @@ def _fewer(found: Found) -> list[str]:
 
 def to_dict(found: Found) -> dict[str, Any]:
     """For machines."""
+    facts, best = found.facts, found.best
+    families = (GEMM, ATTENTION, CONVOLUTION)
     return {
-        "model": found.facts.model,
-        "dtype": found.facts.dtype,
-        "steps": found.facts.steps,
+        "model": facts.model,
+        "dtype": facts.dtype,
+        "steps": facts.steps,
+        "request": {"call": facts.call, "pictures": facts.pictures, "branches": facts.branches, "steps": facts.steps},
+        "flops": {
+            "step": {family: _flops(found, family) for family in families},
+            "request": {phase: {family: _of_request(facts, phase, family) for family in families} for phase in PHASES},
+        },
+        "why": one_line(found),
         "hardware": found.machine.name,
         "objective": str(found.demand.objective),
         "fidelity": str(found.demand.fidelity),
         "tried": found.tried,
-        "plans": [cost.to_dict() for cost in found.costs],
+        "plans": [
+            cost.to_dict() | {"why": _share(cost) if cost is best else _loses(best, cost, found)}
+            for cost in found.costs
+        ],
+        "remarks": _remarks(found),
         "changes": [{"what": one.what, "degrees": one.plan.degrees, "gain": one.gain} for one in turns(found)],
         "refused": found.refused,
     }
 
 
-def _request(found: Found) -> str:
+def _of_request(facts: Facts, phase: str, family: str) -> float:
+    return sum(part.calls * part.total(family) for part in facts.of(phase))
+
+
+def request_of(found: Found) -> str:
+    """In words: size, steps, branches."""
     call = found.facts.call
     size = f"{call['width']}x{call['height']}, " if {"width", "height"} <= call.keys() else ""
     frames = f"{call['num_frames']} frames, " if "num_frames" in call else ""
@@ -119,7 +158,7 @@ def _request(found: Found) -> str:
 
 
 def _flops(found: Found, family: str) -> float:
-    return sum(part.calls * part.total(family) for part in found.facts.of(DENOISE)) / found.facts.steps
+    return _of_request(found.facts, DENOISE, family) / found.facts.steps
 
 
 def _table(found: Found, costs: tuple[Cost, ...]) -> list[str]:
@@ -133,7 +172,7 @@ def _table(found: Found, costs: tuple[Cost, ...]) -> list[str]:
             str(cost.candidate),
             *([str(cost.pictures), f"{cost.pictures / cost.seconds:.3g}"] if several else []),
             _s(cost.seconds),
-            _ms(cost.step_s),
+            _ms(cost.mean_step_s),
             *(_ms(getattr(cost.denoise, name) / steps) for name in used),
             _s(cost.encode_s),
             _s(cost.decode_s),
@@ -148,13 +187,25 @@ def _table(found: Found, costs: tuple[Cost, ...]) -> list[str]:
     ]
 
 
+def _of_table(found: Found, costs: tuple[Cost, ...]) -> list[str]:
+    """What its numbers mean."""
+    out: list[str] = []
+    learned = found.corrections.hit_rates if found.corrections is not None else {}
+    for cache in dict.fromkeys(cost.candidate.cache for cost in costs if cost.hits):
+        one = next(cost for cost in costs if cost.candidate.cache == cache)
+        told = "as runs here have told" if cache.partition(":")[0] in learned else "assumed: generate --learn tells"
+        out.append(
+            f"cache {cache}: {one.hits:.0%} of the steps are left out ({told}); step is the mean of all, and one that "
+            f"is computed takes {_ms(one.step_s)} ({one.candidate})"
+        )
+    if beside := OVERHEAD.get(found.machine.device.kind):
+        out.append(f"GB is with {beside / 1e9:.1f} for the CUDA context and its libraries, which --memory names apart")
+    return out
+
+
 def _share(best: Cost) -> str:
-    parts = best.denoise._asdict() | {"encode": best.encode_s, "decode": best.decode_s}
-    total = best.seconds or 1.0
-    most = sorted(parts.items(), key=lambda item: -item[1])[:3]
-    said = ", ".join(
-        f"{seconds / total:.0%} {NAMES.get(name, name)}" for name, seconds in most if seconds / total > 0.01
-    )
+    most = sorted(best.shares.items(), key=lambda item: -item[1])[:3]
+    said = ", ".join(f"{share:.0%} {NAMES.get(name, name)}" for name, share in most if share > 0.01)
     same = f"; {best.replicated:.1%} of a rank's products are the same on every rank" if best.replicated > 0.001 else ""
     once = f"; compiling takes about {best.compile_s:.0f} s once" if best.compile_s else ""
     return f"its time is {said}{same}{once}"

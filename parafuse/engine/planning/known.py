@@ -95,15 +95,25 @@ def _machine_file(ranks: int, device: str, dtype: str) -> str:
 
 def facts(key: str, make: Callable[[], Facts]) -> Facts:
     """Facts of a model and a request that are kept under a key, else made and kept."""
-    name = f"facts/{key}.json"
-    found = read(name)
+    if (there := kept_facts(key)) is not None:
+        return there
+    made = make()
+    write(_facts_file(key), made.to_dict())
+    _bound("facts", MOST_FACTS)
+    return made
+
+
+def kept_facts(key: str) -> Facts | None:
+    """Those under a key; None where there are none."""
+    found = read(_facts_file(key))
     if isinstance(found, dict) and found.get("schema") == SCHEMA:
         with contextlib.suppress(TypeError, KeyError, ValueError):
             return Facts.from_dict(found)
-    made = make()
-    write(name, made.to_dict())
-    _bound("facts", MOST_FACTS)
-    return made
+    return None
+
+
+def _facts_file(key: str) -> str:
+    return f"facts/{key}.json"
 
 
 def key_of(*parts: Any) -> str:

@@ -64,7 +64,7 @@ def _runs() -> list[dict[str, Any]]:
 
 def corrections(device: str, machine: Machine | None = None, dtype: str = "") -> Corrections:
     """What is known of a device: of runs that exchange nothing a factor for all that is computed; of others, what is
-    left for their exchanges after that.
+    left after that, for computing beside other ranks and for the exchange that they do most.
 
     `machine`, `dtype`: runs that were predicted by such a one, in such a dtype, and no others; without a machine all
     runs of the device. A cache leaves out what it does on any machine."""
@@ -73,20 +73,32 @@ def corrections(device: str, machine: Machine | None = None, dtype: str = "") ->
     runs = [one for one in here if "measured_s" in one and (by is None or one.get("by") == by)]
     alone = [one["measured_s"] / one["computed_s"] for one in runs if not sum(one["exchanged_s"].values())]
     computed = statistics.median(alone) if alone else 1.0
-    factors = dict.fromkeys(COMPUTED, computed) if alone else {}
-    exchanged: dict[str, list[float]] = {}
-    hits: dict[str, list[float]] = {}
+    found = {name: [computed] for name in COMPUTED} if alone else dict[str, list[float]]()
     for one in runs:
-        sent = one["exchanged_s"]
-        if sum(sent.values()):
-            most = max(sent, key=lambda name: sent[name])
-            left = one["measured_s"] - computed * one["computed_s"] - sum(sent.values()) + sent[most]
-            exchanged.setdefault(most, []).append(min(WIDEST, max(1 / WIDEST, left / sent[most])))
+        for name, factor in _beside(one, computed).items():
+            found.setdefault(name, []).append(factor)
+    hits: dict[str, list[float]] = {}
     for one in here:
         for kind, rate in one.get("hits", {}).items():
             hits.setdefault(kind, []).append(rate)
-    factors |= {name: statistics.median(found) for name, found in exchanged.items()}
-    return Corrections(factors=factors, hit_rates={kind: statistics.median(rates) for kind, rates in hits.items()})
+    return Corrections(
+        factors={name: statistics.median(factors) for name, factors in found.items()},
+        hit_rates={kind: statistics.median(rates) for kind, rates in hits.items()},
+    )
+
+
+def _beside(run: Mapping[str, Any], computed: float) -> dict[str, float]:
+    """Factors that explain a run of several ranks with the least relative change of both: a part that is small cannot
+    be what made the difference. `computed`: the factor of one rank. Empty for a run that exchanges nothing."""
+    sent = run["exchanged_s"]
+    if not sum(sent.values()):
+        return {}
+    most = max(sent, key=lambda name: sent[name])
+    computing, sending = computed * run["computed_s"], sent[most]
+    left = run["measured_s"] - computing - sum(sent.values())
+    weight = left / (computing**2 + sending**2)
+    factors = {"beside": 1 + weight * computing, most: 1 + weight * sending}
+    return {name: min(WIDEST, max(1 / WIDEST, factor)) for name, factor in factors.items()}
 
 
 COMPUTED = ("gemm", "attention", "convolution", "pointwise", "host", "encode", "decode")
@@ -108,21 +120,50 @@ def _told(run: Mapping[str, Any]) -> str:
     return f"; {dtype} by {name}, {'measured' if is_measured else 'estimated'}"
 
 
-def table() -> list[str]:
-    """For people: each kind of run, and measured over predicted."""
+def table(device: str = "", machine: Machine | None = None, dtype: str = "") -> list[str]:
+    """For people: each kind of run, measured over predicted, and whether predictions for a machine and dtype go by it;
+    then the factors that they go by."""
     kinds: dict[tuple[str, ...], list[float]] = {}
-    hits: dict[tuple[str, ...], list[float]] = {}
+    used: set[tuple[str, ...]] = set()
+    by = None if machine is None else _by(machine, dtype)
     for one in _runs():
+        is_here = one["kind"][0] == device
         if "hits" in one:
-            hits.setdefault(tuple(one["kind"]), []).extend(one["hits"].values())
-            continue
-        predicted = one["computed_s"] + sum(one["exchanged_s"].values())
-        kinds.setdefault((*one["kind"], _told(one)), []).append(one["measured_s"] / predicted)
-    lines = [
-        f"{device}; {model}; {layout}{by}: a step took {statistics.median(found):.2f} times what is predicted, in "
-        f"{len(found)} runs"
-        for (device, model, layout, by), found in kinds.items()
-    ]
-    return lines or [
-        "nothing was learned: parafuse generate --learn compares a run with its prediction, and keeps that"
-    ]
+            key, value = tuple(one["kind"]), max(one["hits"].values())
+        else:
+            key = (*one["kind"], _told(one))
+            value = one["measured_s"] / (one["computed_s"] + sum(one["exchanged_s"].values()))
+            is_here = is_here and one.get("by") == by
+        kinds.setdefault(key, []).append(value)
+        used |= {key} if is_here else set()
+    if not kinds:
+        return ["nothing was learned: parafuse generate --learn compares a run with its prediction, and keeps that"]
+    lines = [f"{_said(key, found)}{_use(key in used, machine)}" for key, found in kinds.items()]
+    if machine is not None:
+        lines += ["", f"predictions for {machine.name} in {dtype} go by:", *_factors(device, machine, dtype)]
+    return lines
+
+
+def _said(key: tuple[str, ...], found: list[float]) -> str:
+    middle, runs = statistics.median(found), f"in {len(found)} {'run' if len(found) == 1 else 'runs'}"
+    if len(key) == 3:  # of a cache
+        return f"{'; '.join(key)}: {middle:.0%} of the calls were left out, {runs}"
+    return f"{'; '.join(key[:3])}{key[3]}: a step took {middle:.2f} times what is predicted, {runs}"
+
+
+def _use(is_used: bool, machine: Machine | None) -> str:
+    if machine is None:
+        return ""
+    return " (in use)" if is_used else " (not in use: of another device, machine or dtype)"
+
+
+def _factors(device: str, machine: Machine, dtype: str) -> list[str]:
+    found = corrections(device, machine, dtype)
+    shown: dict[str, str] = {}
+    if "gemm" in found.factors:
+        shown["what is computed"] = f"{found.factors['gemm']:.2f}"
+    if "beside" in found.factors:
+        shown["the same beside other ranks, once more"] = f"{found.factors['beside']:.2f}"
+    shown |= {name: f"{found.factors[name]:.2f}" for name in EXCHANGED if name in found.factors}
+    shown |= {f"cache {kind}": f"{rate:.0%} left out" for kind, rate in found.hit_rates.items()}
+    return [f"  {name}: {factor}" for name, factor in shown.items()] or ["  nothing that was learned"]

@@ -57,14 +57,7 @@ class Device:
     curves: Mapping[str, Curve] = field(default_factory=dict[str, Curve])
     """`family.dtype` -> times that were measured; what has none goes by the rates above."""
     host_bytes_per_s: float = 20e9
-    """Between the host's memory and the device, for offload."""
-
-    def rate(self, dtype: str, *, attention: bool = False) -> float:
-        """Raises ConfigError for a dtype that the device does not compute in."""
-        found = (self.attention if attention else self.flops).get(dtype)
-        if not found:
-            raise ConfigError(f"hardware: {self.name} does not compute in {dtype}.")
-        return found
+    """From the host's memory to the device, for offload."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,40 +139,40 @@ def machine_names() -> list[str]:
 
 
 def named(text: str, *, one_node: bool = False) -> Machine:
-    """The machine of `8xh200`, `4xl40-pcie`, or `2x8xh100-ib400` (nodes x ranks of each x device - link between
-    nodes, or inside of the node).
+    """The machine of `8xh200`, `4xl40-pcie`, or `2x8xh100-ib400`: nodes x ranks of each x device - link. A link of a
+    network (ib, eth) joins nodes, any other the ranks of a node.
 
-    Where no number of nodes is given, more ranks than a node of its kind has are whole nodes; `one_node`: they are one
-    node all the same, as of a machine that is at hand. Raises ConfigError with the nearest name for one that is not
-    known, and for ranks that are not whole nodes."""
+    Where no number of nodes is given, more ranks than a node of its kind has are whole nodes, and its name says how
+    many; `one_node`: they are one node all the same, as of a machine that is at hand. Raises ConfigError with the
+    nearest name for one that is not known, for a link that its devices do not have, for one between nodes where there
+    is one node, and for ranks that are not whole nodes."""
     found = SPEC.fullmatch(text.strip().lower())
     example = "such as 8xh200, 4xl40-pcie or 2x8xh100-ib400"
     if found is None:
         raise ConfigError(f"hardware={text!r}: must be NUMBERxDEVICE or NODESxNUMBERxDEVICE, {example}.")
-    nodes, number = int(found["nodes"] or 1), int(found["number"])
+    nodes, number, name = int(found["nodes"] or 1), int(found["number"]), found["name"]
     if not 1 <= nodes * number <= MOST_RANKS or not number or not nodes:
         raise ConfigError(f"hardware={text!r}: must be from 1 to {MOST_RANKS} ranks.")
-    table, name = _table(), found["name"]
-    base, link = _parted(name, table)
-    if base is None:
-        known = machine_names()
-        raise ConfigError(
-            f"hardware={text!r}: {name!r} is not known{nearest(name, known) or '.'} There are {', '.join(known)}; "
-            "parafuse plan --probe measures the machine at hand."
-        )
-    entry = table["machines"][base]
-    inside, across = entry["inside"], entry["across"]
-    if link is not None:
-        inside, across = (inside, link) if nodes > 1 or link.startswith(NETWORKS) else (link, across)
+    table = _table()
+    base, suffix = _parted(text, name, table)
+    entry, title = table["machines"][base], text
     if found["nodes"] is None and not one_node:
         nodes, number = _whole_nodes(text, number, name, entry["per_node"])
+        title = f"{nodes}x{number}x{name}" if nodes > 1 else text
+    link = _link_named(text, suffix, base, table) if suffix else ""
+    if link.startswith(NETWORKS) and nodes == 1:
+        raise ConfigError(
+            f"hardware={text!r}: {link} joins nodes, and this is one; leave it out, or name the nodes: "
+            f"2x{number}x{name}."
+        )
+    joins = link.startswith(NETWORKS)
     return Machine(
-        name=text,
+        name=title,
         device=_device(entry["device"], table),
         per_node=number,
         nodes=nodes,
-        inside=_link(inside, table),
-        across=_link(across, table),
+        inside=_link(link if link and not joins else entry["inside"], table),
+        across=_link(link if joins else entry["across"], table),
         sources=tuple(table["devices"][entry["device"]]["sources"]),
         kind=name,
     )
@@ -200,30 +193,66 @@ def _whole_nodes(text: str, number: int, name: str, per_node: int) -> tuple[int,
 
 MOST_RANKS = 1024
 NETWORKS = ("ib", "eth")
+FAMILIES = ("nvlink", "pcie", *NETWORKS)
+"""Of links: without a generation it is the one that the machine has."""
 
 
-def _parted(name: str, table: dict[str, dict[str, Any]]) -> tuple[str | None, str | None]:
-    """(machine, link) of a name: the longest machine that it begins with, and a link after that."""
-    if name in table["machines"]:
-        return name, None
-    for end in range(len(name) - 1, 0, -1):
-        base, rest = name[:end], name[end:].removeprefix("-")
-        if name[end] == "-" and base in table["machines"]:
-            links = [rest, *(link for link in table["links"] if link.startswith(rest))]
-            link = next((one for one in links if one in table["links"]), None)
-            if link is not None:
-                return base, link
-    return None, None
+def _parted(text: str, name: str, table: dict[str, dict[str, Any]]) -> tuple[str, str]:
+    """(machine, what follows it) of a name: the longest machine that it begins with. Raises ConfigError where there is
+    none."""
+    ends = [name, *(name[:end] for end in range(len(name) - 1, 0, -1) if name[end] == "-")]
+    base = next((one for one in ends if one in table["machines"]), None)
+    if base is None:
+        known = machine_names()
+        raise ConfigError(
+            f"hardware={text!r}: {name!r} is not known{nearest(name, known) or '.'} There are {', '.join(known)}; "
+            "parafuse plan --probe measures the machine at hand."
+        )
+    return base, name[len(base) + 1 :]
+
+
+def links_of(base: str) -> list[str]:
+    """Links that a machine of the table may be named with, its own first: NVLink as its devices have it in some machine
+    of the table, PCIe no newer than theirs, and networks between nodes."""
+    table = _table()
+    entry = table["machines"][base]
+    device = table["devices"][entry["device"]]
+    if device["kind"] != "cuda":
+        return [entry["inside"], *(name for name in table["links"] if name.startswith(NETWORKS))]
+    alike = [one["inside"] for one in table["machines"].values() if one["device"] == entry["device"]]
+    same = [name for name in alike if "bridge" not in name]  # which joins pairs: a machine of its own
+    slots = [name for name in table["links"] if name.startswith("pcie") and name[:5] <= device["pcie"]]
+    networks = [name for name in table["links"] if name.startswith(NETWORKS)]
+    found = [entry["inside"], device["pcie"], *same, *slots, entry["across"], *networks]
+    return list(dict.fromkeys(found))
+
+
+def _link_named(text: str, suffix: str, base: str, table: dict[str, dict[str, Any]]) -> str:
+    """The link of a name's end. Raises ConfigError for one that is not the machine's."""
+    links = links_of(base)
+    if suffix in FAMILIES and (first := next((one for one in links if one.startswith(suffix)), None)):
+        return first
+    if suffix not in links:
+        kinds = [name.removeprefix(f"{base}-") for name in table["machines"] if name.startswith(f"{base}-")]
+        what = "has no such link" if suffix.startswith(FAMILIES) else f"has no kind or link {suffix!r}"
+        beside = f"; of its kinds there are {', '.join(kinds)}" if kinds else ""
+        raise ConfigError(
+            f"hardware={text!r}: {base} {what}{nearest(suffix, [*links, *kinds]) or '.'} Its links are "
+            f"{', '.join(links)}{beside}."
+        )
+    return suffix
 
 
 def _device(name: str, table: dict[str, dict[str, Any]]) -> Device:
     values = {key: value for key, value in table["devices"][name].items() if key not in ("sources", "title")}
+    if slot := values.pop("pcie", None):
+        values["host_bytes_per_s"] = table["links"][slot]["host_bytes_per_s"]
     return Device(name=name, **values)
 
 
 def _link(name: str, table: dict[str, dict[str, Any]]) -> Link:
-    values = {key: value for key, value in table["links"][name].items() if key not in ("sources", "title")}
-    return Link(name=name, **values)
+    left_out = ("sources", "title", "host_bytes_per_s")
+    return Link(name=name, **{key: value for key, value in table["links"][name].items() if key not in left_out})
 
 
 def of_kind(name: str) -> str | None:

@@ -93,12 +93,13 @@ def _device(name: str, kind: str, dtype: str, memory: int, found: dict[str, Any]
 def with_other_dtypes(device: Device) -> Device:
     """A device that was measured in one dtype, with estimates of its rates in others, which computing in two dtypes and
     8-bit products need. On CUDA each stands to the measured one as in the nearest named device, on a CPU all are
-    equal. What was measured stays."""
+    equal. What was measured stays. The way to the host is that of the nearest named device, too."""
     like = named(f"1x{kind_of(device)}").device if device.kind == "cuda" else None
     return dataclasses.replace(
         device,
         flops=_filled_in(device.flops, EQUAL if like is None else like.flops),
         attention=_filled_in(device.attention, EQUAL_ATTENTION if like is None else like.attention),
+        host_bytes_per_s=device.host_bytes_per_s if like is None else like.host_bytes_per_s,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +46,10 @@ LOSSY_BY_FIDELITY: Mapping[Fidelity, Mapping[str, tuple[str, ...]]] = {
     Fidelity.FAST: {"quantize": ("", "int8", "int8-weight", "fp8", "fp8-weight"), "cache": ("", "first-block:0.1")},
 }
 """What is tried."""
+ALLOWED = (
+    "exact allows lossless options alone, high also int8 and int8-weight, fast any: fp8, caches, sparse and 8-bit "
+    "attention."
+)
 LOSSY_FIELDS = ("quantize", "cache", "sparse", "attention")
 OFFLOADS = ("model", "group")
 """What is tried where weights have no room, the faster one first."""
@@ -79,9 +82,10 @@ class Demand:
             value = str(self.fixed.get(name) or "")
             if not allows(self.fidelity, name, value):
                 loose = next(one for one in Fidelity if allows(one, name, value))
+                default = ", the default" if self.fidelity == Fidelity.EXACT else ""
                 raise ConfigError(
-                    f"fidelity={str(self.fidelity)!r}: not with {name}={value!r}, which is lossy; leave {name} out, or "
-                    f"give fidelity={str(loose)!r}."
+                    f"fidelity={str(self.fidelity)!r}{default}: not with {name}={value!r}, which is lossy; leave "
+                    f"{name} out, or give fidelity={str(loose)!r} (--fidelity {loose}). {ALLOWED}"
                 )
 
 
@@ -117,6 +121,12 @@ class Found:
     refusal: Refusal | None = field(default=None, repr=False, compare=False)
     """What else rules layouts out."""
 
+    def __str__(self) -> str:
+        """The explanation, for people."""
+        from parafuse.engine.planning.explain import lines
+
+        return "\n".join(lines(self))
+
     @property
     def best(self) -> Cost:
         return self.costs[0]
@@ -148,6 +158,7 @@ def search(
 
     Raises ConfigError where there is none, with each constraint that ruled plans out."""
     demand.check()
+    _check_degrees(facts, demand)
     costs = costs or Costs(facts, machine, corrections)
     refused: dict[str, str] = {}
     good: list[Cost] = []
@@ -181,6 +192,22 @@ def search(
     )
 
 
+def _check_degrees(facts: Facts, demand: Demand) -> None:
+    """Raises ConfigError for degrees that a user has named and that the request has no work for."""
+    if demand.layouts_only:
+        return
+    ways = {
+        "data": "leave it out, ask for more pictures (--num-images), or give objective='throughput' (--objective "
+        "throughput), which counts as many requests at a time",
+        "cfg": "leave it out, or ask for guidance: its scale (--guidance), and a negative prompt where the model takes "
+        "one",
+    }
+    for name, way_out in ways.items():
+        one = Candidate(**{name: demand.fixed.get(name, 1)})
+        if why := illegal(one, facts, demand):
+            raise ConfigError(f"parallel.{name}={demand.fixed[name]} (--{name}): {why[1]}; {way_out}.")
+
+
 def _none_legal(
     costs: Costs, demand: Demand, over: list[Cost], refused: dict[str, str], refusal: Refusal | None
 ) -> ConfigError:
@@ -208,7 +235,7 @@ def _none_legal(
 def _fitting(one: Candidate, costs: Costs, demand: Demand) -> tuple[Cost, Cost | None]:
     """(what the plan costs, what it costs in a way that has room: with offload where it needs that; None: none has)."""
     device = costs.machine.device
-    pictures = _pictures(costs.facts, demand, one)
+    pictures = pictures_of(costs.facts, demand, one)
     plain = costs.cost(one, pictures=pictures)
     least = demand.objective == Objective.MEMORY
     fits = [plain] if plain.memory_bytes <= device.memory_bytes else []
@@ -245,7 +272,7 @@ class Floors:
     def _least(self, one: Candidate) -> float:
         if self._demand.objective == Objective.MEMORY:
             return 0.0  # offload takes less
-        cost = self._costs.cost(one, pictures=_pictures(self._costs.facts, self._demand, one))
+        cost = self._costs.cost(one, pictures=pictures_of(self._costs.facts, self._demand, one))
         return value_of(cost, self._demand)
 
 
@@ -314,7 +341,7 @@ def _complexity(one: Candidate) -> tuple[int, int]:
     return options, sum(degree > 1 for degree in one.degrees.values())
 
 
-def _pictures(facts: Facts, demand: Demand, one: Candidate) -> int:
+def pictures_of(facts: Facts, demand: Demand, one: Candidate) -> int:
     wanted = demand.pictures or facts.pictures
     return wanted * one.data if demand.objective == Objective.THROUGHPUT else wanted
 
@@ -348,9 +375,10 @@ AXES = ("data", "cfg", "ring", "ulysses")
 def illegal(one: Candidate, facts: Facts, demand: Demand) -> tuple[str, str] | None:
     """(kind of plan, why it cannot be)."""
     pictures = demand.pictures or facts.pictures
-    if one.data > 1 and demand.objective != Objective.THROUGHPUT and one.data > pictures and "data" not in demand.fixed:
+    given = demand.fixed if demand.layouts_only else ()  # what an engine is told for requests that are not known yet
+    if one.data > pictures and demand.objective != Objective.THROUGHPUT and "data" not in given:
         return "data", f"the request has {pictures} picture{'s' if pictures > 1 else ''} to spread over replicas"
-    if one.cfg > facts.branches and "cfg" not in demand.fixed:
+    if one.cfg > facts.branches and "cfg" not in given:
         branches = f"{facts.branches} branches" if facts.branches > 1 else "no guidance: one branch"
         return f"cfg {one.cfg}", f"the request has {branches}"
     if one.sequence > 1 and facts.refused:
@@ -405,93 +433,3 @@ def _unquantizable(method: str, machine: Machine, facts: Facts) -> str:
 
 def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-Change = Callable[[Facts, Machine], tuple[Facts, Machine]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """Something that would make another plan the best."""
-
-    what: str
-    plan: Candidate
-    gain: float
-    """How many times as fast as the plan that is the best now, then."""
-
-
-def turns(found: Found) -> list[Turn]:
-    """What would change the choice: the least of each kind of change that does."""
-    costs, now = Costs(found.facts, found.machine, found.corrections), found.best.candidate
-    floors = Floors(costs, found.demand)
-    refusal = functools.cache(found.refusal) if found.refusal is not None else None
-    out: list[Turn] = []
-    for changes in changes_of(found.facts).values():
-        for what, change in changes:
-            facts, machine = change(found.facts, found.machine)
-            there = costs.beside(facts, machine)
-            try:
-                then = best(facts, machine, found.demand, costs=there, refusal=refusal, floors=floors)
-            except ConfigError:
-                continue
-            if then.candidate == now or illegal(now, facts, found.demand):
-                continue
-            same = there.cost(now, pictures=_pictures(facts, found.demand, now))
-            gain = found.value(same) / found.value(then)
-            if gain > 1 + SAME:
-                out.append(Turn(what=what, plan=then.candidate, gain=gain))
-                break
-    return out
-
-
-def changes_of(facts: Facts) -> dict[str, list[tuple[str, Change]]]:
-    def links(factor: float) -> Change:
-        def change(facts: Facts, machine: Machine) -> tuple[Facts, Machine]:
-            def faster(link: Any) -> Any:
-                shared = link.node_bytes_per_s
-                return dataclasses.replace(
-                    link,
-                    bytes_per_s=link.bytes_per_s * factor,
-                    node_bytes_per_s=shared * factor if shared else None,
-                )
-
-            return facts, dataclasses.replace(machine, inside=faster(machine.inside), across=faster(machine.across))
-
-        return change
-
-    def latency(factor: float) -> Change:
-        def change(facts: Facts, machine: Machine) -> tuple[Facts, Machine]:
-            def quicker(link: Any) -> Any:
-                return dataclasses.replace(link, latency_s=link.latency_s * factor)
-
-            return facts, dataclasses.replace(machine, inside=quicker(machine.inside), across=quicker(machine.across))
-
-        return change
-
-    def heads(factor: float) -> Change:
-        def change(facts: Facts, machine: Machine) -> tuple[Facts, Machine]:
-            parts = tuple(
-                dataclasses.replace(part, heads=tuple(max(1, round(n * factor)) for n in part.heads))
-                for part in facts.parts
-            )
-            return dataclasses.replace(facts, parts=parts), machine
-
-        return change
-
-    def memory(factor: float) -> Change:
-        def change(facts: Facts, machine: Machine) -> tuple[Facts, Machine]:
-            device = dataclasses.replace(machine.device, memory_bytes=int(machine.device.memory_bytes * factor))
-            return facts, dataclasses.replace(machine, device=device)
-
-        return change
-
-    found: dict[str, list[tuple[str, Change]]] = {
-        "faster": [(f"links {factor} times as fast", links(factor)) for factor in (1.5, 2, 4, 8)],
-        "slower": [(f"links {factor:g} times slower", links(1 / factor)) for factor in (1.5, 2, 4, 8, 16)],
-        "latency": [(f"exchanges that begin {factor} times sooner", latency(1 / factor)) for factor in (2, 4)],
-        "memory": [(f"{factor} times the memory", memory(factor)) for factor in (2, 4)],
-    }
-    if facts.heads:
-        found["heads"] = [(f"{round(facts.heads * factor)} heads", heads(factor)) for factor in (2, 4)]
-        found["fewer"] = [(f"{round(facts.heads * factor)} heads", heads(factor)) for factor in (0.5, 0.25)]
-    return found

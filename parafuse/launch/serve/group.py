@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from parafuse.errors import RankError
 from parafuse.parallel.ranks import RankFailure
+
+
+class GroupLostError(RankError):
+    """The ranks that ran a call are gone; what it was for may be tried again on the next ones."""
+
+    def __init__(self, message: str, *, cause: str):
+        super().__init__(message)
+        self.cause = cause
+        """died, stalled, failed."""
 
 
 class RankGroup(Protocol):

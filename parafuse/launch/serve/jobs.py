@@ -1,4 +1,6 @@
-"""Jobs, and what a store of them can do. A job that was accepted is stored, and ends once: done, failed or cancelled."""
+"""Jobs, and what a store of them can do.
+
+A job that was accepted is stored, and ends once: done, failed or cancelled."""
 
 from __future__ import annotations
 
@@ -105,6 +107,10 @@ class IdempotencyError(ParafuseError):
 
 class StaleError(ParafuseError):
     """A supervisor that is no longer the one in charge wanted to change a job."""
+
+
+class StoreError(ParafuseError, OSError):
+    """The store cannot be read or written now: a full disk, a damaged file. Nothing was half done."""
 
 
 class JobStore(Protocol):

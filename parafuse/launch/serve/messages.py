@@ -1,7 +1,7 @@
 """What the processes of a server say to each other: typed, limited in size, never pickled.
 
-HTTP process <-> supervisor <-> ranks, each over a Unix socket in a folder that only their user can enter. A frame is its
-length (4 bytes, big endian) and a MessagePack map with the message's type in it.
+HTTP process <-> supervisor <-> ranks, each over a Unix socket in a folder that only their user can enter. A frame is
+its length (4 bytes, big endian) and a MessagePack map with the message's type in it.
 """
 
 from __future__ import annotations

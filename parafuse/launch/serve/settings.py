@@ -61,9 +61,9 @@ class Serving:
     nnodes: int = 1
     """Machines; each runs the same command."""
     rdzv_endpoint: str | None = None
-    """HOST:PORT of torchrun's rendezvous, on the machine with --head."""
-    head: bool = True
-    """Whether this machine takes requests (one does); --no-head: it lends its ranks."""
+    """HOST:PORT of torchrun's rendezvous, on the machine that takes requests."""
+    lend: bool = False
+    """Of several machines: this one takes no requests, and lends its ranks to the one that does."""
 
     def __post_init__(self) -> None:
         for name in ("port", "max_queued", "max_queued_of_key", "max_prompt_characters", "max_pixels", "max_steps",
@@ -74,13 +74,14 @@ class Serving:
         for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(value, float) and not 0 < value < float("inf"):
-                raise ConfigError(f"--{one.name.replace('_', '-')} {value}: must be a positive number.")
+                flag = one.name.removesuffix("_s").replace("_", "-")
+                raise ConfigError(f"--{flag} {value}: must be a positive number.")
         if self.port > 65535:
             raise ConfigError(f"--port {self.port}: must be at most 65535.")
         if self.nnodes > 1 and not self.rdzv_endpoint:
             raise ConfigError(f"--nnodes {self.nnodes}: give --rdzv-endpoint HOST:PORT too, the same on each machine.")
-        if not self.head and self.nnodes == 1:
-            raise ConfigError("--no-head: needs --nnodes; one machine takes requests, and with one it is this.")
+        if self.lend and self.nnodes == 1:
+            raise ConfigError("--lend: needs --nnodes; one machine takes requests, and with one it is this.")
 
     @property
     def is_local(self) -> bool:

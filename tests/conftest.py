@@ -27,7 +27,7 @@ hypothesis.settings.load_profile("parafuse")
 
 SUITES = tuple(  # the fastest answer first
     "unit dist gpu quality caches kernels quantize rewrites sparse memory planning options vae drop_in "
-    "measuring".split()
+    "measuring serve".split()
 )
 
 

@@ -115,8 +115,7 @@ def run(job: ServeJob) -> int:
             children.append(http)
             host = f"[{serve.host}]" if ":" in serve.host else serve.host
             print(f"parafuse: http://{host}:{door.getsockname()[1]} (/health/ready says when)", flush=True)
-        code = Keeper(children, drain_s=serve.drain_s).run()
-    return code
+        return Keeper(children, drain_s=serve.drain_s).run()
 
 
 def plain(serve: Serve) -> Serving:

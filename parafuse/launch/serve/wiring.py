@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ class Wiring(Struct, frozen=True, kw_only=True):
     @property
     def supervisor_socket(self) -> str:
         """Where the supervisor listens for HTTP processes."""
-        return os.path.join(self.folder, "supervisor")  # noqa: PTH118: a text, as asyncio takes it
+        return str(Path(self.folder) / "supervisor")
 
     @property
     def serving(self) -> Serving:

@@ -5,6 +5,8 @@ A job that was accepted is stored, and ends once: done, failed or cancelled."""
 from __future__ import annotations
 
 import enum
+import secrets
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,6 +17,8 @@ from parafuse.launch.serve.messages import Adapter
 
 MAX_TRIES = 2
 """A job whose ranks are lost is tried again once, then failed by name."""
+PREFIXES = {"image": "img_", "edit": "edit_", "video": "video_"}
+"""Kind of a request -> how ids of its jobs begin."""
 
 
 class State(enum.StrEnum):
@@ -111,6 +115,19 @@ class StaleError(ParafuseError):
 
 class StoreError(ParafuseError, OSError):
     """The store cannot be read or written now: a full disk, a damaged file. Nothing was half done."""
+
+
+class StoreBusyError(StoreError):
+    """Another process holds the store for too long (it may be stopped); the same call may be made again."""
+
+
+class FileError(ParafuseError):
+    """A job names a file that is not there, or that it may not name. Trying again does not help."""
+
+
+def new_id(kind: str) -> str:
+    """Id for a new job: its prefix, the time (sorts by milliseconds within a prefix), and 128 random bits."""
+    return f"{PREFIXES[kind]}{time.time_ns() // 1_000_000:012x}{secrets.token_hex(16)}"
 
 
 class JobStore(Protocol):

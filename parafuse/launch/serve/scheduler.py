@@ -7,7 +7,8 @@ import contextlib
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +16,9 @@ from typing import Any, Protocol
 import structlog
 
 from parafuse.launch.serve.group import GroupLostError
-from parafuse.launch.serve.jobs import Job, JobError, JobStore, StaleError, State
+from parafuse.launch.serve.jobs import Job, JobError, JobStore, State
 from parafuse.launch.serve.messages import Failed, Item, JobEvent, Paint, Painted, Stepped
+from parafuse.launch.serve.schedule import Policy, SecondsOf, Shares, choose
 
 LOOK_S = 0.25
 """How often cancels and deadlines of running jobs are looked for, where nobody tells of them."""
@@ -37,25 +39,23 @@ class Painter(Protocol):
         """Until a real step has run on every rank."""
         ...
 
-    def paint(self, call: Paint) -> AsyncIterator[Stepped | Painted | Failed]:
+    def paint(self, call: Paint) -> AsyncGenerator[Stepped | Painted | Failed]:
         """Raises GroupLostError."""
         ...
 
     def stop_call(self, call: str, reason: str) -> None: ...
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What goes next."""
+@dataclass(frozen=True, kw_only=True)
+class Charge:
+    """What a supervisor is in charge of."""
 
-    together: Sequence[Job]
-    """Of one call."""
-    too_late: Sequence[Job] = ()
-    """Their deadline has passed."""
-
-
-Choose = Callable[[Sequence[Job], frozenset[str], float], Chosen]
-"""(queued jobs, those that must go alone, Unix time) -> what goes next."""
+    store: JobStore
+    epoch: int
+    """As `begin_epoch` gave it."""
+    results: Path
+    keep_s: float
+    """How long results are kept."""
 
 
 @dataclass
@@ -84,25 +84,26 @@ class Scheduler:
 
     def __init__(
         self,
-        store: JobStore,
+        charge: Charge,
         painter: Painter,
-        choose: Choose,
         *,
-        epoch: int,
-        results: Path,
-        keep_s: float,
+        policy: Policy,
+        seconds_of: SecondsOf | None = None,
         tell: Callable[[JobEvent], None],
         painted: Callable[[Paint, Painted], None] = lambda *_: None,
     ):
-        """`choose`: what of the queue goes next (it may ask the store for what owners used; runs in a thread).
-        `tell`: gives an event to whoever watches. `painted`: learns what a call took."""
-        self._store, self._painter, self._choose, self._epoch = store, painter, choose, epoch
-        self._results, self._keep_s, self._tell, self._painted = results, keep_s, tell, painted
+        """`seconds_of`: what calls are expected to take; without it no jobs go together. `tell`: gives an event to
+        whoever watches. `painted`: learns what a call took."""
+        self._store, self._epoch, self._painter = charge.store, charge.epoch, painter
+        self._policy, self._seconds_of, self._shares = policy, seconds_of, Shares()
+        self._results, self._keep_s, self._tell, self._painted = charge.results, charge.keep_s, tell, painted
         self._alone: set[str] = set()
         """Jobs that failed in a call with others."""
         self._news = asyncio.Event()
         self._draining = False
         self.running: Running | None = None
+        self.fault = ""
+        """Why the store cannot be used now."""
         self._log = structlog.get_logger("parafuse.scheduler")
 
     def wake(self) -> None:
@@ -118,12 +119,10 @@ class Scheduler:
                 if jobs:
                     await self._call(jobs)
                     continue
-            except StaleError:
-                raise
             except OSError as error:  # StoreError too: the disk may be full for a while
-                self._log.error("store", error=str(error))
-                await asyncio.sleep(PATIENCE_S)
+                await self._faulty(error)
                 continue
+            self.fault = ""
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), IDLE_LOOK_S)
 
@@ -146,17 +145,21 @@ class Scheduler:
         await self._painter.wait_ready()
         queued = await asyncio.to_thread(self._store.queued)  # some may have been cancelled meanwhile
         self._alone &= {job.id for job in queued}
-        chosen = await asyncio.to_thread(self._choose, queued, frozenset(self._alone), time.time())
-        for job in chosen.too_late:
+        chosen = choose(queued, self._shares, time.time(), policy=self._policy, seconds_of=self._seconds_of)
+        self._shares = chosen.shares
+        for job in chosen.late:
             await self._fail(job, JobError(kind="deadline", message="its deadline passed while it waited."))
-        if not chosen.together or self._draining:
+        jobs = [job.id for job in chosen.jobs]
+        if not jobs or self._draining:
             return []
-        return await asyncio.to_thread(self._store.claim, [job.id for job in chosen.together], self._epoch)
+        if self._alone & set(jobs):
+            jobs = jobs[:1]
+        return await asyncio.to_thread(self._store.claim, jobs, self._epoch)
 
     async def _call(self, jobs: list[Job]) -> None:
         """One call of the pipeline for these jobs, which all end, or wait again, in here."""
         folder = self._results / f"try-{secrets.token_hex(8)}"
-        await asyncio.to_thread(folder.mkdir, parents=True)
+        await self._in_store(folder.mkdir, parents=True, exist_ok=True)
         call = paint_of(jobs, str(folder))
         self.running = running = Running(call, jobs, time.monotonic())
         for job in jobs:
@@ -178,27 +181,29 @@ class Scheduler:
         finally:
             self.running = None
             look.cancel()
+            seconds = self._seconds(running) * len(jobs)
+            self._shares = self._shares.charged(jobs, seconds, time.time())
             await asyncio.to_thread(shutil.rmtree, folder, True)
 
     async def _end_of(self, running: Running) -> Painted | Failed:
-        async for event in self._painter.paint(running.call):
-            if not isinstance(event, Stepped):
-                return event
-            running.step, running.num_steps, running.step_seconds = event.step, event.num_steps, event.seconds
-            previews = event.previews or (b"",) * len(running.jobs)
-            for job, preview in zip(running.jobs, previews, strict=True):
-                self._tell(
-                    JobEvent(
-                        job=job.id, state=State.RUNNING.value, step=event.step, num_steps=event.num_steps,
-                        preview=preview,
-                    )
-                )  # fmt: skip
-            now = time.monotonic()
-            if now - running.told_s > NOTE_S and event.num_steps:
-                running.told_s = now
-                for job in running.jobs:
-                    await self._in_store(self._store.note_progress, job.id, self._epoch, event.step / event.num_steps)
+        async with aclosing(self._painter.paint(running.call)) as events:
+            async for event in events:
+                if not isinstance(event, Stepped):
+                    return event
+                await self._stepped(running, event)
         raise GroupLostError("the ranks said nothing of a call's end.", cause="failed")
+
+    async def _stepped(self, running: Running, event: Stepped) -> None:
+        running.step, running.num_steps, running.step_seconds = event.step, event.num_steps, event.seconds
+        previews = event.previews or (b"",) * len(running.jobs)
+        for job, preview in zip(running.jobs, previews, strict=True):
+            place = {"step": event.step, "num_steps": event.num_steps}
+            self._tell(JobEvent(job=job.id, state=State.RUNNING.value, preview=preview, **place))
+        now = time.monotonic()
+        if now - running.told_s > NOTE_S and event.num_steps:
+            running.told_s = now
+            for job in running.jobs:
+                await self._in_store(self._store.note_progress, job.id, self._epoch, event.step / event.num_steps)
 
     async def _look_after(self, running: Running) -> None:
         """Stops the call once each of its jobs is to end before its time."""
@@ -240,7 +245,7 @@ class Scheduler:
                     self._store.cancelled, job.id, self._epoch, rank_seconds=seconds, keep_s=self._keep_s
                 )
             else:
-                own = await asyncio.to_thread(self._own_folder, job, files, folder)
+                own = await self._in_store(self._own_folder, job, files, folder)
                 after = await self._in_store(
                     self._store.commit, job.id, self._epoch, folder=own, files=files, receipt=painted.receipt,
                     rank_seconds=seconds, keep_s=self._keep_s,
@@ -250,9 +255,10 @@ class Scheduler:
     def _own_folder(self, job: Job, files: Sequence[str], folder: Path) -> str:
         """Moves a job's files out of the attempt's folder; the name of theirs, which no other attempt has."""
         own = self._results / f"{job.id}.{folder.name}"
-        own.mkdir()
+        own.mkdir(exist_ok=True)
         for name in files:
-            (folder / name).rename(own / name)
+            if (folder / name).exists():  # it may be tried again
+                (folder / name).rename(own / name)
         return own.name
 
     async def _failed(self, running: Running, failed: Failed) -> None:
@@ -287,12 +293,17 @@ class Scheduler:
         StaleError."""
         while True:
             try:
-                return await asyncio.to_thread(act, *args, **kwargs)
-            except StaleError:
-                raise
+                result = await asyncio.to_thread(act, *args, **kwargs)
             except OSError as error:
-                self._log.error("store", error=str(error))
-                await asyncio.sleep(PATIENCE_S)
+                await self._faulty(error)
+            else:
+                self.fault = ""
+                return result
+
+    async def _faulty(self, error: OSError) -> None:
+        self.fault = str(error)
+        self._log.error("store", error=self.fault)
+        await asyncio.sleep(PATIENCE_S)
 
     def _told(self, job: Job | None) -> None:
         if job is not None:

@@ -37,8 +37,9 @@ def make_durable(folder: Path) -> None:
     """Returns when this folder and all that is in it would survive a power cut: each file, each folder, and its name in
     the folder above. Raises OSError."""
     for path, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync(Path(path) / name)
+        for file in (Path(path) / name for name in names):
+            if not file.is_symlink():
+                sync(file)
         sync(Path(path))
     sync(folder.parent)
 
@@ -53,14 +54,18 @@ def sync(path: Path) -> None:
 
 
 def private_folder(path: Path) -> None:
-    """Makes a folder that only this user can enter, where there is none: prompts and pictures lie there."""
+    """Makes a folder that only this user can enter (and those above it), where there is none: prompts and pictures lie
+    there. Raises StoreError."""
+    if not path.parent.is_dir():
+        private_folder(path.parent)
     with explained(f"{path} cannot be made"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
+        try:
             path.mkdir(mode=0o700)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+        else:
             sync(path.parent)
-        if not path.is_dir():
-            raise NotADirectoryError(20, "it is a file")
 
 
 class Folders:
@@ -103,9 +108,7 @@ class Folders:
         """Raises FileError for one that is not there."""
         for name in names:
             if not self.input(name).is_file():
-                raise StoreError(
-                    f"input {name}: there is no such file in {self.inputs}. Store it with add_input first."
-                )
+                raise FileError(f"input {name}: there is no such file in {self.inputs}. Store it (add_input) first.")
 
     def settle_outputs(self, folder: str, files: Sequence[str]) -> int:
         """Makes an attempt's folder durable; bytes of these files of it. Raises FileError where one is missing,

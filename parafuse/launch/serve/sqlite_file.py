@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import sqlite3
 import threading
 import time
@@ -130,15 +131,20 @@ class Database:
         return connection
 
     def _with_log(self, connection: sqlite3.Connection) -> str:
-        """Turns the write-ahead log on. SQLite does not wait where two processes make the file at once."""
+        """Turns the write-ahead log on. Processes that make the file at once would wait for each other in SQLite, each
+        with a lock that the other needs: here they let go, and try again."""
         end_s = time.monotonic() + self._busy_s
+        connection.execute("PRAGMA busy_timeout=0")
         while True:
             try:
-                return connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+                mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+                break
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end_s:
                     raise
-                time.sleep(0.01)
+                time.sleep(random.uniform(0.001, 0.02))
+        connection.execute(f"PRAGMA busy_timeout={round(self._busy_s * 1000)}")
+        return mode
 
     def _prepare(self, steps: Steps) -> None:
         with self.reading() as connection:
@@ -198,4 +204,5 @@ def _busy(path: Path, busy_s: float) -> str:
 
 
 def _damaged(path: Path, how: str) -> str:
+    how = " ".join(how.split())
     return f"{path}: the database is damaged ({how}). Move it away with its -wal file, or restore a copy."

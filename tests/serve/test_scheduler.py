@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ import pytest
 from parafuse.launch.serve.group import GroupLostError
 from parafuse.launch.serve.jobs import Job, JobRequest, JobStore, StaleError, State, StoreError
 from parafuse.launch.serve.messages import Failed, JobEvent, Paint, Painted, Stepped
-from parafuse.launch.serve.schedule import Policy
-from parafuse.launch.serve.scheduler import Charge, Scheduler
+from parafuse.launch.serve.scheduler import Charge, Choose, Chosen, Scheduler
 from parafuse.launch.serve.sqlite_store import SqliteStore
 
 STEPS = 4
@@ -79,21 +78,25 @@ def fails(kind: str) -> Play:
     return play
 
 
-def same_seconds(_: JobRequest, number: int) -> float:
-    """Several together take as long as one."""
-    return 1.0
+def one_by_one(queued: Sequence[Job], alone: frozenset[str], now: float) -> Chosen:
+    late = [job for job in queued if job.deadline_s is not None and job.deadline_s < now]
+    return Chosen([job for job in queued if job not in late][:1], late)
+
+
+def all_together(queued: Sequence[Job], alone: frozenset[str], now: float) -> Chosen:
+    first = queued[0]
+    return Chosen([first] if first.id in alone else [job for job in queued if job.id not in alone])
 
 
 class Server:
     """A scheduler over a store of the test's own."""
 
-    def __init__(self, folder: Path, ranks: FakeRanks, batch: int = 1):
+    def __init__(self, folder: Path, ranks: FakeRanks, choose: Choose = one_by_one):
         self.store: JobStore = SqliteStore(folder / "jobs.sqlite", results=folder / "results", inputs=folder / "inputs")
         self.results, self.ranks = folder / "results", ranks
         self.events: list[JobEvent] = []
         charge = Charge(store=self.store, epoch=self.store.begin_epoch(), results=self.results, keep_s=3600.0)
-        policy = Policy(batch=batch)
-        self.scheduler = Scheduler(charge, ranks, policy=policy, seconds_of=same_seconds, tell=self.events.append)
+        self.scheduler = Scheduler(charge, ranks, choose, tell=self.events.append)
 
     def ask(self, prompt: str, **fields: Any) -> str:
         job = Job(
@@ -127,7 +130,7 @@ class Server:
 
 
 def test_a_job_is_painted_once_and_its_files_are_its_own(tmp_path: Path) -> None:
-    server = Server(tmp_path, FakeRanks(well), batch=2)
+    server = Server(tmp_path, FakeRanks(well), all_together)
     jobs = [server.ask("a"), server.ask("b")]
     asyncio.run(server.until(lambda: server.over(*jobs) and not list(server.results.glob("try-*"))))
     assert [len(call.items) for call in server.ranks.calls] == [2]
@@ -172,7 +175,7 @@ def test_a_job_that_is_cancelled_while_it_runs_stops_the_call(tmp_path: Path) ->
 
 
 def test_of_a_call_for_two_one_may_be_cancelled_and_the_other_is_painted(tmp_path: Path) -> None:
-    server = Server(tmp_path, FakeRanks(well), batch=2)
+    server = Server(tmp_path, FakeRanks(well), all_together)
     jobs = [server.ask("a"), server.ask("b")]
 
     def check() -> bool:
@@ -198,7 +201,7 @@ def test_deadlines_end_a_job_that_waits_and_one_that_runs(tmp_path: Path) -> Non
 
 
 def test_what_fails_with_others_is_tried_alone_and_costs_no_try(tmp_path: Path) -> None:
-    server = Server(tmp_path, FakeRanks(fails("memory"), well), batch=2)
+    server = Server(tmp_path, FakeRanks(fails("memory"), well), all_together)
     jobs = [server.ask("a"), server.ask("b")]
     asyncio.run(server.until(lambda: server.over(*jobs)))
     assert [server.of(job).state for job in jobs] == [State.DONE, State.DONE]

@@ -18,7 +18,6 @@ import structlog
 from parafuse.launch.serve.group import GroupLostError
 from parafuse.launch.serve.jobs import Job, JobError, JobStore, State
 from parafuse.launch.serve.messages import Failed, Item, JobEvent, Paint, Painted, Stepped
-from parafuse.launch.serve.schedule import Policy, SecondsOf, Shares, choose
 
 LOOK_S = 0.25
 """How often cancels and deadlines of running jobs are looked for, where nobody tells of them."""
@@ -44,6 +43,21 @@ class Painter(Protocol):
         ...
 
     def stop_call(self, call: str, reason: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What goes next."""
+
+    together: Sequence[Job]
+    """For one call."""
+    too_late: Sequence[Job] = ()
+    """Their deadline has passed: to be failed."""
+
+
+Choose = Callable[[Sequence[Job], frozenset[str], float], Chosen]
+"""(queued jobs, those that must go alone, Unix time) -> what goes next. `choosing.Chooser`; called in a thread. Raises
+OSError where the store cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +100,14 @@ class Scheduler:
         self,
         charge: Charge,
         painter: Painter,
+        choose: Choose,
         *,
-        policy: Policy,
-        seconds_of: SecondsOf | None = None,
         tell: Callable[[JobEvent], None],
         painted: Callable[[Paint, Painted], None] = lambda *_: None,
     ):
-        """`seconds_of`: what calls are expected to take; without it no jobs go together. `tell`: gives an event to
-        whoever watches. `painted`: learns what a call took."""
+        """`tell`: gives an event to whoever watches. `painted`: learns what a call took."""
         self._store, self._epoch, self._painter = charge.store, charge.epoch, painter
-        self._policy, self._seconds_of, self._shares = policy, seconds_of, Shares()
+        self._choose = choose
         self._results, self._keep_s, self._tell, self._painted = charge.results, charge.keep_s, tell, painted
         self._alone: set[str] = set()
         """Jobs that failed in a call with others."""
@@ -145,15 +157,12 @@ class Scheduler:
         await self._painter.wait_ready()
         queued = await asyncio.to_thread(self._store.queued)  # some may have been cancelled meanwhile
         self._alone &= {job.id for job in queued}
-        chosen = choose(queued, self._shares, time.time(), policy=self._policy, seconds_of=self._seconds_of)
-        self._shares = chosen.shares
-        for job in chosen.late:
+        chosen = await asyncio.to_thread(self._choose, queued, frozenset(self._alone), time.time())
+        for job in chosen.too_late:
             await self._fail(job, JobError(kind="deadline", message="its deadline passed while it waited."))
-        jobs = [job.id for job in chosen.jobs]
-        if not jobs or self._draining:
+        if not chosen.together or self._draining:
             return []
-        if self._alone & set(jobs):
-            jobs = jobs[:1]
+        jobs = [job.id for job in chosen.together]
         return await asyncio.to_thread(self._store.claim, jobs, self._epoch)
 
     async def _call(self, jobs: list[Job]) -> None:
@@ -181,8 +190,6 @@ class Scheduler:
         finally:
             self.running = None
             look.cancel()
-            seconds = self._seconds(running) * len(jobs)
-            self._shares = self._shares.charged(jobs, seconds, time.time())
             await asyncio.to_thread(shutil.rmtree, folder, True)
 
     async def _end_of(self, running: Running) -> Painted | Failed:

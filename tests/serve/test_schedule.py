@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -299,6 +300,20 @@ def test_company_that_rides_does_not_hold_up_others_of_its_priority() -> None:
         if poor in machine.step().jobs:
             return
     raise AssertionError("it starves")
+
+
+def test_what_must_go_alone_goes_alone_and_of_a_key_no_more_than_may_run() -> None:
+    queued = [job("a", name=f"a{i}") for i in range(4)] + [job("b", name="b0", created_s=5)]
+
+    def names(**more: Any) -> list[str]:
+        found = choose(queued, Shares(), 10.0, policy=POLICY, seconds_of=seconds, **more)
+        return sorted(one.id for one in found.jobs)
+
+    assert names() == ["a0", "a1", "a2", "b0"]
+    assert names(alone={"a0"}) == ["a0"]
+    assert names(alone={"a1"}) == ["a0", "a2", "a3", "b0"]
+    assert names(most_of_key={"a": 2}) == ["a0", "a1", "b0"]
+    assert names(most_of_key={"a": 0}) == ["b0"]
 
 
 # how long a job waits

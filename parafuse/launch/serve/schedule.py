@@ -16,7 +16,7 @@ What holds, and is tested:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,17 +109,23 @@ def choose(
     *,
     policy: Policy,
     seconds_of: SecondsOf | None = None,
+    alone: Collection[str] = (),
+    most_of_key: Mapping[str, int] | None = None,
 ) -> Choice:
-    """The next call. `queued`: all that wait, in any order; `seconds_of`: without it, one job goes at a time."""
+    """The next call. `queued`: all that wait, in any order; `seconds_of`: without it, one job goes at a time. `alone`:
+    jobs that go with no other. `most_of_key`: how many of a key's jobs may run at once; none of one with 0."""
+    most = most_of_key or {}
     there = [job for job in queued if job.state is State.QUEUED and not job.cancel_asked]
     late = tuple(job for job in there if job.deadline_s is not None and job.deadline_s <= now_s)
-    left = [job for job in there if job.deadline_s is None or job.deadline_s > now_s]
+    left = [job for job in there if (job.deadline_s is None or job.deadline_s > now_s) and most.get(job.owner, 1) > 0]
     shares = shares.seen(left, policy.most_debt)
     if not left:
         return Choice(jobs=(), late=late, shares=shares)
     priority = _next_priority(left, shares, now_s, policy)
     first = min((job for job in left if job.priority == priority), key=lambda job: _order(job, shares, policy))
-    jobs = (first, *_riders(first, left, shares, now_s, policy=policy, seconds_of=seconds_of))
+    company = [job for job in left if job.id != first.id and not {job.id, first.id} & set(alone)]
+    company = _compatible(first, company, shares, policy, most)
+    jobs = (first, *_riders(first, company, shares, now_s, policy=policy, seconds_of=seconds_of))
     return Choice(jobs=jobs, late=late, shares=shares.taken(jobs, now_s))
 
 
@@ -194,24 +200,37 @@ def _due_s(job: Job, patience_s: float) -> float:
     return due if job.deadline_s is None else min(due, job.deadline_s)
 
 
+def _compatible(
+    first: Job, left: Sequence[Job], shares: Shares, policy: Policy, most_of_key: Mapping[str, int]
+) -> list[Job]:
+    """Those that may go with the first, by who is next, and no more of a key than may run at once."""
+    key = together(first.request)
+    running = {first.owner: 1}
+    found: list[Job] = []
+    if policy.batch == 1 or key is None:
+        return found
+    for job in sorted(left, key=lambda job: (-job.priority, *_order(job, shares, policy))):
+        number = running.get(job.owner, 0)
+        if number < most_of_key.get(job.owner, policy.batch) and together(job.request) == key:
+            running[job.owner] = number + 1
+            found.append(job)
+    return found
+
+
 def _riders(
     first: Job,
-    left: Sequence[Job],
+    same: list[Job],
     shares: Shares,
     now_s: float,
     *,
     policy: Policy,
     seconds_of: SecondsOf | None,
 ) -> list[Job]:
-    """Those that go with the first, keys in turn: as many as are predicted to be done soonest for each."""
-    key = together(first.request)
-    if policy.batch == 1 or seconds_of is None or key is None:
+    """Of those that may, those that go with the first, keys in turn: as many as are done soonest for each."""
+    alone_s = None if seconds_of is None or not same else seconds_of(first.request, 1)
+    if seconds_of is None or not alone_s:
         return []
-    alone_s = seconds_of(first.request, 1)
-    same = [job for job in left if job.id != first.id and together(job.request) == key]
-    if not same or not alone_s:
-        return []
-    same = _in_turn(first, sorted(same, key=lambda job: (-job.priority, *_order(job, shares, policy))), shares, alone_s)
+    same = _in_turn(first, same, shares, alone_s)
     best, size, latest = policy.min_gain, 1, _latest_s(first, now_s)
     for k in range(2, min(policy.batch, len(same) + 1) + 1):
         latest = min(latest, _latest_s(same[k - 2], now_s))

@@ -56,6 +56,13 @@ async def well(ranks: FakeRanks, call: Paint) -> AsyncGenerator[Stepped | Painte
     yield Painted(call=call.call, files=files, receipt="{}", seconds=0.2)
 
 
+async def slowly(ranks: FakeRanks, call: Paint) -> AsyncGenerator[Stepped | Painted | Failed]:
+    """Well, after a second: longer than a cancel takes to be seen."""
+    await asyncio.sleep(1.0)
+    async for event in well(ranks, call):
+        yield event
+
+
 async def slow(ranks: FakeRanks, call: Paint) -> AsyncGenerator[Stepped | Painted | Failed]:
     """Goes on until it is told to stop."""
     for step in range(1, 2000):
@@ -175,7 +182,7 @@ def test_a_job_that_is_cancelled_while_it_runs_stops_the_call(tmp_path: Path) ->
 
 
 def test_of_a_call_for_two_one_may_be_cancelled_and_the_other_is_painted(tmp_path: Path) -> None:
-    server = Server(tmp_path, FakeRanks(well), all_together)
+    server = Server(tmp_path, FakeRanks(slowly), all_together)
     jobs = [server.ask("a"), server.ask("b")]
 
     def check() -> bool:

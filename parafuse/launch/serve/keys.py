@@ -143,6 +143,10 @@ class Keys:
             return _LOCAL if owner == LOCAL else None
         return next((key for key in self._current()[0] if key.id == owner), None)
 
+    def all(self) -> tuple[Key, ...]:
+        """Those that there are now."""
+        return self._current()[0]
+
     def _current(self) -> tuple[tuple[Key, ...], tuple[bytes, ...]]:
         with self._guard:
             if self._file is not None:

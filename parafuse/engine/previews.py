@@ -1,7 +1,7 @@
 """Pictures of latents without an autoencoder: a linear map from latent channels to colours, fitted as requests end.
 
 The final latents of a request and its picture are pairs of what goes in and what is to come out, one for each place of
-the latents. A least-squares fit over them takes milliseconds, and is all that a preview needs. Half way through, latents
+the latents. A least-squares fit over them takes milliseconds, and is all that a preview needs. Half way through, they
 are mostly noise: where the scheduler follows dx/dsigma, what the noise hides is extrapolated from two steps,
     x0 = x' - sigma' * (x' - x) / (sigma' - sigma),
 which is exact for a denoiser that says the same from there on.

@@ -1,8 +1,8 @@
 """Step boundaries at which a request may be left, by all ranks together: the same step everywhere, or none.
 
 One rank decides for boundary k + 1 when it passes boundary k, and says so in the store, under one key of the request.
-The others read it there when they come to k + 1: on the host alone, one step after it was said, so that nobody waits and
-no device is synchronised. A request that is to stop stops at the next boundary but one at the latest.
+The others read it there when they come to k + 1: on the host alone, one step after it was said, so nobody waits and no
+device is synchronised. A request that is to stop stops at the next boundary but one at the latest.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from parafuse.engine.caches.clock import schedulers_of
 from parafuse.errors import ConfigError, ParafuseError, RankError
+from parafuse.log import note
 from parafuse.parallel.hooks import override
 from parafuse.parallel.placeholder import settled
 from parafuse.parallel.world import LONGEST_PAUSE_S, World, wait_for
@@ -64,6 +65,7 @@ class SafePoints:
         self._world, self._leader, self._asked = world, leader, asked
         self._number = 0
         """Of the request."""
+        self._has_said = False
         self._leave: tuple[int, str] = (0, "")
         """What was decided last: a boundary, and why to leave there; '': go on."""
 
@@ -73,8 +75,8 @@ class SafePoints:
         rank, before it may be left.
 
         Steps are those that the pipeline's own callback tells, else those of its scheduler, whose `step` is replaced on
-        the instance meanwhile. Raises, out of the pipeline's call, StoppedError on all ranks, and RankError where the
-        leader says nothing within the job's timeout. Raises ConfigError for a pipeline with neither."""
+        the instance meanwhile; a line says where there is neither, so that nothing is told. Raises, out of the pipeline's
+        call, StoppedError on all ranks, and RankError where the leader says nothing within the job's timeout."""
         self._number += 1
         passed = _Passed(self, pipeline, on_step)
         self._begin()
@@ -84,11 +86,9 @@ class SafePoints:
             yield {**keywords, CALLBACK: passed.callback}
             return
         schedulers = schedulers_of(pipeline)
-        if not schedulers:
-            raise ConfigError(
-                f"{type(pipeline).__name__}: has neither {CALLBACK} nor a scheduler, so that its requests cannot be "
-                "stopped; call the engine without safe points."
-            )
+        if not schedulers and not self._has_said:
+            self._has_said = True
+            note(f"{type(pipeline).__name__} has neither {CALLBACK} nor a scheduler: its requests cannot be left")
         with ExitStack() as undo:
             for scheduler in schedulers:
                 undo.callback(override(scheduler, "step", _telling(scheduler, passed.stepped)))
@@ -183,7 +183,7 @@ def _num_steps(pipeline: Any, scheduler: Any) -> int | None:
 
 
 def _telling(scheduler: Any, tell: Callable[[Any, Any], None]) -> Any:
-    """The scheduler's step as it stands, which tells of its result; a deep copy of the scheduler has it without that."""
+    """The scheduler's step as it stands, which tells of its result; a deep copy of the scheduler does not."""
     before = vars(scheduler).get("step")
 
     @wraps(scheduler.step)  # pipelines look at its arguments

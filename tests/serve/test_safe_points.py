@@ -1,4 +1,4 @@
-"""All ranks leave a request at the same step boundary, whenever it is told to stop, and the engine goes on as before."""
+"""All ranks leave a request at the same step boundary, whenever it is told to stop, and the engine goes on."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def stopped(engine: parafuse.Engine, points: SafePoints, seen: Any) -> StoppedEr
 
 def leaves_at_random(config: dict[str, Any], degrees: dict[str, int], seed: int, kind: type[SafePoints]) -> list[int]:
     """The boundaries at which three requests were left; the last rank leads. Ranks are of different speed."""
-    engine = parafuse.Engine.from_pretrained(
-        "emoji", parafuse.Config(parallel=parafuse.Parallel(**degrees), **config)
-    )
+    engine = parafuse.Engine.from_pretrained("emoji", parafuse.Config(parallel=parafuse.Parallel(**degrees), **config))
     before, world, own = picture(engine), engine.world, random.Random(f"{seed} {engine.rank}")
     same, left, now = random.Random(seed), list[int](), [Asked(0, 0.0)]
     points = kind(world, world.size - 1, lambda: now[0].reason)
@@ -150,9 +148,10 @@ def test_a_pipeline_without_the_callback_is_left_at_its_schedulers_steps() -> No
     def late(boundary: Boundary) -> None:
         asked[0] = "enough" if boundary.step == 3 else ""
 
-    with pytest.raises(StoppedError, match="stopped after step 4: enough"), points.request(
-        engine.pipeline, call, late
-    ) as keywords:
+    with (
+        pytest.raises(StoppedError, match="stopped after step 4: enough"),
+        points.request(engine.pipeline, call, late) as keywords,
+    ):
         engine(**keywords, seed=3)
     assert "step" not in vars(engine.pipeline.scheduler)
     assert torch.equal(engine(**call, seed=3).images, plain)

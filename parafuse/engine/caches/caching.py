@@ -60,7 +60,11 @@ class Caching(ABC):
 
     def _unless_off(self, original: Forward) -> Forward:
         acting = self._root(original)
-        return lambda *args, **kwargs: (original if self.is_off else acting)(*args, **kwargs)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, **kwargs) if self.is_off else acting(*args, **kwargs)
+
+        return forward
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -120,7 +120,9 @@ class Painted(Struct, frozen=True, kw_only=True, tag=True):
     files: tuple[tuple[str, ...], ...]
     """Names in the call's folder, for each item."""
     receipt: str
-    """JSON."""
+    """JSON. Of several items what they have in common, with nobody's prompt or seed."""
+    receipts: tuple[str, ...] = ()
+    """JSON, for each item: with its own prompt and seed, and nobody else's."""
     seconds: float
     """Of the whole call."""
     phases_s: dict[str, float] = {}
@@ -198,6 +200,10 @@ class Estimate(Struct, frozen=True, kw_only=True, tag=True):
     number: int
     settings: dict[str, Any]
     num_outputs: int = 1
+    images: int = 0
+    """Pictures that come with the request."""
+    loras: int = 0
+    cache: bool = True
 
 
 class Estimated(Struct, frozen=True, kw_only=True, tag=True):

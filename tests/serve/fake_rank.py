@@ -37,9 +37,12 @@ class FakeRank:
         self.sending = threading.Lock()
         self.phase, self.call, self.step, self.moves = "loading", "", 0, 0
         self.last_step: float | None = None
+        self.seen = 0
+        """Steps of all calls."""
         self.is_mute = False
         self.inbox: queue.Queue[m.ToRank] = queue.Queue()
         self.stops: dict[str, str] = {}
+        self.doing: dict[str, Any] = {}
 
     def send(self, message: m.FromRank) -> None:
         with self.sending:
@@ -122,6 +125,7 @@ class FakeRank:
             self.is_mute = True
 
     def tell_others(self, doing: dict[str, Any]) -> None:
+        self.doing = doing
         part = self.state.with_suffix(".part")
         part.write_text(json.dumps(doing))
         part.replace(self.state)
@@ -135,8 +139,9 @@ class FakeRank:
         if doing.get("end"):
             return True
         self.phase, self.call = doing.get("phase", "idle"), doing.get("call", "")
-        if doing.get("step", 0) not in (0, self.step):
-            self.step = doing["step"]
+        while self.seen < doing.get("steps", self.seen):  # a look may come too late for the step itself
+            self.seen += 1
+            self.step = doing["step"] - (doing["steps"] - self.seen)
             self.have(doing.get("fault"), self.step)
             if not doing.get("skips"):
                 self.last_step = time.monotonic()
@@ -151,8 +156,18 @@ class FakeRank:
         begun = time.monotonic()
         for step in range(1, steps + 1):
             self.step = step
+            self.seen += 1
             skips = kind == "skips"
-            self.tell_others({"phase": "denoising", "call": paint.call, "step": step, "fault": fault, "skips": skips})
+            self.tell_others(
+                {
+                    "phase": "denoising",
+                    "call": paint.call,
+                    "step": step,
+                    "steps": self.seen,
+                    "fault": fault,
+                    "skips": skips,
+                }
+            )
             time.sleep(float(settings.get("step_s", 0.02)))
             self.have(fault, step)
             self.moves += 1
@@ -177,7 +192,7 @@ class FakeRank:
             )  # fmt: skip
 
     def end(self, message: m.Painted | m.Failed | None) -> None:
-        self.tell_others({"phase": "idle"})
+        self.tell_others(self.doing | {"phase": "idle"})
         self.phase, self.call, self.step = "idle", "", 0
         if message is not None:
             self.send(message)

@@ -168,7 +168,7 @@ def test_a_new_group_starts_afresh_and_keeps_what_was_seen() -> None:
 @pytest.mark.parametrize("options", [{"factor": 0.5}, {"silent_s": 0.0}, {"silent_s": 5.0, "heavy_silent_s": 1.0}])
 def test_wrong_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="watchdog"):
-        Watchdog(**options)
+        Watchdog(**options)  # pyright: ignore[reportArgumentType]
 
 
 def test_wrong_limits_are_refused() -> None:
@@ -183,8 +183,8 @@ def test_every_stall_is_found_and_no_steady_work_is(steps_s: list[float], predic
     ranks = Ranks(1)
     ranks.dog.call("one", {"denoising": predicted_s})
     slowest = predicted_s
-    for step_s in steps_s:
-        step_s = min(step_s, 2 * slowest)
+    for drawn_s in steps_s:
+        step_s = min(drawn_s, 2 * slowest)
         slowest = max(slowest, step_s)
         assert ranks.run(step_s, "denoising", moves_each_s=10_000.0) is None
     limit_s = ranks.dog.limit_s("denoising")

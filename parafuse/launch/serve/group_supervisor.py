@@ -11,7 +11,9 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -36,6 +38,8 @@ from parafuse.launch.serve.restarts import Budget, Devices
 from parafuse.launch.serve.watchdog import STARTING, Watchdog
 from parafuse.log import logger
 from parafuse.parallel.ranks import RankFailure
+
+T = TypeVar("T")
 
 LOOK_S = 0.05
 LEFT_S = 1.0
@@ -105,6 +109,7 @@ class GroupSupervisor:
         self._devices = devices or Devices((), ranks)
         self._clock: Callable[[], float] = time.monotonic
         self._task: asyncio.Task[None] | None = None
+        self._hands = ThreadPoolExecutor(1, thread_name_prefix="parafuse-group")
         self._heard: dict[int, _Heard] = {}
         self._local_ranks: dict[int, int] = {}
         """By global rank; kept when a rank has gone."""
@@ -219,8 +224,13 @@ class GroupSupervisor:
             self._link.send(End())
             await self._until(lambda: not self._heard, END_S)
         self._end_call(GroupLostError("the ranks were told to end.", cause="failed"))
-        await asyncio.to_thread(self._group.close)
+        await self._do(self._group.close)
+        self._hands.shutdown(wait=False)
         await self._link.close()
+
+    async def _do(self, act: Callable[..., T], *args: Any) -> T:
+        """One act of the group, after those before it: also after a start whose waiter was cancelled."""
+        return await asyncio.get_running_loop().run_in_executor(self._hands, act, *args)
 
     async def _until(self, is_so: Callable[[], bool], patience_s: float) -> None:
         deadline = self._clock() + patience_s
@@ -246,9 +256,9 @@ class GroupSupervisor:
         self._local_ranks = {} if self.num_ranks > self._ranks else {rank: rank for rank in range(self._ranks)}
         self._started_at = self._probe_begun = self._probe_ended = 0.0
         self._watchdog.begin()
-        await asyncio.to_thread(self._group.start, self._devices.choose())
+        await self._do(self._group.start, self._devices.choose())
         while True:
-            failure = await asyncio.to_thread(self._group.poll)
+            failure = await self._do(self._group.poll)
             loss = self._fault or (_of_failure(failure) if failure else self._look(self._clock()))
             if loss is not None:
                 return loss
@@ -259,16 +269,16 @@ class GroupSupervisor:
         ready_s = self._clock() - self._ready_at if self.is_ready else 0.0
         self._ready.clear()
         self._losses[loss.cause] += 1
-        self._end_call(GroupLostError(loss.summary, cause=loss.cause))
+        self._state, self._why = "restarting", loss.summary
         self._link.forget()
         self._heard = {}
-        await asyncio.to_thread(self._group.kill)
+        await self._do(self._group.kill)
+        self._end_call(GroupLostError(loss.summary, cause=loss.cause))  # now that nothing writes its outputs any more
         wait_s = self._budget.lost(ready_s=ready_s)
         logger.error("ranks lost (%s): %s%s", loss.cause, loss.summary, f"\n{loss.details}" if loss.details else "")
         local_rank = self._local_ranks.get(-1 if loss.rank is None else loss.rank)
         for aside in () if local_rank is None else self._devices.charge(local_rank):
             logger.critical("alarm: %s", aside.summary)
-        self._state, self._why = "restarting", loss.summary
         if self._budget.alarm:
             self._state = "broken"
             logger.critical("alarm: ranks are lost again and again; the next start is in %.0f s.", wait_s)
@@ -433,10 +443,9 @@ class GroupSupervisor:
 
 
 def _of_failure(failure: RankFailure) -> Loss:
-    """A rank that wrote down why it ended has failed; one that did not has died."""
-    is_dead = failure.exit_code < 0 or not failure.details
+    """A rank that a signal ended has died; one that ended by itself has failed."""
     return Loss(
-        cause="died" if is_dead else "failed",
+        cause="died" if failure.exit_code < 0 else "failed",
         summary=failure.summary,
         details=failure.details,
         rank=failure.rank if failure.rank >= 0 else None,

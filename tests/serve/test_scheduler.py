@@ -85,12 +85,12 @@ def fails(kind: str) -> Play:
     return play
 
 
-def one_by_one(queued: Sequence[Job], alone: frozenset[str], now: float) -> Chosen:
+async def one_by_one(queued: Sequence[Job], alone: frozenset[str], now: float) -> Chosen:
     late = [job for job in queued if job.deadline_s is not None and job.deadline_s < now]
     return Chosen([job for job in queued if job not in late][:1], late)
 
 
-def all_together(queued: Sequence[Job], alone: frozenset[str], now: float) -> Chosen:
+async def all_together(queued: Sequence[Job], alone: frozenset[str], now: float) -> Chosen:
     first = queued[0]
     return Chosen([first] if first.id in alone else [job for job in queued if job.id not in alone])
 

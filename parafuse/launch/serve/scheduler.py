@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import shutil
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,9 +55,9 @@ class Chosen:
     """Their deadline has passed: to be failed."""
 
 
-Choose = Callable[[Sequence[Job], frozenset[str], float], Chosen]
-"""(queued jobs, those that must go alone, Unix time) -> what goes next. `choosing.Chooser`; called in a thread. Raises
-OSError where the store cannot be read."""
+Choose = Callable[[Sequence[Job], frozenset[str], float], Awaitable[Chosen]]
+"""(queued jobs, those that must go alone, Unix time) -> what goes next. `choosing.Chooser`. Raises OSError where the
+store cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ class Scheduler:
         await self._painter.wait_ready()
         queued = await asyncio.to_thread(self._store.queued)  # some may have been cancelled meanwhile
         self._alone &= {job.id for job in queued}
-        chosen = await asyncio.to_thread(self._choose, queued, frozenset(self._alone), time.time())
+        chosen = await self._choose(queued, frozenset(self._alone), time.time())
         for job in chosen.too_late:
             await self._fail(job, JobError(kind="deadline", message="its deadline passed while it waited."))
         if not chosen.together or self._draining:

@@ -191,6 +191,7 @@ class Supervisor:
             for task in (waiting, feeding, *others):
                 task.cancel()
             await self._clients.close()
+            await self._estimates.close()
 
     def _why_ended(self, task: asyncio.Task[Any]) -> int:
         error = task.exception()

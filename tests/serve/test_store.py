@@ -104,7 +104,7 @@ def test_an_idempotency_key_makes_one_job_for_each_owner(store: SqliteStore) -> 
 
 
 def test_quotas_of_one_key_and_of_all(store: SqliteStore) -> None:
-    limits = {"max_queued": 3, "max_queued_of_key": 2}
+    limits: dict[str, Any] = {"max_queued": 3, "max_queued_of_key": 2}
     jobs = [store.accept(a_job(), **limits) for _ in range(2)]
     with pytest.raises(QueueFullError, match="2 jobs of this key wait; at most 2") as own:
         store.accept(a_job(), **limits)

@@ -112,7 +112,7 @@ class Model(RuleBasedStateMachine):
         job = a_job(owner, id=new_id("image"), priority=priority, idempotency_key=key,
                     webhook="https://a.example" if hooked else None)  # fmt: skip
         stands = next((one for one in self.shadows.values() if key and (one.owner, one.key) == (owner, key)), None)
-        call = {"request_hash": str(twist), "max_queued": MAX_QUEUED, "max_queued_of_key": MAX_OF_KEY}
+        call: dict[str, Any] = {"request_hash": str(twist), "max_queued": MAX_QUEUED, "max_queued_of_key": MAX_OF_KEY}
         if stands is not None:
             if twist:
                 with pytest.raises(IdempotencyError):
@@ -289,5 +289,8 @@ class Model(RuleBasedStateMachine):
 
 TestModel = Model.TestCase
 TestModel.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=70,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -22,6 +22,8 @@ class Call:
     paint: Paint
     predicted_s: Mapping[str, float] = field(default_factory=dict[str, float])
     """By phase; of denoising one step's."""
+    waits: bool = True
+    """For ranks to be ready; False: it fails where they are not."""
     is_probe: bool = False
     events: asyncio.Queue[Stepped | Painted | Failed | GroupLostError] = field(default_factory=asyncio.Queue)
     begun_at: float = 0.0

@@ -55,7 +55,7 @@ class Probe:
     """The short call that shows that ranks work."""
 
     call: Paint
-    """With an empty folder, few steps, and enough pictures for every rank to have a part in it."""
+    """With an empty folder and few steps."""
     every_s: float = 60.0
     """After so long without a step on some rank."""
 
@@ -108,6 +108,7 @@ class GroupSupervisor:
         self._watchdog, self._budget = watchdog or Watchdog(), budget or Budget()
         self._devices = devices or Devices((), ranks)
         self._clock: Callable[[], float] = time.monotonic
+        self._closed = False
         self._task: asyncio.Task[None] | None = None
         self._hands = ThreadPoolExecutor(1, thread_name_prefix="parafuse-group")
         self._heard: dict[int, _Heard] = {}
@@ -151,12 +152,15 @@ class GroupSupervisor:
         return "" if self.is_ready else self._why
 
     async def paint(
-        self, call: Paint, predicted_s: Mapping[str, float] | None = None
+        self, call: Paint, predicted_s: Mapping[str, float] | None = None, *, waits: bool = True
     ) -> AsyncGenerator[Stepped | Painted | Failed]:
         """Runs a call, after those that came before it: its steps, last its end. Leaving it early stops the call.
 
-        `predicted_s`: by phase, of denoising one step's. Raises GroupLostError when the ranks are lost meanwhile."""
-        mine = Call(call, dict(predicted_s or {}))
+        `predicted_s`: by phase, of denoising one step's. `waits`: for ranks to be ready, as long as it takes; else it
+        fails where they are not. Raises GroupLostError when the ranks are lost meanwhile."""
+        if self._closed or not (waits or self.is_ready):
+            raise GroupLostError(self._why, cause="failed")
+        mine = Call(call, dict(predicted_s or {}), waits=waits)
         self._waiting.append(mine)
         self._advance()
         try:
@@ -210,9 +214,21 @@ class GroupSupervisor:
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Ends the ranks. A running call may take `grace_s` until then; calls that wait are not begun."""
-        self._state, self._why = "draining", "it is told to end."
+        if self._closed:
+            return
+        self._closed = True
+        self._state, self._why = "draining", "the ranks were told to end."
         self._ready.clear()
-        self._drop_waiting(GroupLostError("the ranks were told to end.", cause="failed"))
+        self._drop(list(self._waiting), GroupLostError(self._why, cause="failed"))
+        try:
+            await self._end_in_order(grace_s)
+        finally:  # also where nobody waits for it any more
+            self._hands.submit(self._group.close)
+            self._hands.shutdown(wait=False)
+        await asyncio.to_thread(self._hands.shutdown)
+        await self._link.close()
+
+    async def _end_in_order(self, grace_s: float) -> None:
         await self._until(lambda: self._current is None, grace_s)
         if self._current is not None and self._task is not None and not self._task.done():
             self._stop(self._current, "the ranks are told to end")
@@ -223,10 +239,7 @@ class GroupSupervisor:
         with contextlib.suppress(RankError):
             self._link.send(End())
             await self._until(lambda: not self._heard, END_S)
-        self._end_call(GroupLostError("the ranks were told to end.", cause="failed"))
-        await self._do(self._group.close)
-        self._hands.shutdown(wait=False)
-        await self._link.close()
+        self._end_call(GroupLostError(self._why, cause="failed"))
 
     async def _do(self, act: Callable[..., T], *args: Any) -> T:
         """One act of the group, after those before it: also after a start whose waiter was cancelled."""
@@ -273,6 +286,7 @@ class GroupSupervisor:
         self._link.forget()
         self._heard = {}
         await self._do(self._group.kill)
+        self._drop([one for one in self._waiting if not one.waits], GroupLostError(loss.summary, cause=loss.cause))
         self._end_call(GroupLostError(loss.summary, cause=loss.cause))  # now that nothing writes its outputs any more
         wait_s = self._budget.lost(ready_s=ready_s)
         logger.error("ranks lost (%s): %s%s", loss.cause, loss.summary, f"\n{loss.details}" if loss.details else "")
@@ -403,9 +417,11 @@ class GroupSupervisor:
         elif isinstance(end, Failed):
             self._fault = Loss(cause="failed", summary=f"the probe failed: {end.message}", details=end.details)
 
-    def _drop_waiting(self, error: GroupLostError) -> None:
-        while self._waiting:
-            self._waiting.popleft().events.put_nowait(error)
+    def _drop(self, calls: list[Call], error: GroupLostError) -> None:
+        """Ends calls that have not begun."""
+        for call in calls:
+            self._waiting.remove(call)
+            call.events.put_nowait(error)
 
     # What ranks say.
 

@@ -126,6 +126,16 @@ def test_inputs_go_with_a_job_that_is_not_taken(tmp_path: Path) -> None:
     assert [job.id for job in store.queued()] == [stands.id]
 
 
+def test_inputs_of_a_request_that_was_given_up_go_unless_a_job_has_them(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    taken, left = (store.folders.add_input(b"png", ".png") for _ in range(2))
+    store.accept(a_job(images=(taken,)))
+    store.discard_inputs([taken, left, "none.png"])
+    assert [path.name for path in store.folders.inputs.iterdir()] == [taken]
+    with pytest.raises(FileError, match="there is no such file"):
+        store.accept(a_job(images=(left,)))
+
+
 def test_a_sweep_takes_what_expired_then_the_oldest_until_few_enough_bytes_stay(tmp_path: Path) -> None:
     clock = Clock()
     store = open_store(tmp_path, clock=clock, keep_s=1000.0)

@@ -6,6 +6,7 @@ cut. The HTTP process and the supervisor use it side by side; a supervisor that 
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -83,7 +84,8 @@ class SqliteStore:
             return found
         finally:
             if not taken:
-                self._discard_unnamed(inputs)
+                with contextlib.suppress(StoreError):  # what is in the way is told already; `sweep` takes them
+                    self._discard_unnamed(inputs)
 
     def get(self, job: str, owner: str | None = None) -> Job | None:
         """One row."""
@@ -120,6 +122,12 @@ class SqliteStore:
             at.execute("DELETE FROM jobs WHERE id = ?", (job,))
         self._discard([found])
         return True
+
+    def discard_inputs(self, names: Sequence[str]) -> None:
+        """Takes away those that no job names: of a request that was given up, maybe while a thread still accepts it
+        (which then either has it, with its inputs, or finds them missing)."""
+        with self._database.writing() as at:
+            self.folders.discard_inputs(_unnamed(at, names))
 
     # What the supervisor does.
 
@@ -302,13 +310,14 @@ class SqliteStore:
             self.folders.discard_inputs(name for names in job.request.images.values() for name in names)
 
     def _discard_unnamed(self, inputs: Sequence[str]) -> None:
-        if not inputs:
-            return
-        with self._database.reading() as at:
-            unnamed = [
-                name for name in inputs if at.execute("SELECT 1 FROM inputs WHERE name = ?", (name,)).fetchone() is None
-            ]
-        self.folders.discard_inputs(unnamed)
+        if inputs:
+            with self._database.reading() as at:
+                unnamed = _unnamed(at, inputs)
+            self.folders.discard_inputs(unnamed)
+
+
+def _unnamed(at: sqlite3.Connection, inputs: Sequence[str]) -> list[str]:
+    return [name for name in inputs if at.execute("SELECT 1 FROM inputs WHERE name = ?", (name,)).fetchone() is None]
 
 
 def _standing(at: sqlite3.Connection, job: Job, request_hash: str) -> Job | None:

@@ -32,6 +32,8 @@ FINEST = 4
 """Pixels of the picture along each side that a preview's pixel stands for at least."""
 FORGET = 0.8
 """What earlier requests count for in a fit, against the one after them."""
+ENOUGH = 64
+"""Requests after which a fit stays as it is."""
 RIDGE = 1e-4
 """Of the mean square of a channel: few places with many channels are not fitted to the letter."""
 MOST_ASPECT_ERROR = 0.1
@@ -62,6 +64,15 @@ class _Map:
     target: Tensor
     """(C + 1, 3 * fineness^2)."""
     matrix: Tensor | None = None
+    learned: int = 0
+    """Requests."""
+
+    def solved(self) -> Tensor:
+        if self.matrix is None:
+            scale = self.gram.diagonal().mean().clamp(min=1e-12)
+            ridge = RIDGE * scale * torch.eye(len(self.gram), dtype=self.gram.dtype)
+            self.matrix = torch.linalg.solve(self.gram + ridge, self.target)
+        return self.matrix
 
 
 @dataclass
@@ -81,11 +92,11 @@ class Previews:
         paired is said once, and left."""
         frames = [_middle(one) for one in pictures]
         if not frames or len(latents_B) != len(frames):
-            self._say(f"no previews: {len(latents_B)} latents for {len(frames)} pictures")
+            self._say("count", f"{len(latents_B)} latents for {len(frames)} pictures")
             return
         shape = self._shape(latents_B, frames[0].size)
         if shape is None:
-            self._say(f"no previews: latents {tuple(latents_B.shape)} do not lie as their {frames[0].size} pictures")
+            self._say("shape", f"latents {tuple(latents_B.shape)} do not lie as their {frames[0].size} pictures")
             return
         cell = frames[0].height / shape.height
         self._cells[shape.kind, shape.channels] = cell
@@ -95,6 +106,9 @@ class Previews:
             rows = shape.channels + 1
             found = _Map(fineness, torch.zeros(rows, rows).double(), torch.zeros(rows, 3 * fineness**2).double())
             self._maps[shape.kind, shape.channels] = found
+        if found.learned >= ENOUGH:
+            return
+        found.learned += 1
         found.gram *= FORGET
         found.target *= FORGET
         for number, frame in enumerate(frames):
@@ -111,15 +125,11 @@ class Previews:
         shape = self._shape(latents_B, size)
         found = None if shape is None else self._maps.get((shape.kind, shape.channels))
         if shape is None or found is None:
-            self._say(f"no previews: nothing is known yet of latents {tuple(latents_B.shape)}")
+            self._say("unknown", f"nothing is known yet of latents {tuple(latents_B.shape)}")
             return []
-        if found.matrix is None:
-            scale = found.gram.diagonal().mean().clamp(min=1e-12)
-            found.matrix = torch.linalg.solve(
-                found.gram + RIDGE * scale * torch.eye(len(found.gram)).double(), found.target
-            )
+        matrix = found.solved()
         return [
-            _png(self._painted(latents_B[number : number + 1], shape, found.matrix, found.fineness))
+            _png(self._painted(latents_B[number : number + 1], shape, matrix, found.fineness))
             for number in range(len(latents_B))
         ]
 
@@ -158,11 +168,11 @@ class Previews:
         sides = _sides(places, size, self._cells.get(("packed", channels)))
         return None if sides is None else Shape("packed", *sides, channels)
 
-    def _say(self, text: str) -> None:
-        """Once for each kind of thing."""
-        if text not in self._said:
-            self._said.add(text)
-            note(text)
+    def _say(self, kind: str, why: str) -> None:
+        """Once of a kind."""
+        if kind not in self._said:
+            self._said.add(kind)
+            note(f"a request had no previews: {why}")
 
 
 def clean(before: Tensor, after: Tensor, scheduler: Any) -> Tensor:

@@ -75,7 +75,7 @@ class SafePoints:
         rank, before it may be left.
 
         Steps are those that the pipeline's own callback tells, else those of its scheduler, whose `step` is replaced on
-        the instance meanwhile; a line says where there is neither, so that nothing is told. Raises, out of the pipeline's
+        the instance meanwhile; a line says where there is neither, so that none is told. Raises, out of the pipeline's
         call, StoppedError on all ranks, and RankError where the leader says nothing within the job's timeout."""
         self._number += 1
         passed = _Passed(self, pipeline, on_step)

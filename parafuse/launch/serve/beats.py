@@ -6,11 +6,11 @@ import os
 import queue
 import resource
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from parafuse.launch.serve.messages import Beat, End, FrameError, FromRank, Message, Paint, Stop, encode, receive
 
@@ -27,6 +27,8 @@ class Progress:
         self.rank, self.phase, self.call, self.step, self.moves = rank, LOADING, "", 0, 0
         self.last_step_s: float | None = None
         """On the monotonic clock."""
+        self.device: Any = None
+        """Of this rank, once it has one: the beats' thread would take the first."""
         self.seconds: dict[str, float] = {}
         """Of the phases of the call at hand."""
         self._since = time.monotonic()
@@ -54,7 +56,7 @@ class Progress:
         self.call, self.step = "", 0
 
     def beat(self) -> Beat:
-        now, bytes_now, peak = self.last_step_s, *_memory()
+        now, bytes_now, peak = self.last_step_s, *_memory(self.device)
         return Beat(
             rank=self.rank,
             phase=self.phase,
@@ -67,12 +69,12 @@ class Progress:
         )
 
 
-def _memory() -> tuple[int, int]:
-    """(now, most): of the device in this call so far, or of the host since the process began."""
-    torch = sys.modules.get("torch")
-    cuda = getattr(torch, "cuda", None)
-    if cuda is not None and cuda.is_initialized():
-        return cuda.memory_allocated(), cuda.max_memory_allocated()
+def _memory(device: Any) -> tuple[int, int]:
+    """(now, most): of a GPU in this call so far, or of the host since the process began."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -124,7 +124,7 @@ def _write_video(frames: Sequence[Image.Image], path: Path, receipt_id: str, fps
     width, height = frames[0].size
     with av.open(str(path), "w", format=VIDEO, options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = f"{PNG_KEY} {receipt_id}"
-        stream = container.add_stream(codec, rate=fps)
+        stream = cast("av.VideoStream", container.add_stream(codec, rate=fps))
         stream.width, stream.height = width + width % 2, height + height % 2  # colours are for 2 x 2 pixels
         stream.pix_fmt = "yuv420p"
         stream.thread_count = VIDEO_THREADS

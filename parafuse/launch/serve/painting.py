@@ -85,10 +85,11 @@ class Painter:
     """Of one engine, on this rank."""
 
     def __init__(
-        self, engine: Engine, leader: int, line: Line, progress: Progress, *, loras: Path | None, max_loras: int
-    ):
-        """`leader`: the rank that is given the calls."""
-        self._engine, self._line, self._progress = engine, line, progress
+        self, engine: Engine, leader: int, line: Line, progress: Progress, *, defaults: dict[str, Any],
+        loras: Path | None, max_loras: int,
+    ):  # fmt: skip
+        """`leader`: the rank that is given the calls. `defaults`: the model's own, of keywords."""
+        self._engine, self._line, self._progress, self._defaults = engine, line, progress, defaults
         self._leads, self._call = engine.rank == leader, Paint(call="", items=())
         self._points = SafePoints(engine.world, leader, lambda: line.stop_of(self._call.call))
         self._adapters = AdaptersKept(engine, loras, max_loras, self._agreed)
@@ -116,7 +117,7 @@ class Painter:
         if self._leads:
             try:
                 self._line.send(self._answer(call, output, fault, begun))
-            except (ParafuseError, OSError) as error:  # on this rank alone, and nobody waits for it
+            except Exception as error:  # on this rank alone, and the others have ended the call
                 self._line.send(failed(call, error))
         self._latents = None
         if fault is not None and kind_of(fault) == "memory":
@@ -193,7 +194,7 @@ class Painter:
         texts = [item for item in items for _ in range(item.num_outputs if repeats else 1)]
         found: dict[str, Any] = {"prompt": [one.prompt for one in texts]}
         if any(one.negative_prompt is not None for one in texts):
-            default = self._engine._source.defaults.get("negative_prompt") or ""
+            default = self._defaults.get("negative_prompt") or ""
             negative = [default if one.negative_prompt is None else one.negative_prompt for one in texts]
             found["negative_prompt"] = negative
         if len(texts) == 1:
@@ -233,8 +234,8 @@ class Painter:
     @property
     def _asked_size(self) -> tuple[int, int] | None:
         """Width and height of the call at hand, as far as they are known."""
-        defaults = self._engine._source.defaults
-        width, height = (self._call.settings.get(name, defaults.get(name)) for name in ("width", "height"))
+        asked = self._call.settings
+        width, height = (asked.get(name, self._defaults.get(name)) for name in ("width", "height"))
         return (width, height) if isinstance(width, int) and isinstance(height, int) else self._size
 
     def _answer(self, call: Paint, output: Any, fault: Exception | None, begun: float) -> Painted | Failed:
@@ -309,7 +310,8 @@ def shown_at(previews: int, num_steps: int) -> frozenset[int]:
     """The steps after which a preview is sent: spread over them, the last one left out, which has a picture."""
     if previews < 1 or num_steps < 2:
         return frozenset()
-    places = (round(num_steps * (number + 1) / (previews + 1)) for number in range(min(previews, num_steps - 1)))
+    previews = min(previews, num_steps - 1)
+    places = (round(num_steps * (number + 1) / (previews + 1)) for number in range(previews))
     return frozenset(min(max(1, place), num_steps - 1) for place in places)
 
 

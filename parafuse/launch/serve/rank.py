@@ -112,6 +112,7 @@ def _paint(job: RankJob, feeds: bool, line: Line, progress: Progress, ending: En
     quiet.silence_libraries()
     from parafuse.config import Config
     from parafuse.engine.engine import Engine
+    from parafuse.engine.source import locate
     from parafuse.launch.serve.feed import Companions, Feed
     from parafuse.launch.serve.painting import Painter, failed, read_pictures
     from parafuse.launch.serve.phases import Phases
@@ -120,12 +121,13 @@ def _paint(job: RankJob, feeds: bool, line: Line, progress: Progress, ending: En
     config = Config.from_dict(job.config, where=f"{JOB_ENV}: config")
     engine = Engine.from_pretrained(job.model, config, expect=job.expect if config.parallel.is_chosen else None)
     world = engine.world
-    world.watch = progress.move
+    world.watch, progress.device = progress.move, world.device
     companions = Companions(world, ending.lost)
     feed = Feed(world, feeds, line, progress)
     phases = Phases(engine.pipeline, progress, prepares=bool(engine.handle.applied))
     loras = None if job.loras is None else Path(job.loras)
-    painter = Painter(engine, feed.leader, line, progress, loras=loras, max_loras=job.max_loras)
+    defaults = locate(job.model, allow_pickle=config.allow_pickle).defaults
+    painter = Painter(engine, feed.leader, line, progress, defaults=defaults, loras=loras, max_loras=job.max_loras)
 
     def read(call: Paint) -> dict[str, tuple[bytes, ...]] | None:
         """On the feeding rank: what other ranks need not hear of is answered here."""

@@ -201,6 +201,15 @@ def test_keys_that_owe_much_still_take_turns(asked: list[tuple[str, int, int]]) 
     assert len(turns) == len(asked) + 13
 
 
+def test_keys_that_owe_the_most_take_turns() -> None:
+    shares, turns, queued = Shares(), "", [job(owner) for owner in "abc" for _ in range(9)] + [job("low", priority=-10)]
+    for turn in range(6):
+        shares = dataclasses.replace(shares, had={"a": 50.0, "b": 50.0, "c": 50.0, "low": 0.0})  # all at `most_debt`
+        choice = choose(queued, shares, float(turn), policy=POLICY)
+        shares, turns = choice.shares, turns + choice.jobs[0].owner
+    assert turns == "abcabc"
+
+
 def served(machine: Machine) -> Iterator[str]:
     while machine.queue:
         yield from (one.id for one in machine.step().jobs)

@@ -25,7 +25,7 @@ from parafuse.engine.engine import Engine
 from parafuse.errors import ConfigError, MemoryLimitError, ModelError, ParafuseError, RankError, UnsupportedError
 from parafuse.launch.serve.async_engine import AsyncEngine, Progress, Result, _error
 from parafuse.launch.serve.messages import Failed
-from tests.serve.groups import PATIENCE_S, child_env, is_alive
+from tests.serve.groups import COMMAND, PATIENCE_S, child_env, is_alive
 
 ROOT = Path(__file__).parents[2]
 CALL: dict[str, Any] = {"num_inference_steps": 4, "width": 32, "height": 32}
@@ -67,11 +67,20 @@ def test_calls_of_an_engine_on_two_ranks() -> None:
         async with engine(config=Config(parallel=Parallel(ulysses=2))) as found:
             first = await paints_what_an_engine_paints(found)
             await refuses_what_is_wrong(found)
+            await stops(found)
+            last = await painted(found, "a red apple", seed=7, **CALL)
+            assert last.images[0].tobytes() == first.tobytes()
+
+    run(main)
+
+
+def test_calls_are_painted_in_order_and_a_lost_group_is_tried_again() -> None:
+    async def main() -> None:
+        async with engine(command=COMMAND) as found:
             await paints_in_order(found)
             await stops(found)
             await survives_a_loss(found)
-            last = await painted(found, "a red apple", seed=7, **CALL)
-            assert last.images[0].tobytes() == first.tobytes()
+            assert (await painted(found, "a", seed=9, **CALL)).images[0].getpixel((0, 0)) == (9, 0, 0)
 
     run(main)
 
@@ -140,7 +149,7 @@ async def paints_in_order(found: AsyncEngine) -> None:
 
 async def stops(found: AsyncEngine) -> None:
     before = pids_of(found)
-    long = CALL | {"num_inference_steps": 1000}
+    long: dict[str, Any] = CALL | {"num_inference_steps": 1000}
     async with aclosing(found.generate("a", **long)) as events:
         async for _ in events:
             break
@@ -167,7 +176,8 @@ async def survives_a_loss(found: AsyncEngine) -> None:
     """Tried once more, then an error by name."""
     steps: list[tuple[int, int]] = []
     last: Result | None = None
-    async for event in found.generate("a", seed=3, **CALL | {"num_inference_steps": 20}):
+    more: dict[str, Any] = CALL | {"num_inference_steps": 20}
+    async for event in found.generate("a", seed=3, **more):
         if isinstance(event, Result):
             last = event
             continue
@@ -178,7 +188,7 @@ async def survives_a_loss(found: AsyncEngine) -> None:
     assert steps[-20:] == [(2, number) for number in range(1, 21)]
 
     async def killing() -> None:
-        async for event in found.generate("a", **CALL | {"num_inference_steps": 1000}):
+        async for event in found.generate("a", **more):
             if isinstance(event, Progress) and event.step == 2:
                 os.kill(pids_of(found)[0], signal.SIGKILL)
 

@@ -211,6 +211,26 @@ def test_a_failed_call_leaves_the_group_as_it_was(tmp_path: Path) -> None:
     run(main)
 
 
+def test_a_call_that_ranks_could_not_read_is_not_sent(tmp_path: Path) -> None:
+    """It would be their end: who speaks so to them is none they know."""
+
+    async def main() -> None:
+        async with server(tmp_path) as here:
+            await ready(here.supervisor)
+            for wrong in (
+                paint("a", negative=object()),
+                Paint(call="a", items=(Item(job="a", prompt=3, seed=1),)),  # pyright: ignore[reportArgumentType]
+                paint("a", large="x" * (9 << 20)),
+            ):
+                ends = await asyncio.gather(end_of(here.supervisor, wrong), end_of(here.supervisor, paint("b")))
+                assert isinstance(ends[0], Failed)
+                assert ends[0].kind == "invalid"
+                assert isinstance(ends[1], Painted)
+            assert here.supervisor.losses == {}
+
+    run(main)
+
+
 def test_a_call_is_stopped_at_a_step(tmp_path: Path) -> None:
     async def main() -> None:
         async with server(tmp_path) as here:

@@ -202,6 +202,8 @@ class AsyncEngine:
         settings = {name: value for name, value in keywords.items() if name not in pictures}
         self._check(prompt, seed, keywords, settings)
         negative = settings.pop("negative_prompt", None)
+        if not isinstance(negative, str | None):
+            raise ConfigError(f"negative_prompt={negative!r}: must be a text.")
         for name, value in {"num_outputs": num_outputs, "frames_per_second": frames_per_second}.items():
             if value < 1:
                 raise ConfigError(f"{name}={value}: must be at least 1.")

@@ -24,6 +24,7 @@ from parafuse.launch.serve.messages import (
     Beat,
     End,
     Failed,
+    FrameError,
     FromRank,
     Hello,
     Paint,
@@ -393,6 +394,9 @@ class GroupSupervisor:
         self._watchdog.call(call.kind, call.predicted_s)
         try:
             self._link.send(call.paint)
+        except FrameError as error:
+            self._end_call(Failed(call=call.paint.call, kind="invalid", message=f"the call cannot be sent: {error}"))
+            self._advance()
         except RankError as error:
             self._fault = Loss(cause="died", summary=str(error))  # the call hears of it when the group is ended
 

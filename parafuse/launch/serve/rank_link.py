@@ -24,6 +24,7 @@ from parafuse.launch.serve.messages import (
     Stepped,
     Stop,
     ToRank,
+    decode,
     encode,
     read,
 )
@@ -35,6 +36,8 @@ GENERATION_ENV = "PARAFUSE_SERVE_GENERATION"
 FEEDS_ENV = "PARAFUSE_SERVE_FEEDS"
 LONGEST_PATH = 100
 """Bytes; the kernel takes 107."""
+HEAD_BYTES = 4
+"""Of a frame, before its body."""
 HELLO_S = 10.0
 """For a connection to say who it is."""
 MAX_WAITING_BYTES = 32 << 20
@@ -90,15 +93,20 @@ class RankLink:
         self._server = await asyncio.start_unix_server(self._accept, self.path)
 
     def send(self, message: ToRank) -> None:
-        """To the feeding rank. Raises RankError where there is none, or where it does not read."""
+        """To the feeding rank. Raises RankError where there is none, or where it does not read; FrameError for one
+        that it could not read, which would be its end."""
+        try:
+            frame = encode(message)
+        except TypeError as error:
+            raise FrameError(f"{type(message).__name__}: {error}") from error
+        if not isinstance(decode(frame[HEAD_BYTES:]), Paint | Stop | End):
+            raise FrameError(f"{type(message).__name__}: is no message for a rank.")
         feeder = next((one for one in self._connections.values() if one.hello.feeds), None)
         if feeder is None or feeder.writer.is_closing():
             raise RankError("the rank that is given the calls is not connected.")
         if feeder.writer.transport.get_write_buffer_size() > MAX_WAITING_BYTES:
             raise RankError(f"rank {feeder.hello.rank} reads no messages.")
-        if not isinstance(message, Paint | Stop | End):
-            raise TypeError(f"{type(message).__name__}: is no message for a rank.")
-        feeder.writer.write(encode(message))
+        feeder.writer.write(frame)
 
     def forget(self) -> None:
         """Ends all connections, without telling `gone`: their ranks were ended."""

@@ -327,6 +327,18 @@ def test_who_is_held_up_by_another_process_is_told(tmp_path: Path) -> None:
     store.accept(a_job())
 
 
+def test_who_makes_the_file_at_the_same_time_does_not_wait_for_the_others_for_ever(tmp_path: Path) -> None:
+    gate = threading.Barrier(4)
+
+    def make(folder: Path) -> None:
+        gate.wait(60)
+        open_store(folder, busy_s=5.0).close()
+
+    with ThreadPoolExecutor(4) as pool:
+        for index in range(12):
+            list(pool.map(make, [tmp_path / str(index)] * 4))
+
+
 def test_threads_share_a_store_and_quotas_hold_among_them(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     refused = threading.Semaphore(0)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -119,7 +117,7 @@ class Database:
         connection = sqlite3.connect(self.path, timeout=self._busy_s, isolation_level=None, check_same_thread=False)
         try:
             connection.row_factory = sqlite3.Row
-            mode = self._with_log(connection)
+            mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode != "wal":
                 raise StoreError(f"{self.path}: its disk cannot hold a write-ahead log ({mode}). Give a local folder.")
             for pragma in ("synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF", "cell_size_check=ON",
@@ -129,22 +127,6 @@ class Database:
             connection.close()
             raise
         return connection
-
-    def _with_log(self, connection: sqlite3.Connection) -> str:
-        """Turns the write-ahead log on. Processes that make the file at once would wait for each other in SQLite, each
-        with a lock that the other needs: here they let go, and try again."""
-        end_s = time.monotonic() + self._busy_s
-        connection.execute("PRAGMA busy_timeout=0")
-        while True:
-            try:
-                mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-                break
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end_s:
-                    raise
-                time.sleep(random.uniform(0.001, 0.02))
-        connection.execute(f"PRAGMA busy_timeout={round(self._busy_s * 1000)}")
-        return mode
 
     def _prepare(self, steps: Steps) -> None:
         with self.reading() as connection:

@@ -205,7 +205,7 @@ def test_keys_that_owe_the_most_take_turns() -> None:
     shares, turns, queued = Shares(), "", [job(owner) for owner in "abc" for _ in range(9)] + [job("low", priority=-10)]
     for turn in range(6):
         shares = dataclasses.replace(shares, had={"a": 50.0, "b": 50.0, "c": 50.0, "low": 0.0})  # all at `most_debt`
-        choice = choose(queued, shares, float(turn), policy=POLICY)
+        choice = choose(queued, shares, 1.0 + turn, policy=POLICY)
         shares, turns = choice.shares, turns + choice.jobs[0].owner
     assert turns == "abcabc"
 

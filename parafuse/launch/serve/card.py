@@ -33,7 +33,7 @@ class ModelCard:
     accepted: frozenset[str] | None
     """Keywords of the pipeline's call; None where its source does not tell."""
     defaults: Mapping[str, Any]
-    """Keywords that the model itself sets where a request does not."""
+    """Keywords that the model itself sets where a request does not; of those, what JSON can say (no pictures)."""
     size_multiple: int | None
     guidance: str | None
     """The keyword that a request's `guidance` becomes; None: the pipeline has none."""
@@ -74,12 +74,20 @@ def card_of(model: str, *, allow_pickle: bool = False, loras: str | None = None)
         pipeline_class=pipeline,
         kind=_kind(pipeline, accepted),
         accepted=accepted,
-        defaults=source.defaults,
+        defaults={name: value for name, value in source.defaults.items() if _is_plain(value)},
         size_multiple=source.size_multiple,
         guidance=_guidance(source, accepted),
         loras=None if loras is None else Path(loras),
         source=source,
     )
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _kind(pipeline: str | None, accepted: frozenset[str] | None) -> str:

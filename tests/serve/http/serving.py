@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import secrets
 import socket
 import tempfile
@@ -124,11 +125,13 @@ class FakeSupervisor:
             found = await asyncio.to_thread(self.store.get, job.id)
             if found is None or found.cancel_asked:
                 await asyncio.to_thread(self.store.cancelled, job.id, epoch, rank_seconds=0.5, keep_s=KEEP_S)
-                return self.say(JobEvent(job=job.id, state="cancelled"))
+                self.say(JobEvent(job=job.id, state="cancelled"))
+                return
             await asyncio.sleep(0.02)
         if now.fail is not None:
             await asyncio.to_thread(self.store.fail, job.id, epoch, now.fail, rank_seconds=0.5, keep_s=KEEP_S)
-            return self.say(JobEvent(job=job.id, state="failed"))
+            self.say(JobEvent(job=job.id, state="failed"))
+            return
         folder = self.results / f"try-{secrets.token_hex(8)}"
         folder.mkdir()
         size = (request.settings.get("width", 16), request.settings.get("height", 16))
@@ -197,7 +200,8 @@ def serving(
         serve = Serving(state=folder, **settings)
         made = [make_key(f"key{index}", webhooks=True) for index in range(num_keys)]
         lines = [line for _, line in made]
-        keys = Keys.load(None, {"PARAFUSE_API_KEYS": "\n".join(with_limits(lines, limits or {}))})
+        environ = {"PARAFUSE_API_KEYS": "\n".join(with_limits(lines, limits or {}))} if lines else {}
+        keys = Keys.load(None, environ)
         store = SqliteStore(serve.database, serve.results, serve.inputs)
         supervisor = SupervisorClient(f"{folder}/s")
         found = card_of(card, loras=serve.loras) if isinstance(card, str) else card
@@ -233,6 +237,4 @@ def serving(
 
 
 def with_limits(lines: list[str], limits: dict[str, Any]) -> list[str]:
-    import json
-
     return [json.dumps(json.loads(line) | (limits if index == 0 else {})) for index, line in enumerate(lines)]

@@ -14,7 +14,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from parafuse.launch.serve.http.errors import ApiError, as_api_error, response_of
+from parafuse.launch.serve.http.errors import GONE, ApiError, as_api_error, response_of
 from parafuse.launch.serve.http.limits import ClientStalledError, log_stalled
 from parafuse.launch.serve.http.metrics import Metrics
 from parafuse.launch.serve.keys import Key
@@ -75,7 +75,7 @@ class Access:
                 raise  # the answer has begun: the server closes the connection
             await response_of(as_api_error(error))(scope, receive, sent)
         finally:
-            self._note(scope, status or 499, time.perf_counter() - begun_s)
+            self._note(scope, status or GONE, time.perf_counter() - begun_s)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or "other"

@@ -8,8 +8,9 @@ from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from parafuse.errors import ConfigError, ParafuseError
 from parafuse.launch.serve.jobs import IdempotencyError, JobError, QueueFullError
@@ -22,6 +23,8 @@ TYPES = {
 NO_RETRY = {"x-should-retry": "false"}
 """OpenAI's clients try 408, 409, 429 and 5xx again by themselves; this tells them not to."""
 RETRY_S = 5.0
+GONE = 499
+"""Never sent: the client has gone. For the log and for metrics."""
 
 
 class ApiError(ParafuseError):
@@ -119,13 +122,18 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
     told = as_api_error(error)
     request.scope["parafuse.code"] = told.code
     if told.status >= 500 and not isinstance(error, ApiError):
-        structlog.get_logger("parafuse.http").error(
-            "failed", request_id=request.scope.get("parafuse.id"), exc_info=error
-        )
+        log = structlog.get_logger("parafuse.http")
+        log.error("store", request_id=request.scope.get("parafuse.id"), error=f"{type(error).__name__}: {error}")
     return response_of(told)
 
 
 def install(app: FastAPI) -> None:
     """Every error of a route gets the one body."""
-    for kind in (ParafuseError, HTTPException, OSError, Exception):
+    for kind in (ParafuseError, HTTPException, OSError):
         app.add_exception_handler(kind, answer)
+    app.add_exception_handler(ClientDisconnect, _nobody)
+
+
+async def _nobody(_: Request, __: Exception) -> Response:
+    """The client went before its body was whole: nobody reads this, and it is no error of ours."""
+    return Response(status_code=GONE)

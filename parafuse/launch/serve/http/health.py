@@ -21,7 +21,9 @@ class Health:
 
     def router(self) -> APIRouter:
         router = APIRouter(tags=["health"])
-        not_ready: dict[int | str, dict[str, Any]] = {503: {"description": "Not ready, and why.", "content": {"application/json": {}}}}
+        not_ready: dict[int | str, dict[str, Any]] = {
+            503: {"description": "Not ready, and why.", "content": {"application/json": {}}}
+        }
         router.add_api_route("/health/live", self.live, methods=["GET"])
         router.add_api_route("/health/ready", self.ready, methods=["GET"], responses=not_ready, response_model=None)
         router.add_api_route(

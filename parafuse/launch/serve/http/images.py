@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from parafuse.launch.serve.card import IMAGE, MASK
 from parafuse.launch.serve.http import answers, openapi
-from parafuse.launch.serve.http.errors import cancelled, invalid, of_job
+from parafuse.launch.serve.http.errors import GONE, cancelled, invalid, of_job
 from parafuse.launch.serve.http.events import PictureEvents
 from parafuse.launch.serve.http.service import Service, digest_of
 from parafuse.launch.serve.http.uploads import MAX_PICTURES, Form, form_of, json_of, keep
@@ -20,8 +20,6 @@ from parafuse.launch.serve.http.wire import EditBody, ImageBody, read_form, read
 from parafuse.launch.serve.jobs import Job, State
 
 PICTURES = {"image": "image", "image[]": "image", "mask": "mask"}
-GONE = 499
-"""Never sent: the client has gone. For the log."""
 
 
 class Images:

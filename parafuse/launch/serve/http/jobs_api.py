@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from parafuse.launch.serve.http import answers, openapi
 from parafuse.launch.serve.http.errors import invalid, missing
@@ -29,7 +29,7 @@ class Jobs:
         router.add_api_route("/v1/jobs/{job}", self.get, methods=["GET"], responses=told)
         router.add_api_route("/v1/jobs/{job}", self.cancel, methods=["DELETE"], responses=told)
         router.add_api_route(
-            "/v1/jobs/{job}/events", self.events, methods=["GET"], responses=told, response_class=EventStream,
+            "/v1/jobs/{job}/events", self.events, methods=["GET"], responses=told, response_class=StreamingResponse,
             response_model=None,
         )  # fmt: skip
         router.add_api_route(

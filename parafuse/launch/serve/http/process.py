@@ -17,6 +17,7 @@ from types import FrameType
 
 import structlog
 import uvicorn
+import uvloop
 
 from parafuse.launch.serve import logs
 from parafuse.launch.serve.card import card_of
@@ -45,7 +46,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.draining = True
-        super().handle_exit(sig, frame)
+        self.should_exit = True  # uvicorn's own would raise the signal once more at the end: an end by signal, not by 0
 
 
 def main() -> int:
@@ -71,7 +72,7 @@ def serve(wiring: Wiring, *, beat: int, door: socket.socket) -> int:
     app = make_app(settings, card, store=store, keys=keys, supervisor=supervisor, admit=admit)
     server = Server(config_of(app), app.state.service)
     structlog.get_logger("parafuse.http").info("started", model=card.name, pid=os.getpid())
-    asyncio.run(_run(server, door, beat))
+    uvloop.run(_run(server, door, beat))
     store.close()
     return 0
 

@@ -110,6 +110,8 @@ def plain_picture(data: bytes, name: str, max_pixels: int, is_mask: bool) -> byt
         Image.frombytes(plain.mode, plain.size, plain.tobytes()).save(out, "PNG", compress_level=1)
     except ApiError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit
+        raise invalid(name, f"has too many pixels; at most {max_pixels} are taken.", "image_too_large") from error
     except Exception as error:  # decoders raise anything for what is broken
         raise invalid(name, f"cannot be read as {', '.join(FORMATS)}.", "invalid_image") from error
     return out.getvalue()

@@ -19,7 +19,7 @@ REST := $(USE) $(OPTIONS) $(ATTENTION) tests/caches tests/memory tests/vae tests
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-use test-caches test-options test-attention test-memory test-vae test-planning test-rest vae bench-vae bench-plan caches options sparse rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
+.PHONY: help setup demo check test test-use test-caches test-options test-attention test-memory test-vae test-planning serve-ci soak test-rest vae bench-vae bench-plan caches options sparse rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,13 @@ test-vae: setup ## Run the tests of autoencoders on several ranks
 
 test-planning: setup ## Run the tests of the planner
 	$(PYTEST) tests/planning --hold-floors
+
+serve-ci: setup ## Run the tests of the server, and a minute of it while its processes are killed (eight minutes)
+	$(PYTEST) tests/serve --hold-floors
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.serve.soak --minutes 1 --every 15
+
+soak: setup ## Load a server for half an hour while its processes are killed and stopped: docs/notes/soak.json
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.serve.soak --minutes 30 --every 60 --record docs/notes/soak.json
 
 bench-plan: setup ## Is the planner right? On 2 CPU cores, and against published times: docs/planner.md (a quarter of an hour)
 	$(BIN)/python -m benchmarks.plan_published --page docs/planner.md

@@ -31,7 +31,7 @@ hypothesis.settings.load_profile("parafuse")
 
 SUITES = tuple(  # the fastest answer first
     "unit dist gpu quality caches kernels quantize rewrites sparse planning memory vae options measuring support "
-    "drop_in".split()
+    "drop_in serve".split()
 )
 
 

@@ -82,6 +82,8 @@ class Handle:
     """By name: what it uses. Other handles may use it as well."""
     _stuck: list[Standing] = field(default_factory=list[Standing])
     """On components that were replaced while another library stood on them."""
+    skips_cache: bool = False
+    """Requests that begin now are computed as without the cache. The same on every rank."""
     _is_inside: Callable[[], bool] | None = None
     _together: Callable[[], bool] = never
     """Whether all ranks make the call that is made now."""
@@ -347,7 +349,12 @@ class Handle:
         A pipeline's own loop over steps starts anew by itself; a model that is called by hand is told so by this.
         Requests may be inside of each other. Local."""
         with ExitStack() as open_ones:
-            memories = {name: open_ones.enter_context(one.request()) for name, one in self.skipping.items()}
+            memories: dict[str, Memory] = {}
+            for name, one in self.skipping.items():
+                if self.skips_cache:
+                    open_ones.enter_context(one.off())
+                else:
+                    memories[name] = open_ones.enter_context(one.request())
             open_ones.enter_context(self.clock.anew(self.target))
             if self.offloading is not None:
                 open_ones.enter_context(self.offloading.request())

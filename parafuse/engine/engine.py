@@ -272,6 +272,8 @@ class Engine(Together):
                 engine.run(request["keywords"], request["seed"])
             elif request["do"] == "act":
                 engine._act(request["act"])
+            elif request["do"] == "use_cache":
+                engine._use_cache(request["on"])
             elif request["do"] == "from_pipe":
                 engine._from_pipe(request["pipeline_class"], request["kwargs"])
             else:

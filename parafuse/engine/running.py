@@ -103,9 +103,14 @@ class Running:
         self._told = {
             **told_by(self.handle, self._seen),
             "exchanged": exchanged_since(self.handle, self.sent_before),
-            "cache": report(self.handle.cache, self._memories, self.world),
+            "cache": self._cache_report(),
             "compiled": self._compiling.report() if self._compiling else None,
         }
+
+    def _cache_report(self) -> dict[str, Any]:
+        if self.handle.skips_cache and self.handle.cache is not None:
+            return {"off": str(self.handle.cache)}
+        return report(self.handle.cache, self._memories, self.world)
 
     def told(self, decodes_before: Mapping[str, Count]) -> dict[str, Any]:
         """For the receipt of a request that has ended. `decodes_before`: what had gone between ranks when this one

@@ -212,6 +212,16 @@ class Together(Surface):
         """Raises RankError unless all ranks are asked for the same; collective, also for ranks that call another."""
         self.world.agree("a request", facts(values | {"method": method}), way_out=way_out)
 
+    def use_cache(self, on: bool) -> None:
+        """Whether requests from now on use the cache that the config has: without it their pictures are bitwise those
+        of an engine that has none. Under a launcher every rank calls it. Nothing happens where there is no cache."""
+        self._refuse_if_over()
+        self._everywhere({"do": "use_cache", "on": on}, {"on": on}, lambda: self._use_cache(on))
+
+    def _use_cache(self, on: bool) -> None:
+        self._agree("use_cache", {"on": on})
+        self.handle.skips_cache = not on
+
     def act(self, act: Act) -> Any:
         """A method of the pipeline, or of a part of it, on all ranks. Under a launcher every rank calls it.
 

@@ -35,6 +35,7 @@ from parafuse.launch.bench import command as benching
 from parafuse.launch.bench.starts import STARTS_ENV
 from parafuse.launch.options import build, given, options_of, with_options
 from parafuse.launch.score import command as scoring
+from parafuse.launch.serve import command as serving
 from parafuse.parallel import rank_entry
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ EXPORT_OPTIONS = [option for option in options_of(exporting.Export) if option.na
 PLANNING_OPTIONS = [option for option in options_of(planning.Planning) if option.name != "seed"]
 SCORING_OPTIONS = options_of(scoring.Scoring)
 TUNING_OPTIONS = [option for option in options_of(tuning.Tuning) if option.name != "ranks"]
+SERVING_OPTIONS = options_of(serving.Serve)
 EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
 NEW_OBJECTS = 100_000
 """After which Python looks for garbage in a process of the command line. Its own 700 cost a sixth of a cold start,
@@ -274,6 +276,31 @@ def tune_attention(
     _hush(asked)
     degrees = [option for option in CONFIG_OPTIONS if option.name in ("ulysses", "ring")]
     tuning.run(tuning.prepare(prompt, asked, [*LOADING_OPTIONS, *degrees], options))
+
+
+@app.command()
+@with_options(*SERVING_OPTIONS, *CONFIG_OPTIONS)
+def serve(**options: Any) -> int:
+    """Serve a model over HTTP: a queue that loses nothing, on ranks that are started again when they fail.
+
+    The API is OpenAI's, for pictures and videos. It listens on the loopback address until it has keys (serve-key)."""
+    asked = build(serving.Serve(), given(SERVING_OPTIONS, options))
+    if not asked.verbose:
+        quiet.silence_libraries()
+    return serving.run(serving.prepare(asked, CONFIG_OPTIONS, options))
+
+
+@app.command("serve-key")
+def serve_key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is, for logs and metrics.")] = "",
+    webhooks: Annotated[bool, typer.Option("--webhooks", help="Its jobs may name webhooks; these are signed.")] = False,
+) -> None:
+    """Make an API key: the secret, for its user alone, and the line for the server's file of keys."""
+    from parafuse.launch.serve.keys import make_key
+
+    secret, line = make_key(name, webhooks=webhooks)
+    print(f"secret, shown once: {secret}", file=sys.stderr)
+    print(line)
 
 
 @app.command()

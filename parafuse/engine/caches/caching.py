@@ -37,13 +37,15 @@ class Caching(ABC):
         self.memory = Memory(self.branches())
         self.replay: Replay | None = None
         self._in_request = False
+        self.is_off = False
+        """In this request calls pass as if there were no cache."""
         self._made_of = Parts(root)
         self._undo: list[Callable[[], None]] = []
         self._first = next(iter(list(inspect.signature(type(root).forward).parameters)[1:]), "")
         clock.on_start.append(self.forget)
 
     def install(self) -> None:
-        self._undo.append(override_forward(self.root, self._root))
+        self._undo.append(override_forward(self.root, self._unless_off))
         if "compile" not in vars(self.root):
             self._undo.append(refuse_compile(self.root))
 
@@ -55,6 +57,28 @@ class Caching(ABC):
         self.memory = Memory(self.branches())
         if self.forget in self.clock.on_start:
             self.clock.on_start.remove(self.forget)
+
+    def _unless_off(self, original: Forward) -> Forward:
+        acting = self._root(original)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, **kwargs) if self.is_off else acting(*args, **kwargs)
+
+        return forward
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """A request inside is computed as without a cache, also in how branches are spread over ranks. Local: every
+        rank enters it."""
+        context = self.context
+        before, (owners, led) = self.is_off, (context.owners, context.led)
+        self.is_off, context.owners, context.led = True, None, None
+        context.branch = context.place = context.number = 0
+        context.leads, context.follows = True, False
+        try:
+            yield
+        finally:
+            self.is_off, context.owners, context.led = before, owners, led
 
     @abstractmethod
     def _root(self, original: Forward) -> Forward:
@@ -74,7 +98,7 @@ class Caching(ABC):
     def forget(self) -> None:
         """Drops what is kept, as at the start of a loop over steps. Within a request, decisions stay on record."""
         kept, self.memory = self.memory, Memory(self.branches())
-        self.context.owners = {}
+        self.context.owners = None if self.is_off else {}
         if self.context.led is not None:
             self.context.led.forget()
         if self._in_request:
@@ -121,6 +145,8 @@ class CallWatch(OnForward):
         clock, context = caching.clock, caching.context
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if caching.is_off:
+                return original(*args, **kwargs)
             args, kwargs = settled(args), settled(kwargs)
             clock.look()
             caching.forget_if_changed()

@@ -33,6 +33,8 @@ class OtherBranches(OnForward):
         context = self._caching.context
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._caching.is_off:
+                return original(*args, **kwargs)
             try:
                 return self._call(original, args, kwargs)
             except BaseException:

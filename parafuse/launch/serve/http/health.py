@@ -1,0 +1,57 @@
+"""/health/live, /health/ready and /metrics: never waits for a rank, nor for the supervisor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from parafuse.launch.serve.http import openapi
+from parafuse.launch.serve.http.service import Service
+from parafuse.launch.serve.supervisor_client import FRESH_S
+
+
+class Health:
+    """How the server is."""
+
+    def __init__(self, service: Service):
+        self._service = service
+
+    def router(self) -> APIRouter:
+        router = APIRouter(tags=["health"])
+        not_ready: dict[int | str, dict[str, Any]] = {
+            503: {"description": "Not ready, and why.", "content": {"application/json": {}}}
+        }
+        router.add_api_route("/health/live", self.live, methods=["GET"])
+        router.add_api_route("/health/ready", self.ready, methods=["GET"], responses=not_ready, response_model=None)
+        router.add_api_route(
+            "/metrics", self.metrics, methods=["GET"], response_class=PlainTextResponse, response_model=None,
+            responses=openapi.answers(),
+        )  # fmt: skip
+        return router
+
+    async def live(self) -> dict[str, Any]:
+        """This process answers."""
+        return {"status": "live"}
+
+    async def ready(self) -> JSONResponse:
+        """200 where a real step ran on every rank lately; else 503 with the reason."""
+        service = self._service
+        status, age_s = service.supervisor.status, service.supervisor.status_age_s
+        if service.draining:
+            state, why = "draining", "this process is ending"
+        elif status is None:
+            state, why = "starting", "the supervisor of the ranks has said nothing yet"
+        elif age_s > FRESH_S:
+            state, why = "silent", f"the supervisor of the ranks has said nothing for {age_s:.1f} s"
+        else:
+            state, why = status.state, status.why
+        return JSONResponse({"status": state, "why": why}, 200 if state == "ready" else 503)
+
+    async def metrics(self) -> Response:
+        """For Prometheus."""
+        service = self._service
+        counts = await service.stored(service.store.counts)
+        return Response(await service.worked(service.metrics.page, counts), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,136 @@
+"""The fields of requests, and what each may hold. Unknown ones are refused by name; none is accepted and ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from parafuse.errors import nearest
+from parafuse.launch.serve.http.errors import ApiError, invalid
+
+NOT_OFFERED = {
+    "style": "describe the style in the prompt",
+    "output_compression": "choose output_format png, jpeg or webp",
+    "input_fidelity": "use strength, where the model takes it",
+    "complexity": "use steps",
+    "frame_count": "ask for a video at /v1/videos",
+    "frame_duration_ms": "ask for a video at /v1/videos",
+    "svg": "choose output_format png, jpeg or webp",
+    "markup": "draw on the picture that you send",
+}
+"""Fields of OpenAI's that would change nothing here, and what does; null is taken."""
+SHOWN = 60
+MAX_SEED = 2**53 - 1
+"""What JSON carries whole in every language."""
+
+
+class Lora(BaseModel):
+    """A LoRA of the server's folder."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(max_length=200)
+    scale: float = Field(default=1.0, ge=-10, le=10, allow_inf_nan=False)
+
+
+class Common(BaseModel):
+    """What requests of every kind have."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompt: str = Field(description="What is to be seen.")
+    model: str | None = Field(default=None, description="The model served; not needed.", max_length=500)
+    size: str | None = Field(default=None, description="WIDTHxHEIGHT in pixels, or auto.", max_length=20)
+    user: str | None = Field(default=None, max_length=200, description="Your own word for who asked; the job says it.")
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Output i of a request has seed + i.")
+    steps: int | None = Field(default=None, ge=1)
+    guidance: float | None = Field(default=None, ge=0, le=1000, allow_inf_nan=False)
+    negative_prompt: str | None = None
+    lora: list[Lora] | None = Field(default=None, max_length=8)
+    cache: bool | None = Field(default=None, description="false: without the cache that the server was started with.")
+    priority: int | None = Field(default=None, ge=-10, le=10)
+    deadline_s: float | None = Field(default=None, gt=0, le=86400 * 30, allow_inf_nan=False)
+    webhook_url: str | None = Field(default=None, max_length=2000)
+
+
+class ImageBody(Common):
+    """POST /v1/images/generations."""
+
+    n: int | None = Field(default=None, ge=1)
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(default=None, ge=0, le=3)
+    background: bool | Literal["opaque", "auto"] | None = Field(
+        default=None, description="true: answered at once with a job."
+    )
+    quality: Literal["auto"] | None = None
+    moderation: Literal["auto"] | None = None
+    safety_identifier: str | None = Field(default=None, max_length=200, description="As user.")
+    # OpenAI's, which would change nothing here: NOT_OFFERED says what does
+    style: None = None
+    output_compression: None = None
+    input_fidelity: None = None
+    complexity: None = None
+    frame_count: None = None
+    frame_duration_ms: None = None
+    svg: None = None
+    markup: None = None
+
+    @property
+    def is_background(self) -> bool:
+        return self.background is True
+
+
+class EditBody(ImageBody):
+    """POST /v1/images/edits, beside its pictures."""
+
+    strength: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+
+
+class VideoBody(Common):
+    """POST /v1/videos, beside its picture."""
+
+    seconds: float | str | None = Field(default=None, description="Length; 4 where neither it nor frames is given.")
+    frames: int | None = Field(default=None, ge=1)
+    fps: int | None = Field(default=None, ge=1, le=120)
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def read_json(kind: type[Body], body: bytes) -> Body:
+    """A body of JSON. Raises ApiError (400) for the first fault, by its field."""
+    try:
+        return kind.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        raise told(error, kind) from error
+    except (ValueError, RecursionError) as error:
+        raise invalid(None, "The body is no JSON that can be read.", "invalid_json") from error
+
+
+def read_form(kind: type[Body], fields: Mapping[str, Any]) -> Body:
+    """A form's fields, which are texts. Raises ApiError (400) for the first fault, by its field."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise told(error, kind) from error
+
+
+def told(error: ValidationError, kind: type[BaseModel]) -> ApiError:
+    """The first fault in one line."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"] if part not in ("bool", "float", "str") and "[" not in str(part)]
+    name, value = ".".join(path)[: SHOWN * 2], repr(first.get("input"))
+    if first["type"] == "json_invalid":
+        return invalid(None, "The body is no JSON that can be read.", "invalid_json")
+    if name in NOT_OFFERED:
+        return invalid(name, f"is not offered here; {NOT_OFFERED[name]}.", "unsupported_parameter")
+    if first["type"] == "extra_forbidden":
+        allowed = sorted(kind.model_fields) if len(path) == 1 else sorted(Lora.model_fields)
+        hint = nearest(name, allowed) or f"; there are {', '.join(allowed)}."
+        return invalid(name, f"there is no such field{hint}", "unknown_parameter")
+    if first["type"] == "missing":
+        return invalid(name, "must be given.", "missing_required_parameter")
+    shown = value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
+    return invalid(name or None, f"{first['msg']}, and it is {shown}.")

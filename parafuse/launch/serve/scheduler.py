@@ -1,0 +1,343 @@
+"""Jobs become calls of the pipeline, and what came of a call becomes the jobs' end. Runs in the supervisor alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from parafuse.launch.serve.group import GroupLostError
+from parafuse.launch.serve.jobs import Job, JobError, JobStore, State
+from parafuse.launch.serve.messages import Failed, Item, JobEvent, Paint, Painted, Stepped
+
+LOOK_S = 0.25
+"""How often cancels and deadlines of running jobs are looked for, where nobody tells of them."""
+IDLE_LOOK_S = 1.0
+NOTE_S = 1.0
+"""How often a running job's progress is written down."""
+PATIENCE_S = 2.0
+"""Before the store is tried again that could not be used."""
+
+
+class Painter(Protocol):
+    """What the scheduler needs of the ranks: a `GroupSupervisor`."""
+
+    @property
+    def num_ranks(self) -> int: ...
+
+    async def wait_ready(self) -> None:
+        """Until a real step has run on every rank."""
+        ...
+
+    def paint(self, call: Paint) -> AsyncGenerator[Stepped | Painted | Failed]:
+        """Raises GroupLostError."""
+        ...
+
+    def stop_call(self, call: str, reason: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What goes next."""
+
+    together: Sequence[Job]
+    """For one call."""
+    too_late: Sequence[Job] = ()
+    """Their deadline has passed: to be failed."""
+
+
+Choose = Callable[[Sequence[Job], frozenset[str], float], Awaitable[Chosen]]
+"""(queued jobs, those that must go alone, Unix time) -> what goes next. `choosing.Chooser`. Raises OSError where the
+store cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Charge:
+    """What a supervisor is in charge of."""
+
+    store: JobStore
+    epoch: int
+    """As `begin_epoch` gave it."""
+    results: Path
+    keep_s: float
+    """How long results are kept."""
+
+
+@dataclass
+class Running:
+    """The call that is under way."""
+
+    call: Paint
+    jobs: list[Job]
+    begun_s: float
+    """time.monotonic()."""
+    step: int = 0
+    num_steps: int = 0
+    step_seconds: float = 0.0
+    stopping: dict[str, str] = field(default_factory=dict)
+    """Job -> why it is to end: cancelled, deadline, draining."""
+    told_s: float = 0.0
+
+    @property
+    def left_s(self) -> float:
+        """What it takes from now on, as its steps so far tell; 0 before the first."""
+        return max(0.0, (self.num_steps - self.step) * self.step_seconds)
+
+
+class Scheduler:
+    """Feeds the ranks from the store until it is told to end. One task; every call of the store is made in a thread."""
+
+    def __init__(
+        self,
+        charge: Charge,
+        painter: Painter,
+        choose: Choose,
+        *,
+        tell: Callable[[JobEvent], None],
+        painted: Callable[[Paint, Painted], None] = lambda *_: None,
+    ):
+        """`tell`: gives an event to whoever watches. `painted`: learns what a call took."""
+        self._store, self._epoch, self._painter = charge.store, charge.epoch, painter
+        self._choose = choose
+        self._results, self._keep_s, self._tell, self._painted = charge.results, charge.keep_s, tell, painted
+        self._alone: set[str] = set()
+        """Jobs that failed in a call with others."""
+        self._news = asyncio.Event()
+        self._draining = False
+        self.running: Running | None = None
+        self.fault = ""
+        """Why the store cannot be used now."""
+        self._log = structlog.get_logger("parafuse.scheduler")
+
+    def wake(self) -> None:
+        """There may be new jobs, or cancels."""
+        self._news.set()
+
+    async def run(self) -> None:
+        """Until `drain`. Raises StaleError where another supervisor has taken charge."""
+        while not self._draining:
+            self._news.clear()
+            try:
+                jobs = await self._next()
+                if jobs:
+                    await self._call(jobs)
+                    continue
+            except OSError as error:  # StoreError too: the disk may be full for a while
+                await self._faulty(error)
+                continue
+            self.fault = ""
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), IDLE_LOOK_S)
+
+    async def drain(self, patience_s: float) -> None:
+        """No job is begun any more; the running one may take `patience_s`, then it is stopped and waits for the next
+        server."""
+        self._draining = True
+        self._news.set()
+        deadline = time.monotonic() + patience_s
+        while self.running is not None and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        if self.running is not None:
+            self._stop(dict.fromkeys((job.id for job in self.running.jobs), "draining"))
+
+    async def _next(self) -> list[Job]:
+        """Claimed jobs for one call; none where nothing waits."""
+        queued = await asyncio.to_thread(self._store.queued)
+        if not queued:
+            return []
+        await self._painter.wait_ready()
+        queued = await asyncio.to_thread(self._store.queued)  # some may have been cancelled meanwhile
+        self._alone &= {job.id for job in queued}
+        chosen = await self._choose(queued, frozenset(self._alone), time.time())
+        for job in chosen.too_late:
+            await self._fail(job, JobError(kind="deadline", message="its deadline passed while it waited."))
+        if not chosen.together or self._draining:
+            return []
+        jobs = [job.id for job in chosen.together]
+        return await asyncio.to_thread(self._store.claim, jobs, self._epoch)
+
+    async def _call(self, jobs: list[Job]) -> None:
+        """One call of the pipeline for these jobs, which all end, or wait again, in here."""
+        folder = self._results / f"try-{secrets.token_hex(8)}"
+        await self._in_store(folder.mkdir, parents=True, exist_ok=True)
+        call = paint_of(jobs, str(folder))
+        self.running = running = Running(call, jobs, time.monotonic())
+        for job in jobs:
+            self._tell(JobEvent(job=job.id, state=State.RUNNING.value))
+        look = asyncio.create_task(self._look_after(running))
+        try:
+            end = await self._end_of(running)
+            if isinstance(end, Painted):
+                await self._commit(running, end, folder)
+            else:
+                await self._failed(running, end)
+        except GroupLostError as error:
+            self._log.warning("group lost", call=call.call, cause=error.cause, error=str(error))
+            seconds = self._seconds(running)
+            for job in jobs:
+                why = f"its ranks were lost ({error})"
+                after = await self._in_store(self._store.give_back, job.id, self._epoch, why, rank_seconds=seconds)
+                self._told(after)
+        finally:
+            self.running = None
+            look.cancel()
+            await asyncio.to_thread(shutil.rmtree, folder, True)
+
+    async def _end_of(self, running: Running) -> Painted | Failed:
+        async with aclosing(self._painter.paint(running.call)) as events:
+            async for event in events:
+                if not isinstance(event, Stepped):
+                    return event
+                await self._stepped(running, event)
+        raise GroupLostError("the ranks said nothing of a call's end.", cause="failed")
+
+    async def _stepped(self, running: Running, event: Stepped) -> None:
+        running.step, running.num_steps, running.step_seconds = event.step, event.num_steps, event.seconds
+        previews = event.previews or (b"",) * len(running.jobs)
+        for job, preview in zip(running.jobs, previews, strict=True):
+            place = {"step": event.step, "num_steps": event.num_steps}
+            self._tell(JobEvent(job=job.id, state=State.RUNNING.value, preview=preview, **place))
+        now = time.monotonic()
+        if now - running.told_s > NOTE_S and event.num_steps:
+            running.told_s = now
+            for job in running.jobs:
+                await self._in_store(self._store.note_progress, job.id, self._epoch, event.step / event.num_steps)
+
+    async def _look_after(self, running: Running) -> None:
+        """Stops the call once each of its jobs is to end before its time."""
+        ids = {job.id for job in running.jobs}
+        while True:
+            found: dict[str, str] = {}
+            try:
+                now = {job.id: job for job in await asyncio.to_thread(self._store.running)}
+            except OSError as error:
+                self._log.error("store", error=str(error))
+                now = {}
+            for job in (now[name] for name in ids & now.keys()):
+                if job.cancel_asked:
+                    found[job.id] = "cancelled"
+                elif job.deadline_s is not None and time.time() > job.deadline_s:
+                    found[job.id] = "deadline"
+            self._stop(found)
+            await asyncio.sleep(LOOK_S)
+
+    def _stop(self, found: dict[str, str]) -> None:
+        running = self.running
+        if running is None or not found:
+            return
+        before = len(running.stopping)
+        running.stopping = {**found, **running.stopping}
+        if len(running.stopping) == len(running.jobs) > before:
+            self._painter.stop_call(running.call.call, ", ".join(sorted(set(running.stopping.values()))))
+
+    def _seconds(self, running: Running) -> float:
+        """Rank-seconds of each of a call's jobs."""
+        return (time.monotonic() - running.begun_s) * self._painter.num_ranks / len(running.jobs)
+
+    async def _commit(self, running: Running, painted: Painted, folder: Path) -> None:
+        self._painted(running.call, painted)
+        seconds = self._seconds(running)
+        for job, files in zip(running.jobs, painted.files, strict=True):
+            if running.stopping.get(job.id) == "cancelled":
+                after = await self._in_store(
+                    self._store.cancelled, job.id, self._epoch, rank_seconds=seconds, keep_s=self._keep_s
+                )
+            else:
+                own = await self._in_store(self._own_folder, job, files, folder)
+                after = await self._in_store(
+                    self._store.commit, job.id, self._epoch, folder=own, files=files, receipt=painted.receipt,
+                    rank_seconds=seconds, keep_s=self._keep_s,
+                )  # fmt: skip
+            self._told(after)
+
+    def _own_folder(self, job: Job, files: Sequence[str], folder: Path) -> str:
+        """Moves a job's files out of the attempt's folder; the name of theirs, which no other attempt has."""
+        own = self._results / f"{job.id}.{folder.name}"
+        own.mkdir(exist_ok=True)
+        for name in files:
+            if (folder / name).exists():  # it may be tried again
+                (folder / name).rename(own / name)
+        return own.name
+
+    async def _failed(self, running: Running, failed: Failed) -> None:
+        if failed.details:
+            self._log.error("call failed", call=failed.call, kind=failed.kind, details=failed.details)
+        seconds = self._seconds(running)
+        for job in running.jobs:
+            why = running.stopping.get(job.id)
+            if failed.kind != "stopped" and why is None and len(running.jobs) > 1:
+                self._alone.add(job.id)  # it may have been another one's fault
+                self._told(await self._in_store(self._store.unclaim, job.id, self._epoch))
+            elif why == "cancelled":
+                after = await self._in_store(
+                    self._store.cancelled, job.id, self._epoch, rank_seconds=seconds, keep_s=self._keep_s
+                )
+                self._told(after)
+            elif failed.kind == "stopped" and why in (None, "draining"):
+                self._told(await self._in_store(self._store.unclaim, job.id, self._epoch))
+            else:
+                late = JobError(kind="deadline", message="its deadline passed while it was painted.")
+                error = late if why == "deadline" else JobError(kind=failed.kind, message=failed.message)
+                await self._fail(job, error, seconds)
+
+    async def _fail(self, job: Job, error: JobError, rank_seconds: float = 0.0) -> None:
+        after = await self._in_store(
+            self._store.fail, job.id, self._epoch, error, rank_seconds=rank_seconds, keep_s=self._keep_s
+        )
+        self._told(after)
+
+    async def _in_store(self, act: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One change of the store, until it is made: what the ranks have done must not be lost to a full disk. Raises
+        StaleError."""
+        while True:
+            try:
+                result = await asyncio.to_thread(act, *args, **kwargs)
+            except OSError as error:
+                await self._faulty(error)
+            else:
+                self.fault = ""
+                return result
+
+    async def _faulty(self, error: OSError) -> None:
+        self.fault = str(error)
+        self._log.error("store", error=self.fault)
+        await asyncio.sleep(PATIENCE_S)
+
+    def _told(self, job: Job | None) -> None:
+        if job is not None:
+            self._tell(JobEvent(job=job.id, state=job.state.value))
+
+
+def paint_of(jobs: Sequence[Job], folder: str) -> Paint:
+    """The call that paints these jobs, which agree in all but prompts, seeds and numbers of outputs."""
+    first = jobs[0].request
+    return Paint(
+        call=secrets.token_hex(8),
+        items=tuple(
+            Item(
+                job=job.id,
+                prompt=job.request.prompt,
+                negative_prompt=job.request.negative_prompt,
+                seed=job.request.seed,
+                num_outputs=job.request.num_outputs,
+            )
+            for job in jobs
+        ),
+        settings=first.settings,
+        images=first.images,
+        lora=first.lora,
+        cache=first.cache,
+        previews=max(job.request.previews for job in jobs),
+        folder=folder,
+        format=first.format,
+        frames_per_second=first.frames_per_second,
+    )

@@ -1,0 +1,261 @@
+"""`python -m parafuse.launch.serve.supervisor WIRING BEAT_FD`: keeps the ranks of this machine, and feeds them from the
+store.
+
+`parafuse serve` starts it, watches the bytes that its event loop writes into BEAT_FD, and starts it again where it ends
+or falls silent; its ranks end with it. All that must last is in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from parafuse.config import Config
+from parafuse.launch.serve import logs
+from parafuse.launch.serve.card import card_of
+from parafuse.launch.serve.choosing import Chooser
+from parafuse.launch.serve.clients import Clients
+from parafuse.launch.serve.elastic import ElasticGroup, Rendezvous
+from parafuse.launch.serve.estimates import Estimates
+from parafuse.launch.serve.group_supervisor import GroupSupervisor, Probe
+from parafuse.launch.serve.http.process import beating
+from parafuse.launch.serve.jobs import JobStore, StaleError, State
+from parafuse.launch.serve.keeper import python
+from parafuse.launch.serve.keys import Keys
+from parafuse.launch.serve.messages import Estimate, Estimated, Item, JobEvent, Paint, Status
+from parafuse.launch.serve.rank_link import RankLink
+from parafuse.launch.serve.restarts import Devices
+from parafuse.launch.serve.schedule import Policy
+from parafuse.launch.serve.scheduler import Charge, Scheduler
+from parafuse.launch.serve.spawned import visible_devices
+from parafuse.launch.serve.sqlite_store import SqliteStore
+from parafuse.launch.serve.webhooks import WebhookSender
+from parafuse.launch.serve.wiring import Wiring
+from parafuse.parallel.rank_entry import enter
+
+STATUS_S = 0.5
+SWEEP_S = 60.0
+PROBE_STEPS = 2
+PROMPT = "a red apple"
+RDZV_KEY_ENV = "PARAFUSE_RDZV_KEY"
+"""A secret that the machines of one server share."""
+REPLACED = 3
+"""Exit code where another supervisor has taken charge."""
+
+
+def main() -> int:
+    """Runs until SIGTERM; the exit code."""
+    enter()
+    logs.configure()
+    if len(sys.argv) != 3:
+        print("usage: python -m parafuse.launch.serve.supervisor WIRING BEAT_FD", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return asyncio.run(_run(Wiring.read(sys.argv[1]), int(sys.argv[2])))
+
+
+async def _run(wiring: Wiring, beat: int) -> int:
+    async with beating(beat):
+        told = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+        group = group_of(wiring)
+        try:
+            if wiring.serving.lend:
+                await group.start()
+                await told.wait()
+                return 0
+            return await Supervisor(wiring, group).run(told)
+        finally:
+            await group.close()
+
+
+def group_of(wiring: Wiring) -> GroupSupervisor:
+    """The ranks of this machine, not started yet. Raises ConfigError."""
+    settings = wiring.serving
+    config = Config.from_dict(dict(wiring.config))
+    link = RankLink(wiring.folder)
+    file = Path(wiring.folder) / "ranks.json"
+    file.write_bytes(msgspec.json.encode(job_of(wiring)))
+    env = link.env(str(file), feeds=not settings.lend)
+    rendezvous = None
+    if settings.nnodes > 1:
+        key = os.environ.get(RDZV_KEY_ENV, "")
+        endpoint = settings.rdzv_endpoint or ""
+        rendezvous = Rendezvous(nnodes=settings.nnodes, endpoint=endpoint, hosts=not settings.lend, key=key)
+    group = ElasticGroup(
+        python("parafuse.launch.serve.rank"), wiring.ranks, env=env, rendezvous=rendezvous, show=range(wiring.ranks)
+    )
+    return GroupSupervisor(
+        group,
+        link,
+        ranks=wiring.ranks,
+        num_ranks=wiring.ranks * settings.nnodes,
+        probe=None if settings.lend else probe_of(wiring, config),
+        devices=Devices(tuple(visible_devices(config.device)), wiring.ranks),
+    )
+
+
+def job_of(wiring: Wiring) -> dict[str, Any]:
+    """What ranks are told, as JSON."""
+    settings = wiring.serving
+    return {
+        "model": wiring.model,
+        "config": wiring.config,
+        "max_loras": settings.max_loras,
+        "loras": settings.loras and str(Path(settings.loras).resolve()),
+        "inputs": str(settings.inputs.resolve()),
+        "results": str(settings.results.resolve()),
+        "expect": {},
+    }
+
+
+def probe_of(wiring: Wiring, config: Config) -> Probe:
+    """A short call in which every rank has a part: one picture for each replica."""
+    card = card_of(wiring.model, allow_pickle=config.allow_pickle)
+    data = config.parallel.data
+    replicas = data if isinstance(data, int) else wiring.ranks * wiring.serving.nnodes
+    settings = {"num_inference_steps": PROBE_STEPS} if card.takes("num_inference_steps") else {}
+    items = tuple(Item(job=f"probe{number}", prompt=PROMPT, seed=number) for number in range(replicas))
+    return Probe(call=Paint(call="probe", items=items, settings=settings), every_s=wiring.serving.probe_s)
+
+
+class Supervisor:
+    """Everything that takes jobs to the ranks, on one event loop."""
+
+    def __init__(self, wiring: Wiring, group: GroupSupervisor):
+        settings = self._settings = wiring.serving
+        self._group = group
+        self._keys = Keys.load(Path(settings.keys) if settings.keys else None, os.environ)
+        self._store: JobStore = SqliteStore(
+            settings.database, settings.results, settings.inputs, keep_s=settings.keep_hours * 3600
+        )
+        self._estimates = Estimates(
+            Path(settings.state) / "timings.json",
+            model=wiring.model,
+            config=Config.from_dict(dict(wiring.config)),
+            num_ranks=wiring.ranks * settings.nnodes,
+        )
+        self._clients = Clients(wiring.supervisor_socket, wake=self._wake, estimate=self._estimate)
+        self._webhooks = WebhookSender(self._store, settings.webhook_hosts, self._secret_of)
+        self._chooser = Chooser(
+            self._store,
+            Policy(batch=settings.batch),
+            num_ranks=wiring.ranks * settings.nnodes,
+            seconds_of=self._estimates.seconds_of,
+            most_of_key=self._most_of_key,
+        )
+        self._scheduler: Scheduler | None = None
+        self._draining = False
+        self._log = structlog.get_logger("parafuse.supervisor")
+
+    async def run(self, told: asyncio.Event) -> int:
+        """Until `told` is set, or something ends that must not. The exit code."""
+        epoch = await asyncio.to_thread(self._store.begin_epoch)
+        settings = self._settings
+        charge = Charge(store=self._store, epoch=epoch, results=settings.results, keep_s=settings.keep_hours * 3600)
+        self._scheduler = scheduler = Scheduler(
+            charge,
+            self._group,
+            self._chooser,
+            tell=self._tell,
+            painted=self._estimates.learn,
+        )
+        await self._clients.start()
+        await self._group.start()
+        self._log.info("started", pid=os.getpid(), epoch=epoch, ranks=self._group.num_ranks)
+        feeding = asyncio.create_task(scheduler.run(), name="feed")
+        others = [
+            asyncio.create_task(work, name=name)
+            for name, work in {
+                "status": self._tell_status(),
+                "sweep": self._sweep(),
+                "webhooks": self._webhooks.run(),
+            }.items()
+        ]
+        waiting = asyncio.create_task(told.wait(), name="told")
+        try:
+            done, _ = await asyncio.wait([waiting, feeding, *others], return_when=asyncio.FIRST_COMPLETED)
+            if waiting not in done:
+                return self._why_ended(next(iter(done)))
+            await self._drain(scheduler, feeding)
+            return 0
+        finally:
+            for task in (waiting, feeding, *others):
+                task.cancel()
+            await self._clients.close()
+            await self._estimates.close()
+
+    def _why_ended(self, task: asyncio.Task[Any]) -> int:
+        error = task.exception()
+        if isinstance(error, StaleError):
+            self._log.error("another supervisor has taken charge")
+            return REPLACED
+        self._log.error("ended", what=task.get_name(), error=repr(error), exc_info=error)
+        return 1
+
+    async def _drain(self, scheduler: Scheduler, feeding: asyncio.Task[None]) -> None:
+        """The running job may end; those that wait stay for the next server."""
+        self._draining = True
+        self._clients.tell(self._status())
+        await scheduler.drain(self._settings.drain_s)
+        with contextlib.suppress(TimeoutError, StaleError):
+            await asyncio.wait_for(feeding, 10.0)
+
+    def _tell(self, event: JobEvent) -> None:
+        self._clients.tell(event)
+        if State(event.state).is_over:
+            self._webhooks.wake()
+
+    def _secret_of(self, owner: str) -> str | None:
+        key = self._keys.get(owner)
+        return None if key is None else key.webhook_secret
+
+    def _most_of_key(self) -> dict[str, int]:
+        """Key -> jobs that may run at once, where that is limited."""
+        return {key.id: key.max_running for key in self._keys.all() if key.max_running is not None}
+
+    def _wake(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.wake()
+
+    async def _estimate(self, asked: Estimate) -> Estimated:
+        return await self._estimates.estimate(asked)
+
+    def _status(self) -> Status:
+        status = self._group.status()
+        scheduler = self._scheduler
+        if scheduler is not None and scheduler.fault:
+            status = msgspec.structs.replace(status, state="broken", why=f"the store cannot be used: {scheduler.fault}")
+        if self._draining:
+            status = msgspec.structs.replace(status, state="draining", why="the server is ending.")
+        return status
+
+    async def _tell_status(self) -> None:
+        while True:
+            self._clients.tell(self._status())
+            await asyncio.sleep(STATUS_S)
+
+    async def _sweep(self) -> None:
+        """Takes away what is not kept any longer."""
+        most = int(self._settings.keep_gigabytes * 1e9)
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                gone = await asyncio.to_thread(self._store.sweep, time.time(), max_bytes=most)
+            except OSError as error:
+                self._log.error("sweep", error=str(error))
+                continue
+            if gone:
+                self._log.info("swept", jobs=gone)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

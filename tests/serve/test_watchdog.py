@@ -85,7 +85,7 @@ def test_a_silent_rank_is_named_before_one_that_has_waited_longer_for_it() -> No
     ranks = Ranks(2, silent_s=8.0)
     ranks.run(10.0, "denoising")
     ranks.run(2.0, "denoising", stuck=0)
-    found = ranks.run(60.0, "denoising", moves_each_s=1000.0, silent=1)
+    found = ranks.run(60.0, "denoising", stuck=0, silent=1)
     assert found is not None
     assert (found.rank, found.beats) == (1, False)
     assert ranks.now - 1010.0 > LIMITS["denoising"].floor_s, "both are beyond their limits"

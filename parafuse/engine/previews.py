@@ -13,7 +13,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -68,11 +68,12 @@ class _Map:
     """Requests."""
 
     def solved(self) -> Tensor:
-        if self.matrix is None:
+        found = self.matrix
+        if found is None:
             scale = self.gram.diagonal().mean().clamp(min=1e-12)
             ridge = RIDGE * scale * torch.eye(len(self.gram), dtype=self.gram.dtype)
-            self.matrix = torch.linalg.solve(self.gram + ridge, self.target)
-        return self.matrix
+            found = self.matrix = cast("Tensor", torch.linalg.solve(self.gram + ridge, self.target))
+        return found
 
 
 @dataclass

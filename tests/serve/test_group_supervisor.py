@@ -473,39 +473,3 @@ def test_strangers_at_the_socket_are_refused(tmp_path: Path) -> None:
             assert here.supervisor.losses == {}
 
     run(main)
-
-
-def test_a_rank_that_says_what_is_not_its_to_say_is_lost(tmp_path: Path) -> None:
-    async def main() -> None:
-        link = RankLink()
-        said: list[Any] = []
-        gone: list[tuple[int, str]] = []
-        await link.open(lambda: "now", lambda _rank, message: said.append(message), lambda *one: gone.append(one))
-        wrong = {
-            "it sent Painted": encode(Painted(call="c", files=(), receipt="", seconds=0.0)),
-            "it sent a beat of rank 0": encode(beat_of(0)),
-            "it sent Paint": encode(paint("c")),
-            "its connection ended": b"",
-            "it sent a message of 4294967295 bytes": b"\xff\xff\xff\xff",
-        }
-        for number, (why, frame) in enumerate(wrong.items(), start=1):
-            reader, writer = await asyncio.open_unix_connection(link.path)
-            writer.write(
-                encode(Hello(rank=1, local_rank=1, pid=1, world_size=2, feeds=False, generation="now")) + frame
-            )
-            writer.write_eof()
-            assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
-            await eventually(lambda number=number: len(gone) == number, why)
-            assert gone[-1][0] == 1
-            assert why in gone[-1][1]
-            writer.close()
-        assert all(isinstance(one, Hello) for one in said)
-        await link.close()
-
-    run(main)
-
-
-def beat_of(rank: int) -> Any:
-    from parafuse.launch.serve.messages import Beat
-
-    return Beat(rank=rank, phase="idle", moves=1)

@@ -143,6 +143,7 @@ def test_a_pipeline_without_the_callback_is_left_at_its_schedulers_steps() -> No
     assert torch.equal(counted, plain)
     assert [one.step for one in steps] == [1, 2, 3, 4, 5, 6]
     assert steps[0].num_steps == 6
+    assert steps[-1].latents is not None
     assert torch.equal(steps[-1].latents, plain)
 
     def late(boundary: Boundary) -> None:

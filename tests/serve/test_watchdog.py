@@ -81,6 +81,16 @@ def test_a_stopped_rank_is_found_sooner_and_named_before_those_that_wait_for_it(
     assert "no sign of life" in found.summary
 
 
+def test_a_silent_rank_is_named_before_one_that_has_waited_longer_for_it() -> None:
+    ranks = Ranks(2, silent_s=8.0)
+    ranks.run(10.0, "denoising")
+    ranks.run(2.0, "denoising", stuck=0)
+    found = ranks.run(60.0, "denoising", stuck=0, silent=1)
+    assert found is not None
+    assert (found.rank, found.beats) == (1, False)
+    assert ranks.now - 1010.0 > LIMITS["denoising"].floor_s, "both are beyond their limits"
+
+
 def test_loading_may_hold_the_interpreter_for_a_while() -> None:
     ranks = Ranks(2, silent_s=4.0, heavy_silent_s=60.0)
     ranks.run(5.0, "loading")

@@ -36,6 +36,7 @@ from parafuse.launch.bench.starts import STARTS_ENV
 from parafuse.launch.options import build, given, options_of, with_options
 from parafuse.launch.score import command as scoring
 from parafuse.launch.serve import command as serving
+from parafuse.launch.serve.bench_options import ServeBench
 from parafuse.parallel import rank_entry
 
 app = typer.Typer(
@@ -58,6 +59,7 @@ PLANNING_OPTIONS = [option for option in options_of(planning.Planning) if option
 SCORING_OPTIONS = options_of(scoring.Scoring)
 TUNING_OPTIONS = [option for option in options_of(tuning.Tuning) if option.name != "ranks"]
 SERVING_OPTIONS = options_of(serving.Serve)
+SERVE_BENCH_OPTIONS = options_of(ServeBench)
 EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
 NEW_OBJECTS = 100_000
 """After which Python looks for garbage in a process of the command line. Its own 700 cost a sixth of a cold start,
@@ -233,6 +235,17 @@ def bench(ctx: typer.Context, **options: Any) -> int:
     return 0
 
 
+@bench_app.command("serve")
+@with_options(*SERVE_BENCH_OPTIONS)
+def bench_serve(**options: Any) -> int:
+    """Put load on a running server, open loop, and tell latencies, goodput and fairness between keys."""
+    serving.check_packages()
+    asked = build(ServeBench(), given(SERVE_BENCH_OPTIONS, options))
+    from parafuse.launch.serve.bench import run
+
+    return run(asked)
+
+
 @bench_app.command("report")
 def bench_report(
     records: Annotated[list[str], typer.Argument(metavar="RECORD", help="JSON files that bench has written.")],
@@ -296,6 +309,7 @@ def serve_key(
     webhooks: Annotated[bool, typer.Option("--webhooks", help="Its jobs may name webhooks; these are signed.")] = False,
 ) -> None:
     """Make an API key: the secret, for its user alone, and the line for the server's file of keys."""
+    serving.check_packages()
     from parafuse.launch.serve.keys import make_key
 
     secret, line = make_key(name, webhooks=webhooks)

@@ -50,7 +50,7 @@ class RunningServer:
             written = self.log.read_bytes()[begins:].decode(errors="replace")
             return next((word for word in written.split() if word.startswith("http://")), "")
 
-        self.until(lambda: address() or self._process and self._process.poll() is not None)
+        self.until(lambda: address() or (self._process and self._process.poll() is not None))
         self.url = address()
         assert self.url, self.tail()
         self._port = int(self.url.rpartition(":")[2])

@@ -25,6 +25,7 @@ NAMES = sorted(
         *CACHES,
         *QUANTIZATIONS,
         *ATTENTIONS,
+        "AsyncEngine",
         "Config",
         "Engine",
         "Handle",

@@ -76,7 +76,7 @@ def check_packages() -> None:
     """Raises ConfigError where what a server needs is not installed."""
     import importlib.util
 
-    needed = ("fastapi", "uvicorn", "msgspec", "structlog", "prometheus_client")
+    needed = ("fastapi", "uvicorn", "msgspec", "structlog", "prometheus_client", "httpx2", "standardwebhooks")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"serve: needs {', '.join(missing)}; pip install 'parafuse[serve]'.")

@@ -50,7 +50,7 @@ class Key(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_de
     max_running: int | None = None
     """Jobs that run at once at most."""
     rank_seconds_per_day: float | None = None
-    """Seconds times ranks of the last 24 hours; of GPUs, GPU-seconds."""
+    """Seconds times ranks from midnight UTC on; of GPUs, GPU-seconds."""
     priority_max: int = 10
     """The highest priority that its jobs may have, from -10 to 10."""
     webhooks: bool = False

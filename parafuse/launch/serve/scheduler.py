@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import structlog
 
 from parafuse.launch.serve.group import GroupLostError
-from parafuse.launch.serve.jobs import Job, JobError, JobStore, State
+from parafuse.launch.serve.jobs import FileError, Job, JobError, JobStore, State
 from parafuse.launch.serve.messages import Failed, Item, JobEvent, Paint, Painted, Stepped
 
 LOOK_S = 0.25
@@ -246,18 +246,36 @@ class Scheduler:
     async def _commit(self, running: Running, painted: Painted, folder: Path) -> None:
         self._painted(running.call, painted)
         seconds = self._seconds(running)
-        for job, files in zip(running.jobs, painted.files, strict=True):
+        receipts = painted.receipts or (painted.receipt,) * len(running.jobs)
+        for job, files, receipt in zip(running.jobs, painted.files, receipts, strict=True):
             if running.stopping.get(job.id) == "cancelled":
                 after = await self._in_store(
                     self._store.cancelled, job.id, self._epoch, rank_seconds=seconds, keep_s=self._keep_s
                 )
             else:
-                own = await self._in_store(self._own_folder, job, files, folder)
-                after = await self._in_store(
-                    self._store.commit, job.id, self._epoch, folder=own, files=files, receipt=painted.receipt,
-                    rank_seconds=seconds, keep_s=self._keep_s,
-                )  # fmt: skip
+                after = await self._kept(job, files, folder, receipt, seconds)
             self._told(after)
+
+    async def _kept(self, job: Job, files: Sequence[str], folder: Path, receipt: str, seconds: float) -> Job:
+        """The job with its outputs; failed where these are not what they should be."""
+        try:
+            own = await self._in_store(self._own_folder, job, files, folder)
+            return await self._in_store(
+                self._store.commit,
+                job.id,
+                self._epoch,
+                folder=own,
+                files=files,
+                receipt=receipt,
+                rank_seconds=seconds,
+                keep_s=self._keep_s,
+            )
+        except FileError as error:
+            self._log.error("outputs", job=job.id, error=str(error))
+            wrong = JobError(kind="internal", message="its outputs could not be kept.")
+            return await self._in_store(
+                self._store.fail, job.id, self._epoch, wrong, rank_seconds=seconds, keep_s=self._keep_s
+            )
 
     def _own_folder(self, job: Job, files: Sequence[str], folder: Path) -> str:
         """Moves a job's files out of the attempt's folder; the name of theirs, which no other attempt has."""

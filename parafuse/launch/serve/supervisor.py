@@ -25,12 +25,13 @@ from parafuse.launch.serve.choosing import Chooser
 from parafuse.launch.serve.clients import Clients
 from parafuse.launch.serve.elastic import ElasticGroup, Rendezvous
 from parafuse.launch.serve.estimates import Estimates
-from parafuse.launch.serve.group_supervisor import GroupSupervisor, Probe
+from parafuse.launch.serve.group_supervisor import GroupSupervisor
 from parafuse.launch.serve.http.process import beating
 from parafuse.launch.serve.jobs import JobStore, StaleError, State
 from parafuse.launch.serve.keeper import python
 from parafuse.launch.serve.keys import Keys
-from parafuse.launch.serve.messages import Estimate, Estimated, Item, JobEvent, Paint, Status
+from parafuse.launch.serve.messages import Estimate, Estimated, JobEvent, Status
+from parafuse.launch.serve.probing import probe_of
 from parafuse.launch.serve.rank_link import RankLink
 from parafuse.launch.serve.restarts import Devices
 from parafuse.launch.serve.schedule import Policy
@@ -43,8 +44,6 @@ from parafuse.parallel.rank_entry import enter
 
 STATUS_S = 0.5
 SWEEP_S = 60.0
-PROBE_STEPS = 2
-PROMPT = "a red apple"
 RDZV_KEY_ENV = "PARAFUSE_RDZV_KEY"
 """A secret that the machines of one server share."""
 REPLACED = 3
@@ -93,13 +92,16 @@ def group_of(wiring: Wiring) -> GroupSupervisor:
     group = ElasticGroup(
         python("parafuse.launch.serve.rank"), wiring.ranks, env=env, rendezvous=rendezvous, show=range(wiring.ranks)
     )
+    card = card_of(wiring.model, allow_pickle=config.allow_pickle)
+    plan = resolve(config, card.source, wiring.ranks * settings.nnodes)
+    per_rank = plan.devices_per_rank
     return GroupSupervisor(
         group,
         link,
         ranks=wiring.ranks,
         num_ranks=wiring.ranks * settings.nnodes,
-        probe=None if settings.lend else probe_of(wiring, config),
-        devices=Devices(tuple(visible_devices(config.device)), wiring.ranks),
+        probe=None if settings.lend else probe_of(card, every_s=settings.probe_s),
+        devices=Devices(visible_devices(plan.device), wiring.ranks * per_rank, per_rank=per_rank),
     )
 
 
@@ -113,18 +115,8 @@ def job_of(wiring: Wiring) -> dict[str, Any]:
         "loras": settings.loras and str(Path(settings.loras).resolve()),
         "inputs": str(settings.inputs.resolve()),
         "results": str(settings.results.resolve()),
-        "expect": {},
+        "expect": None,
     }
-
-
-def probe_of(wiring: Wiring, config: Config) -> Probe:
-    """A short call in which every rank has a part: one picture for each replica."""
-    card = card_of(wiring.model, allow_pickle=config.allow_pickle)
-    data = config.parallel.data
-    replicas = data if isinstance(data, int) else wiring.ranks * wiring.serving.nnodes
-    settings = {"num_inference_steps": PROBE_STEPS} if card.takes("num_inference_steps") else {}
-    items = tuple(Item(job=f"probe{number}", prompt=PROMPT, seed=number) for number in range(replicas))
-    return Probe(call=Paint(call="probe", items=items, settings=settings), every_s=wiring.serving.probe_s)
 
 
 class Supervisor:

@@ -163,6 +163,11 @@ def test_an_idempotency_key_is_for_one_request_and_one_key(server: Running) -> N
     with pytest.raises(openai.ConflictError):
         server.client().images.generate(prompt="twice", extra_headers=headers)
     other = server.client(1).images.generate(prompt="twice", extra_headers=headers)
+    server.behaviour.peak_bytes = 10**12
+    again = server.client().images.generate(prompt="once", extra_headers=headers)
+    assert first.id == again.id, "also where a new one would be refused"  # type: ignore[attr-defined]
+    with pytest.raises(openai.APIStatusError, match="GB"):
+        server.client().images.generate(prompt="once", extra_headers={"Idempotency-Key": "new"})
     assert first.id != other.id  # type: ignore[attr-defined]
 
 

@@ -172,7 +172,7 @@ def test_an_idempotency_key_is_for_one_request_and_one_key(server: Running) -> N
 
 
 def test_delete_cancels(server: Running) -> None:
-    server.behaviour.claim = False
+    server.pause()
     with server.http() as http, server.http(1) as other:
         job = http.post("/v1/images/generations", json={"prompt": "never", "background": True}).json()["id"]
         assert other.delete(f"/v1/jobs/{job}").status_code == 404
@@ -275,7 +275,7 @@ def test_errors_have_the_classes_of_the_client(server: Running) -> None:
         client.images.edit(prompt="x", image=png())
     with pytest.raises(openai.BadRequestError, match="makes images"), pytest.warns(match="Sora"):
         client.videos.create(prompt="x")
-    server.behaviour.claim = False
+    server.pause()
     server.behaviour.seconds = 100.0
     with pytest.raises(openai.RateLimitError, match="deadline") as found:
         client.images.generate(prompt="x", extra_body={"deadline_s": 5})

@@ -53,7 +53,8 @@ class Behaviour:
     hold: bool = False
     """Jobs run, and do not end."""
     claim: bool = True
-    """False: jobs stay queued."""
+    """False: jobs stay queued (see `Running.pause`)."""
+    paused: bool = False
     tell: bool = True
     """False: no events, as if all were lost."""
     fail: JobError | None = None
@@ -88,7 +89,8 @@ class FakeSupervisor:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.news.wait(), 0.2)
                 self.news.clear()
-                if not self.behaviour.claim:
+                self.behaviour.paused = not self.behaviour.claim
+                if self.behaviour.paused:
                     continue
                 queued = await asyncio.to_thread(self.store.queued)
                 for job in await asyncio.to_thread(self.store.claim, [job.id for job in queued], epoch):
@@ -171,6 +173,11 @@ class Running:
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
+
+    def pause(self) -> None:
+        """From now on jobs stay queued."""
+        self.behaviour.claim = False
+        until(lambda: self.behaviour.paused)
 
     def wait(self, job: str, *states: State) -> Job:
         return until(lambda: (found := self.store.get(job)) is not None and found.state in states and found)

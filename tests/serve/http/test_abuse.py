@@ -35,6 +35,7 @@ def goes_on(server: Running) -> Iterator[None]:
         assert answer.status_code == 200, answer.text
 
 
+FORM = "multipart/form-data; boundary=x"
 PART = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
 
 
@@ -94,6 +95,17 @@ def test_a_body_of_100_megabytes_without_a_length(server: Running) -> None:
         except (ConnectionError, TimeoutError):
             pass
         assert sent < 100, "the whole body was read"
+
+
+def test_a_body_without_a_length_is_counted(server: Running) -> None:
+    with server.connect() as connection:
+        connection.sendall(
+            head(server, "/v1/images/edits", content_type=FORM, transfer_encoding="chunked")
+            + b"%x\r\n" % len(PART) + PART + b"\r\n"
+        )  # fmt: skip
+        for _ in range(3):
+            connection.sendall(b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n")
+        assert status(answered(connection)) == 413
 
 
 def test_the_whole_of_a_body_that_is_too_long_is_answered(server: Running) -> None:
@@ -215,6 +227,14 @@ def test_a_flood_of_headers(server: Running, flood: bytes) -> None:
         except ConnectionError:
             pass
         closed(connection)
+
+
+@pytest.mark.parametrize("start", [b"a: ", b"a", b"a: b\r\nc: "])
+def test_half_of_a_header_is_counted(server: Running, start: bytes) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\n" + start)
+        connection.sendall(b"x" * (33 << 10))
+        assert status(answered(connection)) == 431
 
 
 def test_an_endless_path(server: Running) -> None:

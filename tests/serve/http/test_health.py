@@ -47,7 +47,7 @@ def test_not_ready_where_the_supervisor_is_silent(server: Running) -> None:
     answer = until(lambda: (found := ready(server)).status_code == 503 and found)
     assert answer.json()["status"] == "silent"
     with server.http() as http:  # a supervisor that is away for a while loses nothing: jobs are taken
-        server.behaviour.claim = False
+        server.pause()
         made = http.post("/v1/images/generations", json={"prompt": "patient", "background": True})
         assert made.status_code == 202
     server.behaviour.silent = False
@@ -111,7 +111,7 @@ def test_limits_of_a_key(server: Running) -> None:
         client.images.generate(prompt="x", extra_body={"webhook_url": "https://example.org/hook"})
     with pytest.raises(openai.BadRequestError, match="not allowed"):
         server.client(1).images.generate(prompt="x", extra_body={"webhook_url": "https://example.com/hook"})
-    server.behaviour.claim = False
+    server.pause()
     with server.http() as http:
         body = {"prompt": "x", "background": True}
         headers = {"idempotency-key": "stands"}
@@ -157,7 +157,7 @@ def test_what_nobody_expected_is_a_500_that_says_nothing(server: Running, monkey
 def test_while_it_ends_nothing_is_taken_and_waiting_clients_are_told(server: Running) -> None:
     import threading
 
-    server.behaviour.claim = False
+    server.pause()
     found: list[openai.APIStatusError] = []
 
     def ask() -> None:

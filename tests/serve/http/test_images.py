@@ -163,11 +163,16 @@ def test_an_idempotency_key_is_for_one_request_and_one_key(server: Running) -> N
     with pytest.raises(openai.ConflictError):
         server.client().images.generate(prompt="twice", extra_headers=headers)
     other = server.client(1).images.generate(prompt="twice", extra_headers=headers)
+    server.behaviour.peak_bytes = 10**12
+    again = server.client().images.generate(prompt="once", extra_headers=headers)
+    assert first.id == again.id, "also where a new one would be refused"  # type: ignore[attr-defined]
+    with pytest.raises(openai.APIStatusError, match="GB"):
+        server.client().images.generate(prompt="once", extra_headers={"Idempotency-Key": "new"})
     assert first.id != other.id  # type: ignore[attr-defined]
 
 
 def test_delete_cancels(server: Running) -> None:
-    server.behaviour.claim = False
+    server.pause()
     with server.http() as http, server.http(1) as other:
         job = http.post("/v1/images/generations", json={"prompt": "never", "background": True}).json()["id"]
         assert other.delete(f"/v1/jobs/{job}").status_code == 404
@@ -270,7 +275,7 @@ def test_errors_have_the_classes_of_the_client(server: Running) -> None:
         client.images.edit(prompt="x", image=png())
     with pytest.raises(openai.BadRequestError, match="makes images"), pytest.warns(match="Sora"):
         client.videos.create(prompt="x")
-    server.behaviour.claim = False
+    server.pause()
     server.behaviour.seconds = 100.0
     with pytest.raises(openai.RateLimitError, match="deadline") as found:
         client.images.generate(prompt="x", extra_body={"deadline_s": 5})

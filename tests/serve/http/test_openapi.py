@@ -18,6 +18,12 @@ from tests.serve.http.serving import Running, serving
 
 CASES = 6
 """Of each kind, for each of about 17 operations."""
+SLOW = [
+    HealthCheck.too_slow,
+    HealthCheck.filter_too_much,
+    HealthCheck.data_too_large,
+    HealthCheck.large_base_example,
+]
 LEFT_OUT = ("/v1/jobs/{job}/events",)
 """Answers without end where a job waits: tested by hand."""
 
@@ -58,7 +64,7 @@ def test_cases_from_the_description(server: Running) -> None:
 
             @settings(
                 max_examples=CASES, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-                suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large, HealthCheck.large_base_example],
+                suppress_health_check=SLOW,
             )  # fmt: skip
             @given(case=operation.as_strategy(mode))
             def one(case: schemathesis.Case) -> None:

@@ -59,8 +59,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head = True
-        self._head_bytes = self._message_bytes = self._headers_bytes = 0
+        self._in_head = True  # its first bytes are counted already
+        self._message_bytes = self._headers_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)

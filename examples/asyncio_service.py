@@ -18,8 +18,7 @@ import signal
 from contextlib import aclosing
 from typing import Any
 
-from parafuse import AsyncEngine, ParafuseError
-from parafuse.launch.serve.async_engine import Result
+from parafuse import AsyncEngine, ParafuseError, Result
 
 LONGEST_LINE = 64 << 10
 ALLOWED = {"prompt", "seed", "num_inference_steps", "width", "height"}

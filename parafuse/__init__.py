@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     from parafuse.engine.plan import Plan
     from parafuse.engine.planning.choose import plans
     from parafuse.errors import ParafuseError
-    from parafuse.launch.serve.async_engine import AsyncEngine
+    from parafuse.launch.serve.async_engine import AsyncEngine, Progress, Result
     from parafuse.quantization import Fp8, Fp8Weight, Int8, Int8Weight, Quantize
     from parafuse.sparse import Content, Radial, Sparse, Window
 
 __version__ = "0.1.0"
 __all__ = [
-    "AsyncEngine", "Attention", "Cache", "Config", "Content", "DeepCache", "Engine", "FasterCache", "FirstBlockCache", "ForaCache",
-    "Fp8", "Fp8Weight", "Handle", "Int8", "Int8Weight", "IntervalCache", "MagCache", "MaskCache", "ParafuseError",
-    "Parallel", "Plan", "PyramidAttentionBroadcast", "Quantize", "Radial", "Sparse", "TGateCache", "TaylorSeerCache",
-    "TeaCache", "TokenMerging", "Window", "apply", "plans",
+    "AsyncEngine", "Attention", "Cache", "Config", "Content", "DeepCache", "Engine", "FasterCache", "FirstBlockCache",
+    "ForaCache", "Fp8", "Fp8Weight", "Handle", "Int8", "Int8Weight", "IntervalCache", "MagCache", "MaskCache",
+    "ParafuseError", "Parallel", "Plan", "Progress", "PyramidAttentionBroadcast", "Quantize", "Radial", "Result",
+    "Sparse", "TGateCache", "TaylorSeerCache", "TeaCache", "TokenMerging", "Window", "apply", "plans",
 ]  # fmt: skip
 
 _HOMES = {
     **{name: "parafuse.cache" for name in __all__ if name.endswith(("Cache", "Broadcast", "Merging"))},
     **dict.fromkeys(("Quantize", "Fp8", "Fp8Weight", "Int8", "Int8Weight"), "parafuse.quantization"),
     **dict.fromkeys(("Sparse", "Window", "Radial", "Content"), "parafuse.sparse"),
-    "AsyncEngine": "parafuse.launch.serve.async_engine",
+    **dict.fromkeys(("AsyncEngine", "Progress", "Result"), "parafuse.launch.serve.async_engine"),
     "Attention": "parafuse.attention",
     "Config": "parafuse.config",
     "Parallel": "parafuse.config",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -174,4 +173,4 @@ def test_a_second_server_of_the_same_state_is_refused(server: RunningServer) -> 
     second = RunningServer(server.folder, ranks=1)
     with pytest.raises(AssertionError, match="another server uses it"):
         second.start()
-    assert os.path.isdir(server.folder / "state")
+    assert server.processes("keeper"), "the first one goes on"

@@ -32,6 +32,8 @@ NAMES = sorted(
         "ParafuseError",
         "Parallel",
         "Plan",
+        "Progress",
+        "Result",
         "apply",
         "plans",
     ]

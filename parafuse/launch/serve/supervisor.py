@@ -19,6 +19,7 @@ import msgspec
 import structlog
 
 from parafuse.config import Config
+from parafuse.engine.planner import resolve
 from parafuse.launch.serve import logs
 from parafuse.launch.serve.card import card_of
 from parafuse.launch.serve.choosing import Chooser

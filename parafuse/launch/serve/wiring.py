@@ -55,5 +55,5 @@ class Wiring(Struct, frozen=True, kw_only=True):
 
     @property
     def serving(self) -> Serving:
-        lists = {name: tuple(value) for name, value in self.settings.items() if isinstance(value, list)}
-        return Serving(**self.settings | lists)
+        lists: dict[str, Any] = {k: tuple(v) for k, v in self.settings.items() if isinstance(v, list)}
+        return Serving(**(self.settings | lists))

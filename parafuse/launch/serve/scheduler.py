@@ -287,7 +287,7 @@ class Scheduler:
         return own.name
 
     async def _failed(self, running: Running, failed: Failed) -> None:
-        if failed.details:
+        if failed.details and failed.kind != "stopped":
             self._log.error("call failed", call=failed.call, kind=failed.kind, details=failed.details)
         seconds = self._seconds(running)
         for job in running.jobs:

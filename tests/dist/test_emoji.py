@@ -19,6 +19,7 @@ CALLS: list[dict[str, Any]] = [
     {"prompt": ["a rocket", ""], "width": 96, "height": 72},  # batch 2, 108 tokens: 4 ranks get 27, 3 ranks 36
     {"prompt": "сова " * 400, "width": 40, "height": 56, "true_cfg_scale": 1.0},  # 35 tokens, no guidance, cut text
 ]
+STEPS = {"num_inference_steps": 2}
 LAYOUTS = [(2, 1), (3, 1), (4, 1), (2, 2), (3, 3), (4, 4), (4, 2)]
 
 
@@ -28,7 +29,7 @@ def paint(call: dict[str, Any]) -> np.ndarray:
 
     pipeline = FluxPipeline.from_pretrained(MODEL)
     pipeline.set_progress_bar_config(disable=True)
-    defaults = json.loads((MODEL / "parafuse.json").read_text())["call"] | {"num_inference_steps": 4}
+    defaults = json.loads((MODEL / "parafuse.json").read_text())["call"] | STEPS
     if isinstance(call["prompt"], list):
         defaults["negative_prompt"] = [""] * len(call["prompt"])
     images = pipeline(**(defaults | call), generator=torch.Generator().manual_seed(7), return_dict=False)[0]
@@ -37,7 +38,7 @@ def paint(call: dict[str, Any]) -> np.ndarray:
 
 def paint_on_rank(ring: int, calls: list[dict[str, Any]]) -> list[np.ndarray]:
     engine = parafuse.Engine.from_pretrained("emoji", parafuse.Config(parallel=parafuse.Parallel(ring=ring)))
-    outputs = [engine(**call, num_inference_steps=4, seed=7) for call in calls]
+    outputs = [engine(**call, **STEPS, seed=7) for call in calls]
     engine.close()
     return [np.stack([np.asarray(image) for image in output.images]).astype(int) for output in outputs]
 
@@ -58,7 +59,7 @@ def test_the_picture_does_not_depend_on_the_layout(world_size: int, ring: int, p
 def test_one_rank_is_bitwise_diffusers(plain: list[np.ndarray]) -> None:
     engine = parafuse.Engine.from_pretrained("emoji", parafuse.Config())
     for call, expected in zip(CALLS, plain, strict=True):
-        images = engine(**call, num_inference_steps=4, seed=7).images
+        images = engine(**call, **STEPS, seed=7).images
         assert np.array_equal(np.stack([np.asarray(image) for image in images]).astype(int), expected)
     assert engine.handle.applied == []
     assert "forward" not in vars(engine.pipeline.transformer)
@@ -67,5 +68,5 @@ def test_one_rank_is_bitwise_diffusers(plain: list[np.ndarray]) -> None:
 def test_the_comparison_can_fail(plain: list[np.ndarray]) -> None:
     """Negative control: another seed is another picture."""
     engine = parafuse.Engine.from_pretrained("emoji", parafuse.Config())
-    image = engine(**CALLS[0], num_inference_steps=4, seed=8).images[0]
+    image = engine(**CALLS[0], **STEPS, seed=8).images[0]
     assert np.abs(np.asarray(image).astype(int) - plain[0][0]).max() > 1

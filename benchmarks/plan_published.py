@@ -2,10 +2,8 @@
 docs/planner.md]`.
 
 `published.json` has the times, each with its source and how far it can be trusted. A request of each row is predicted
-on the
-machine that it names, in its layout; nothing is fitted to these rows. Differences of engines remain: their kernels
-are not
-ours. Where a row says which attention it ran, that rate is taken.
+on the machine that it names, in its layout; nothing is fitted to these rows. Differences of engines remain: their
+kernels are not ours. Where a row says which attention it ran, or how much memory its cards have, that is taken.
 """
 
 from __future__ import annotations
@@ -35,6 +33,13 @@ def call_of(row: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
+def _stated(device: Any, row: dict[str, Any]) -> Any:
+    """The device as the row has it: its attention, and memory of modified cards."""
+    rate, room = row.get("attention_flops"), row.get("memory_bytes")
+    attention = {**device.attention, row["dtype"]: rate} if rate else device.attention
+    return dataclasses.replace(device, attention=attention, memory_bytes=room or device.memory_bytes)
+
+
 def predicted(row: dict[str, Any]) -> float | None:
     """Seconds of what the row has timed; None where no plan is legal."""
     config = parafuse.Config(
@@ -47,12 +52,10 @@ def predicted(row: dict[str, Any]) -> float | None:
     except parafuse.ParafuseError as error:
         print(f"{row['model']} on {row['hardware']}: {error}", file=sys.stderr)
         return None
-    rate = row.get("attention_flops")
-    if rate:
-        device = found.machine.device
-        device = dataclasses.replace(device, attention={**device.attention, row["dtype"]: rate})
-        slower = dataclasses.replace(found.machine, device=device)
-        found = parafuse.plans(asked[0], slower, *asked[2:], fidelity="fast", requests=10**9)
+    device = _stated(found.machine.device, row)
+    if device != found.machine.device:
+        there = dataclasses.replace(found.machine, device=device)
+        found = parafuse.plans(asked[0], there, *asked[2:], fidelity="fast", requests=10**9)
     fits = [
         one
         for one in found.costs

@@ -133,6 +133,14 @@ def test_more_ranks_take_less_each() -> None:
     assert beside[0] > beside[1] > beside[2]
 
 
+def test_a_large_decode_is_shared_as_in_an_engines_request() -> None:
+    call = {"height": 512, "width": 512, "num_inference_steps": 1}
+    alone, shared = (
+        predicted("tiny:sdxl", {"cfg": 2, **form}, call, 2).later["decode"] for form in ({"vae": "replicated"}, {})
+    )
+    assert shared.activations < 0.7 * alone.activations
+
+
 def test_what_a_cache_keeps_is_told_apart() -> None:
     assert follow().first["denoise"].kept == 0
     options, call = {"cache": "first-block:0.1,warmup_steps=0"}, {"num_inference_steps": 4}  # none is left out before

@@ -156,6 +156,10 @@ class JobStore(Protocol):
         """Takes away a job that is over, and its files. False: none such."""
         ...
 
+    def discard_inputs(self, names: Sequence[str]) -> None:
+        """Takes away those that no job names: of a request that was given up."""
+        ...
+
     def begin_epoch(self) -> int:
         """A supervisor takes charge. Jobs that an earlier one left running are queued again, or failed as lost when
         they have had MAX_TRIES, or cancelled where that was asked; from then on that one's changes raise StaleError."""

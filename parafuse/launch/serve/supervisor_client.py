@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import structlog
 
+from parafuse.launch.serve.jobs import JobRequest
 from parafuse.launch.serve.messages import (
     Estimate,
     Estimated,
@@ -126,14 +126,22 @@ class SupervisorClient:
         self._wakes = True
         self._work.set()
 
-    async def estimate(self, settings: dict[str, Any], num_outputs: int, timeout_s: float = 1.0) -> Estimated | None:
-        """What a call would take; None where the supervisor does not say in that time."""
+    async def estimate(self, request: JobRequest, timeout_s: float = 1.0) -> Estimated | None:
+        """What a call for this alone would take; None where the supervisor does not say in that time."""
         if len(self._waiting) >= MAX_ESTIMATES or self.status_age_s > 2 * timeout_s + 2:
             return None
         self._number += 1
         number, answer = self._number, asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
-        self._to_send.append(Estimate(number=number, settings=settings, num_outputs=num_outputs))
+        asked = Estimate(
+            number=number,
+            settings=request.settings,
+            num_outputs=request.num_outputs,
+            images=sum(len(files) for files in request.images.values()),
+            loras=len(request.lora),
+            cache=request.cache,
+        )
+        self._to_send.append(asked)
         self._work.set()
         try:
             async with asyncio.timeout(timeout_s):

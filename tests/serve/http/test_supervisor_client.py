@@ -7,8 +7,10 @@ import contextlib
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from parafuse.launch.serve.clients import Clients
+from parafuse.launch.serve.jobs import JobRequest
 from parafuse.launch.serve.messages import Estimate, Estimated, JobEvent, Status, Wake, encode, read
 from parafuse.launch.serve.supervisor_client import MAX_EVENTS, SupervisorClient
 
@@ -29,10 +31,14 @@ async def until(look: Callable[[], object]) -> None:
         await asyncio.sleep(0.01)
 
 
-async def seconds_of(asked: Estimate) -> Estimated:
-    if asked.settings.get("slow"):
+def asked(settings: dict[str, Any], number: int = 1) -> JobRequest:
+    return JobRequest(kind="image", prompt="a tree", seed=1, num_outputs=number, settings=settings)
+
+
+async def seconds_of(wanted: Estimate) -> Estimated:
+    if wanted.settings.get("slow"):
         await asyncio.sleep(60)
-    return Estimated(number=asked.number, seconds=float(asked.num_outputs))
+    return Estimated(number=wanted.number, seconds=float(wanted.num_outputs))
 
 
 def test_it_finds_a_supervisor_that_comes_later_and_one_that_comes_again() -> None:
@@ -42,7 +48,7 @@ def test_it_finds_a_supervisor_that_comes_later_and_one_that_comes_again() -> No
             client.wake()
             assert client.status is None
             assert client.status_age_s == float("inf")
-            assert await client.estimate({}, 1) is None
+            assert await client.estimate(asked({})) is None
             for start in range(2):
                 clients = Clients(path, wake=lambda start=start: woken.append(start), estimate=seconds_of)
                 await clients.start()
@@ -64,8 +70,8 @@ def test_estimates_have_a_limit_of_time() -> None:
             while client.status is None:
                 clients.tell(Status(state="ready"))
                 await asyncio.sleep(0.01)
-            slow = asyncio.create_task(client.estimate({"slow": 1}, 1, timeout_s=0.3))
-            answers = await asyncio.gather(*(client.estimate({}, number) for number in range(1, 9)))
+            slow = asyncio.create_task(client.estimate(asked({"slow": 1}), timeout_s=0.3))
+            answers = await asyncio.gather(*(client.estimate(asked({}, number)) for number in range(1, 9)))
             assert [one.seconds for one in answers if one] == [float(number) for number in range(1, 9)]
             assert await slow is None
         await clients.close()
@@ -141,7 +147,7 @@ def test_a_supervisor_that_reads_nothing_holds_up_nobody() -> None:
             for _ in range(1000):
                 client.wake()
             large = {"x": "y" * 100_000}
-            answers = await asyncio.gather(*(client.estimate(large, 1, timeout_s=0.3) for _ in range(400)))
+            answers = await asyncio.gather(*(client.estimate(asked(large), timeout_s=0.3) for _ in range(400)))
             assert answers == [None] * 400
         over = True
         server.close()

@@ -92,7 +92,7 @@ class Service:
         inputs = [name for names in wanted.images.values() for name in names]
         try:
             job = self._job(request, owner, body, wanted)
-            estimated = await self.supervisor.estimate(wanted.settings, wanted.num_outputs)
+            estimated = await self.supervisor.estimate(wanted)
             refusal = await self.stored(self.admit, job, owner, self.supervisor.status, estimated)
             accepted = await self._accept(job, owner, refusal, digest)
         except BaseException:
@@ -154,8 +154,8 @@ class Service:
     async def forget(self, inputs: list[str]) -> None:
         """Pictures of a request that makes no job."""
         if inputs:
-            with anyio.CancelScope(shield=True):
-                await self.worked(self.folders.discard_inputs, inputs)
+            with anyio.CancelScope(shield=True):  # a thread may still be storing the job, and then it has them
+                await self.stored(self.store.discard_inputs, inputs)
 
     async def find(self, request: Request, name: str, what: str = "job", kind: str | None = None) -> Job:
         """A job of the key that asks. Raises ApiError (404)."""

@@ -94,5 +94,5 @@ def test_weights_without_memory_are_not_asked_where_they_are(recwarn: pytest.War
     held = Held(module)
     assert held.is_same()
     held.restore()
-    assert module.weight.scale == 2.0
+    assert module.weight.scale == 2.0  # type: ignore[attr-defined]
     assert not [one for one in recwarn if "data pointer" in str(one.message)]

@@ -319,7 +319,7 @@ def _machine_of(hardware: str | int | Machine | None, config: Config) -> Machine
     if isinstance(hardware, str):
         return machine.named(hardware)
     ranks = (num_cuda_devices() if config.device != "cpu" else 0) or 1 if hardware is None else hardware
-    if not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= machine.MOST_RANKS:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= machine.MOST_RANKS:
         raise ConfigError(
             f"hardware={hardware!r}: must be a name such as '8xh200', a number of ranks of this machine (from 1 to "
             f"{machine.MOST_RANKS}), or a Machine."

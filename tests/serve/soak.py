@@ -45,6 +45,8 @@ LIMIT = 0.9
 """Of the jobs that nobody cancelled: so many must be done."""
 GROWTH = 1.25
 """Of the memory of processes that lived through the second half."""
+PAUSE_S = 5.0
+"""Between two requests of one client, on average."""
 BACK_S = 240.0
 """For the server to be ready again, and to have done what it owes, once nothing is done to it any more."""
 
@@ -129,7 +131,7 @@ class Soak:
                     await asyncio.sleep(self.draw.random() * 2)
                     with contextlib.suppress(httpx2.HTTPError):
                         await client.delete(f"/v1/jobs/{job.id}", headers=bearer(key))
-            await asyncio.sleep(self.draw.expovariate(0.5))
+            await asyncio.sleep(self.draw.expovariate(1 / PAUSE_S))
 
     async def _ask(self, client: httpx2.AsyncClient, job: Asked, end: float = float("inf")) -> bool:
         """Until the server has said yes or no: with the same idempotency key, so that nothing is asked for twice."""

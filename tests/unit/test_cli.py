@@ -16,6 +16,7 @@ import pytest
 
 from parafuse.config import Axis, Config
 from parafuse.engine.plan import Plan
+from parafuse.engine.planning import choose
 from parafuse.errors import ConfigError, ModelError, RankError
 from parafuse.launch import cli, quiet
 from parafuse.parallel import ranks
@@ -119,6 +120,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(ranks, "start", start)
+    monkeypatch.setattr(choose, "kept_facts", lambda *_: None)  # of a model that is none
     for name in ("silence_libraries", "hide_loading_bars", "silence_notes"):
         monkeypatch.setattr(quiet, name, lambda: None)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_ERROR_FILE"):

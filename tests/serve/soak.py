@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,14 +191,14 @@ class Soak:
             there = server.processes(kind)
             if not there:
                 continue
-            one = self.draw.choice(there)
+            one, pids = self.draw.choice(there), server.pids()
             told(f"{number.name} to {kind} {one.pid}")
             self.faults[f"{kind} {number.name}"] += 1
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one.pid, number)
             if kind == "keeper":  # what systemd's watchdog does
                 await asyncio.sleep(2.0)
-                await asyncio.to_thread(restarted, server)
+                await asyncio.to_thread(restarted, server, pids)
 
     async def _look(self, server: RunningServer, end: float) -> None:
         while time.monotonic() < end:
@@ -259,12 +259,12 @@ class Soak:
         return found
 
 
-def restarted(server: RunningServer) -> None:
-    """What systemd does for a keeper that is dead or stopped."""
+def restarted(server: RunningServer, pids: Collection[int] = ()) -> None:
+    """What systemd does for a keeper that is dead or stopped: all of its processes (`pids`) end before the next one."""
     keepers = server.processes("keeper")
     if keepers and keepers[0].status() != psutil.STATUS_STOPPED:
         return
-    pids = server.pids()
+    pids = pids or server.pids()
     server.kill()
     deadline = time.monotonic() + 60
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:

@@ -307,12 +307,13 @@ def serve(**options: Any) -> int:
 def serve_key(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is, for logs and metrics.")] = "",
     webhooks: Annotated[bool, typer.Option("--webhooks", help="Its jobs may name webhooks; these are signed.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="It may read /metrics, which tell of all keys.")] = False,
 ) -> None:
     """Make an API key: the secret, for its user alone, and the line for the server's file of keys."""
     serving.check_packages()
     from parafuse.launch.serve.keys import make_key
 
-    secret, line = make_key(name, webhooks=webhooks)
+    secret, line = make_key(name, webhooks=webhooks, metrics=metrics)
     print(f"secret, shown once: {secret}", file=sys.stderr)
     print(line)
 

@@ -39,6 +39,10 @@ class Planner(Predictor):
         return Predicted(steps=20, seconds=seconds, peak_bytes=peaks, capacity_bytes=self.room)
 
 
+def patient(asked: Estimate, patience_s: float) -> Estimate:
+    return msgspec.structs.replace(asked, patience_s=patience_s)
+
+
 def make(path: Path, planner: Predictor | None = None, **more: Any) -> Estimates:
     given = {"model": "emoji", "config": Config(), "num_ranks": 2, "predictor": planner or Planner(known=False), **more}
     return Estimates(path / "state" / "timings.json", **given)
@@ -135,7 +139,7 @@ def test_what_was_never_measured_is_predicted_once(tmp_path: Path) -> None:
     async def main() -> None:
         estimates = make(tmp_path, planner)
         asked = Estimate(number=7, settings={**SIZE, "num_inference_steps": 4}, num_outputs=2)
-        found = [await estimates.estimate(asked, patience_s=5) for _ in range(3)]
+        found = [await estimates.estimate(patient(asked, 5)) for _ in range(3)]
         assert {(one.number, one.seconds, one.peak_bytes, one.capacity_bytes, one.source) for one in found} == {
             (7, 1 + 4 * 0.6, 2000, 10_000, "predicted")
         }
@@ -155,7 +159,7 @@ def test_a_first_call_that_got_things_ready_does_not_keep_others_out(tmp_path: P
     async def main() -> None:
         estimates = make(tmp_path, Planner())
         asked = Estimate(number=1, settings={**SIZE, "num_inference_steps": 4})
-        await estimates.estimate(asked, patience_s=5)
+        await estimates.estimate(patient(asked, 5))
         learn(estimates, 90.0)
         assert (await estimates.estimate(asked)).seconds == 3, "no more than the planner says"
         learn(estimates, 5.0)
@@ -168,12 +172,47 @@ def test_a_prediction_that_takes_long_is_not_waited_for(tmp_path: Path) -> None:
     async def main() -> None:
         estimates = make(tmp_path, Planner(wait_s=0.2))
         asked = Estimate(number=1, settings=SIZE)
-        assert (await estimates.estimate(asked, patience_s=0.01)).seconds is None
-        assert (await estimates.estimate(asked, patience_s=20)).seconds == 11
-        assert (await estimates.estimate(asked, patience_s=0.01)).seconds == 11
+        assert (await estimates.estimate(patient(asked, 0.01))).seconds is None
+        assert (await estimates.estimate(patient(asked, 20))).seconds == 11
+        assert (await estimates.estimate(patient(asked, 0.01))).seconds == 11
         await estimates.close()
 
     asyncio.run(main())
+
+
+def test_a_prediction_is_waited_for_where_it_decides_something(tmp_path: Path) -> None:
+    """Else a request is taken at once, and the planner goes on alone."""
+
+    async def main() -> None:
+        estimates = make(tmp_path, Planner(wait_s=0.1))
+        learn(estimates, 3.0, {"width": 64, "height": 64})
+
+        async def source(width: int, height: int = 64, outputs: int = 1, **more: Any) -> str:
+            size = {"width": width, "height": height}
+            asked = Estimate(number=1, settings=size, num_outputs=outputs, patience_s=20, **more)
+            return (await estimates.estimate(asked)).source
+
+        assert await source(32) == "", "what is larger has fitted"
+        assert await source(16, needs_seconds=True) == "predicted"
+        for larger in ((128, 32), (32, 128), (48, 48, 2)):
+            assert await source(*larger) == "predicted", larger
+        assert await source(40, cache=False) == "predicted", "another kind of call"
+        await estimates.close()
+
+    asyncio.run(main())
+
+
+def test_the_planner_is_there_before_it_is_needed(tmp_path: Path) -> None:
+    planner = Planner()
+
+    async def main() -> None:
+        estimates = make(tmp_path, planner)
+        learn(estimates, 3.0, {})  # what is measured needs no planner, but other sizes will
+        await estimates.warm()
+        await estimates.warm()
+
+    asyncio.run(main())
+    assert [call for call, _, _ in planner.asked] == [{}]
 
 
 def test_what_the_planner_cannot_tell_is_asked_once(tmp_path: Path) -> None:
@@ -182,7 +221,7 @@ def test_what_the_planner_cannot_tell_is_asked_once(tmp_path: Path) -> None:
     async def main() -> None:
         estimates = make(tmp_path, planner)
         for _ in range(3):
-            assert (await estimates.estimate(Estimate(number=1, settings=SIZE), patience_s=5)).seconds is None
+            assert (await estimates.estimate(Estimate(number=1, settings=SIZE, patience_s=5))).seconds is None
 
     asyncio.run(main())
     assert len(planner.asked) == 1

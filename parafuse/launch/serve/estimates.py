@@ -34,8 +34,8 @@ MOST_SAMPLES = 9
 MOST_ASKED = 16
 """Predictions that wait to be made."""
 WRITE_S = 5.0
-PATIENCE_S = 0.5
-"""How long an estimate waits for a prediction that is under way."""
+GROWS = ("height", "width", "num_frames", "images", "loras")
+"""Settings with which memory grows."""
 LONG_SETTING = 100
 MEASURED, PREDICTED = "measured", "predicted"
 
@@ -71,6 +71,15 @@ class Kind:
     def key(self) -> str:
         return f"{self.pictures} x {self.call}"
 
+    def covers(self, other: Kind) -> bool:
+        """Whether a call of the other kind takes no more memory than one of this."""
+        mine, theirs = ({"images": 0, "loras": 0} | json.loads(one.call) for one in (self, other))
+        return (
+            self.pictures >= other.pictures
+            and mine.keys() == theirs.keys()
+            and all(mine[name] >= value if name in GROWS else mine[name] == value for name, value in theirs.items())
+        )
+
 
 def kind_of(settings: Mapping[str, Any], pictures: int, *, images: int = 0, loras: int = 0, cache: bool = True) -> Kind:
     """Of a call's settings. Of guidance it counts whether there is any; of a long text, that it is the same."""
@@ -104,9 +113,10 @@ class Estimates:
         self._asked: dict[tuple[str, int], asyncio.Task[Predicted | None]] = {}
         self._written = 0.0
 
-    async def estimate(self, asked: Estimate, *, patience_s: float = PATIENCE_S) -> Estimated:
-        """What a call would take, alone. What was never measured is predicted, which may take longer than
-        `patience_s`: then its seconds are None, and known when it is asked for again."""
+    async def estimate(self, asked: Estimate) -> Estimated:
+        """What a call would take, alone. What was never measured is predicted. It is waited for where the answer
+        decides something: whether there is time, or whether a call fits that is larger than any that was made. Where
+        that takes longer than the asker's patience, seconds are None, and known when it is asked for again."""
         more = {"images": asked.images, "loras": asked.loras, "cache": asked.cache}
         kind = kind_of(asked.settings, asked.num_outputs, **more)
         steps = _steps(asked.settings)
@@ -114,9 +124,9 @@ class Estimates:
         if seconds is not None:
             return Estimated(number=asked.number, seconds=seconds, source=MEASURED)
         found = self._ask(asked.settings, kind)
-        if isinstance(found, asyncio.Task):
+        if isinstance(found, asyncio.Task) and (asked.needs_seconds or not self._has_fitted(kind)):
             with contextlib.suppress(TimeoutError):
-                found = await asyncio.wait_for(asyncio.shield(found), patience_s)
+                found = await asyncio.wait_for(asyncio.shield(found), asked.patience_s)
         if found is None or isinstance(found, asyncio.Task):
             return Estimated(number=asked.number, seconds=None)
         return Estimated(
@@ -126,6 +136,12 @@ class Estimates:
             capacity_bytes=found.capacity_bytes,
             source=PREDICTED,
         )
+
+    async def warm(self) -> None:
+        """Follows the model's own sizes, so that the planner is there when it is asked about others."""
+        found = self._ask({}, kind_of({}, 1))
+        if isinstance(found, asyncio.Task):
+            await asyncio.wait([found])
 
     def seconds_of(self, request: JobRequest, number: int) -> float | None:
         """Of one call for so many jobs like this, for `schedule.choose`. What is not known is None, and predicted
@@ -165,6 +181,11 @@ class Estimates:
         predicted = self._predicted.get((kind.call, kind.pictures))
         said = None if predicted is None else predicted.of(kind.pictures, steps)
         return found if later or said is None else min(found, said)
+
+    def _has_fitted(self, kind: Kind) -> bool:
+        """Whether a call has been made that takes at least as much memory."""
+        number, large = kind.pictures, (key.partition(" x ") for key in self._samples)
+        return any(Kind(call, int(pictures)).covers(kind) for pictures, _, call in large if int(pictures) >= number)
 
     def learn(self, call: Paint, painted: Painted) -> None:
         """After a call has ended well."""

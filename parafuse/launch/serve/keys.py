@@ -55,6 +55,8 @@ class Key(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_de
     """The highest priority that its jobs may have, from -10 to 10."""
     webhooks: bool = False
     """Whether its jobs may name webhooks."""
+    metrics: bool = False
+    """Whether it may read /metrics, which tell of all keys."""
     webhook_secret: str | None = None
     """whsec_...: what its webhooks are signed with (standardwebhooks). The key's user has it too."""
 
@@ -78,19 +80,20 @@ class Key(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_de
             raise ValueError("webhooks: needs webhook_secret, which signs them")
 
 
-_LOCAL = Key(id=LOCAL, name=LOCAL, hash="sha256:" + "0" * 64)
+_LOCAL = Key(id=LOCAL, name=LOCAL, hash="sha256:" + "0" * 64, metrics=True)
 """Nobody is asked for it: no secret has this hash."""
 
 
-def make_key(name: str = "", *, webhooks: bool = False) -> tuple[str, str]:
+def make_key(name: str = "", *, webhooks: bool = False, metrics: bool = False) -> tuple[str, str]:
     """A new key: its secret, which is shown once and kept by its user, and the line for the file of keys, without it.
     Limits are added to the line by hand. Raises ConfigError for a name that cannot be one."""
     secret = PREFIX + secrets.token_urlsafe(32)
     signing = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode() if webhooks else None
     try:
         key = Key(
-            id=f"key_{secrets.token_hex(8)}", name=name, hash=_hash(secret), webhooks=webhooks, webhook_secret=signing
-        )
+            id=f"key_{secrets.token_hex(8)}", name=name, hash=_hash(secret), webhooks=webhooks, metrics=metrics,
+            webhook_secret=signing,
+        )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"serve-key: {error}.") from error
     return secret, msgspec.json.encode(key).decode()

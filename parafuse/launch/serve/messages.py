@@ -204,6 +204,10 @@ class Estimate(Struct, frozen=True, kw_only=True, tag=True):
     """Pictures that come with the request."""
     loras: int = 0
     cache: bool = True
+    needs_seconds: bool = False
+    """There is a deadline, or a quota: an answer without seconds decides nothing."""
+    patience_s: float = 0.5
+    """How long the answer may take, where it decides something and has to be predicted first."""
 
 
 class Estimated(Struct, frozen=True, kw_only=True, tag=True):
@@ -218,8 +222,17 @@ class Estimated(Struct, frozen=True, kw_only=True, tag=True):
     """measured, or predicted."""
 
 
+class CallTimes(Struct, frozen=True, kw_only=True, tag=True):
+    """Supervisor -> HTTP process: a call has ended well. For metrics."""
+
+    kind: str
+    """Of its jobs."""
+    phases_s: dict[str, float]
+    """encoding, denoising, decoding, writing; and total."""
+
+
 ToSupervisor = Wake | Estimate
-FromSupervisor = JobEvent | Status | Estimated
+FromSupervisor = JobEvent | Status | Estimated | CallTimes
 Message = ToRank | FromRank | ToSupervisor | FromSupervisor
 
 _ENCODER = msgspec.msgpack.Encoder()

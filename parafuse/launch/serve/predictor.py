@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 MODULE = "parafuse.launch.serve.predictor"
 ANSWER_S = 600.0
 """Within which a prediction is there, the imports included; a video model on a busy machine takes a minute."""
-IDLE_S = 300.0
+IDLE_S = 1800.0
+"""Without a question, until the process gives its memory back; the next question then waits for its imports."""
 AGAIN_S = 60.0
 """After a process that ended by itself, before another one is started."""
 MAX_LINE_BYTES = 1 << 20

@@ -103,9 +103,10 @@ class Scheduler:
         choose: Choose,
         *,
         tell: Callable[[JobEvent], None],
-        painted: Callable[[Paint, Painted], None] = lambda *_: None,
+        painted: Callable[[str, Paint, Painted], None] = lambda *_: None,
     ):
-        """`tell`: gives an event to whoever watches. `painted`: learns what a call took."""
+        """`tell`: gives an event to whoever watches. `painted`: learns what a call took, and of what kind its jobs
+        were."""
         self._store, self._epoch, self._painter = charge.store, charge.epoch, painter
         self._choose = choose
         self._results, self._keep_s, self._tell, self._painted = charge.results, charge.keep_s, tell, painted
@@ -244,7 +245,7 @@ class Scheduler:
         return (time.monotonic() - running.begun_s) * self._painter.num_ranks / len(running.jobs)
 
     async def _commit(self, running: Running, painted: Painted, folder: Path) -> None:
-        self._painted(running.call, painted)
+        self._painted(running.jobs[0].request.kind, running.call, painted)
         seconds = self._seconds(running)
         receipts = painted.receipts or (painted.receipt,) * len(running.jobs)
         for job, files, receipt in zip(running.jobs, painted.files, receipts, strict=True):

@@ -31,7 +31,7 @@ from parafuse.launch.serve.http.process import beating
 from parafuse.launch.serve.jobs import JobStore, StaleError, State
 from parafuse.launch.serve.keeper import python
 from parafuse.launch.serve.keys import Keys
-from parafuse.launch.serve.messages import Estimate, Estimated, JobEvent, Status
+from parafuse.launch.serve.messages import CallTimes, Estimate, Estimated, JobEvent, Paint, Painted, Status
 from parafuse.launch.serve.probing import probe_of
 from parafuse.launch.serve.rank_link import RankLink
 from parafuse.launch.serve.restarts import Devices
@@ -159,7 +159,7 @@ class Supervisor:
             self._group,
             self._chooser,
             tell=self._tell,
-            painted=self._estimates.learn,
+            painted=self._painted,
         )
         await self._clients.start()
         await self._group.start()
@@ -173,6 +173,7 @@ class Supervisor:
                 "webhooks": self._webhooks.run(),
             }.items()
         ]
+        warming = asyncio.create_task(self._warm(), name="warm")
         waiting = asyncio.create_task(told.wait(), name="told")
         try:
             done, _ = await asyncio.wait([waiting, feeding, *others], return_when=asyncio.FIRST_COMPLETED)
@@ -181,10 +182,14 @@ class Supervisor:
             await self._drain(scheduler, feeding)
             return 0
         finally:
-            for task in (waiting, feeding, *others):
+            for task in (waiting, warming, feeding, *others):
                 task.cancel()
             await self._clients.close()
             await self._estimates.close()
+
+    async def _warm(self) -> None:
+        await self._group.wait_ready()  # the ranks come first
+        await self._estimates.warm()
 
     def _why_ended(self, task: asyncio.Task[Any]) -> int:
         error = task.exception()
@@ -218,6 +223,10 @@ class Supervisor:
     def _wake(self) -> None:
         if self._scheduler is not None:
             self._scheduler.wake()
+
+    def _painted(self, kind: str, call: Paint, painted: Painted) -> None:
+        self._estimates.learn(call, painted)
+        self._clients.tell(CallTimes(kind=kind, phases_s=painted.phases_s | {"total": painted.seconds}))
 
     async def _estimate(self, asked: Estimate) -> Estimated:
         return await self._estimates.estimate(asked)

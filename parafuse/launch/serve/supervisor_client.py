@@ -17,6 +17,7 @@ import structlog
 
 from parafuse.launch.serve.jobs import JobRequest
 from parafuse.launch.serve.messages import (
+    CallTimes,
     Estimate,
     Estimated,
     FrameError,
@@ -34,6 +35,10 @@ FRESH_S = 2.0
 """A supervisor that has said nothing for longer is not known to be well."""
 MAX_ESTIMATES = 256
 """That wait for an answer; a further one is not asked."""
+PATIENCE_S = 10.0
+"""How long a request waits for what the planner says of it, where that decides whether it is taken."""
+ANSWER_S = 1.0
+"""For the supervisor to answer, beside that."""
 MAX_EVENTS = 64
 """That wait for one watcher; the oldest go first, since the store says how a job ends."""
 
@@ -66,7 +71,7 @@ class SupervisorClient:
     def __init__(self, socket: str | Path):
         self._socket = str(socket)
         self._watches: dict[str, set[Watch]] = {}
-        self._listeners: list[Callable[[JobEvent], None]] = []
+        self._listeners: list[Callable[[JobEvent | CallTimes], None]] = []
         self._waiting: dict[int, asyncio.Future[Estimated]] = {}
         self._number = 0
         self._wakes, self._to_send = False, deque[Estimate]()
@@ -104,8 +109,8 @@ class SupervisorClient:
             return 0.0
         return time.monotonic() - self._ready_at_s
 
-    def listen(self, listener: Callable[[JobEvent], None]) -> None:
-        """`listener` is called for every event of every job; it must return at once."""
+    def listen(self, listener: Callable[[JobEvent | CallTimes], None]) -> None:
+        """`listener` is called for every event of every job, and every call's times; it must return at once."""
         self._listeners.append(listener)
 
     @contextlib.contextmanager
@@ -126,9 +131,12 @@ class SupervisorClient:
         self._wakes = True
         self._work.set()
 
-    async def estimate(self, request: JobRequest, timeout_s: float = 1.0) -> Estimated | None:
-        """What a call for this alone would take; None where the supervisor does not say in that time."""
-        if len(self._waiting) >= MAX_ESTIMATES or self.status_age_s > 2 * timeout_s + 2:
+    async def estimate(
+        self, request: JobRequest, *, needs_seconds: bool = False, patience_s: float = PATIENCE_S
+    ) -> Estimated | None:
+        """What a call for this alone would take; None where the supervisor does not say in that time. `needs_seconds`:
+        something depends on them, so that they are worth waiting for; memory that may not be there always is."""
+        if len(self._waiting) >= MAX_ESTIMATES or self.status_age_s > 2 * FRESH_S:
             return None
         self._number += 1
         number, answer = self._number, asyncio.get_running_loop().create_future()
@@ -140,11 +148,13 @@ class SupervisorClient:
             images=sum(len(files) for files in request.images.values()),
             loras=len(request.lora),
             cache=request.cache,
+            needs_seconds=needs_seconds,
+            patience_s=patience_s,
         )
         self._to_send.append(asked)
         self._work.set()
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(patience_s + ANSWER_S):
                 return await answer
         except TimeoutError:
             return None
@@ -199,6 +209,9 @@ class SupervisorClient:
         elif isinstance(message, JobEvent):
             for watch in self._watches.get(message.job, ()):
                 watch.tell(message)
+            for listener in self._listeners:
+                listener(message)
+        elif isinstance(message, CallTimes):
             for listener in self._listeners:
                 listener(message)
         else:

@@ -30,7 +30,7 @@ from parafuse.launch.serve.http.process import config_of
 from parafuse.launch.serve.http.protocol import BoundedProtocol
 from parafuse.launch.serve.jobs import Job, JobError, State
 from parafuse.launch.serve.keys import Keys, make_key
-from parafuse.launch.serve.messages import Estimate, Estimated, JobEvent, RankStatus, Status
+from parafuse.launch.serve.messages import CallTimes, Estimate, Estimated, JobEvent, RankStatus, Status
 from parafuse.launch.serve.settings import Serving
 from parafuse.launch.serve.sqlite_store import SqliteStore
 from parafuse.launch.serve.supervisor_client import SupervisorClient
@@ -112,7 +112,7 @@ class FakeSupervisor:
                 self.clients.tell(status)
             await asyncio.sleep(0.1)
 
-    def say(self, event: JobEvent) -> None:
+    def say(self, event: JobEvent | CallTimes) -> None:
         if self.behaviour.tell:
             self.clients.tell(event)
 
@@ -145,6 +145,7 @@ class FakeSupervisor:
             self.store.commit, job.id, epoch, folder=folder.name, files=files,
             receipt=f'{{"prompt": "{request.prompt}"}}', rank_seconds=0.5, keep_s=KEEP_S,
         )  # fmt: skip
+        self.say(CallTimes(kind=job.request.kind, phases_s={"denoising": 2.0, "total": 3.0}))
         self.say(JobEvent(job=job.id, state="done"))
 
 
@@ -205,7 +206,7 @@ def serving(
     """A server of a model. `num_keys` 0: without keys. `limits`: of the first key."""
     with tempfile.TemporaryDirectory(prefix="pf-") as folder:
         serve = Serving(state=folder, **settings)
-        made = [make_key(f"key{index}", webhooks=True) for index in range(num_keys)]
+        made = [make_key(f"key{index}", webhooks=True, metrics=index == 0) for index in range(num_keys)]
         lines = [line for _, line in made]
         environ = {"PARAFUSE_API_KEYS": "\n".join(with_limits(lines, limits or {}))} if lines else {}
         keys = Keys.load(None, environ)

@@ -73,6 +73,7 @@ def test_metrics(server: Running) -> None:
     assert now["parafuse_jobs_total"][("image", "done")] >= 1
     assert now["parafuse_job_seconds_count"][("image", "queued")] >= 1
     assert now["parafuse_job_seconds_count"][("image", "running")] >= 1
+    assert now["parafuse_call_seconds_sum"][("image", "denoising")] == 2 * now["parafuse_jobs_total"][("image", "done")]
     assert now["parafuse_restarts_total"] == {("died",): 2.0}
     assert now["parafuse_supervisor_total"][("steps",)] == 12.0
     assert now["parafuse_rank_memory_bytes"] == {("0",): 5.0}

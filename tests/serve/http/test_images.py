@@ -212,6 +212,9 @@ def test_another_key_sees_nothing(server: Running) -> None:
             assert answer.status_code == missing.status_code == 404
             assert answer.text.replace(job, "") == missing.text.replace("img_none", "")
         assert job not in other.get("/v1/jobs").text
+        assert own.get("/metrics").status_code == 200
+        answer = other.get("/metrics")  # it tells what each key has had
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "no_metrics")
 
 
 @pytest.mark.parametrize("key", ["", "Bearer pf_wrong", "Basic eDp5", "Bearer"])

@@ -70,7 +70,7 @@ def test_estimates_have_a_limit_of_time() -> None:
             while client.status is None:
                 clients.tell(Status(state="ready"))
                 await asyncio.sleep(0.01)
-            slow = asyncio.create_task(client.estimate(asked({"slow": 1}), timeout_s=0.3))
+            slow = asyncio.create_task(client.estimate(asked({"slow": 1}), patience_s=0.3))
             answers = await asyncio.gather(*(client.estimate(asked({}, number)) for number in range(1, 9)))
             assert [one.seconds for one in answers if one] == [float(number) for number in range(1, 9)]
             assert await slow is None
@@ -147,7 +147,7 @@ def test_a_supervisor_that_reads_nothing_holds_up_nobody() -> None:
             for _ in range(1000):
                 client.wake()
             large = {"x": "y" * 100_000}
-            answers = await asyncio.gather(*(client.estimate(asked(large), timeout_s=0.3) for _ in range(400)))
+            answers = await asyncio.gather(*(client.estimate(asked(large), patience_s=0.3) for _ in range(400)))
             assert answers == [None] * 400
         over = True
         server.close()

@@ -16,8 +16,9 @@ from parafuse.errors import ConfigError, ParafuseError
 from parafuse.launch.serve.jobs import IdempotencyError, JobError, QueueFullError
 
 TYPES = {
-    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
-    408: "timeout_error", 409: "conflict_error", 413: "invalid_request_error", 429: "rate_limit_error",
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+    404: "not_found_error", 405: "invalid_request_error", 408: "timeout_error", 409: "conflict_error",
+    413: "invalid_request_error", 429: "rate_limit_error",
     500: "server_error", 503: "service_unavailable_error",
 }  # fmt: skip
 NO_RETRY = {"x-should-retry": "false"}

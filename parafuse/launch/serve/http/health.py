@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from parafuse.launch.serve.http import openapi
+from parafuse.launch.serve.http.errors import ApiError
 from parafuse.launch.serve.http.service import Service
 from parafuse.launch.serve.supervisor_client import FRESH_S
 
@@ -28,7 +29,7 @@ class Health:
         router.add_api_route("/health/ready", self.ready, methods=["GET"], responses=not_ready, response_model=None)
         router.add_api_route(
             "/metrics", self.metrics, methods=["GET"], response_class=PlainTextResponse, response_model=None,
-            responses=openapi.answers(),
+            responses=openapi.answers(403),
         )  # fmt: skip
         return router
 
@@ -50,8 +51,13 @@ class Health:
             state, why = status.state, status.why
         return JSONResponse({"status": state, "why": why}, 200 if state == "ready" else 503)
 
-    async def metrics(self) -> Response:
-        """For Prometheus."""
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus. Raises ApiError (403)."""
         service = self._service
+        if not request.scope["parafuse.owner"].metrics:
+            raise ApiError(
+                403, "This key may not read metrics, which tell of all keys: serve-key --metrics makes one that may.",
+                code="no_metrics",
+            )  # fmt: skip
         counts = await service.stored(service.store.counts)
         return Response(await service.worked(service.metrics.page, counts), media_type=CONTENT_TYPE_LATEST)

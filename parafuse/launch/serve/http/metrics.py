@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from parafuse.launch.serve.jobs import Job, State
-from parafuse.launch.serve.messages import Status
+from parafuse.launch.serve.messages import CallTimes, Status
 from parafuse.launch.serve.supervisor_client import FRESH_S
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
@@ -33,6 +33,10 @@ class Metrics:
         self._phase_s = Histogram(
             "parafuse_job_seconds", "Of jobs that ended, by phase: queued, running, total.", ["kind", "phase"],
             buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._call_s = Histogram(
+            "parafuse_call_seconds", "Of calls of the pipeline: encoding, denoising, decoding, writing, total.",
+            ["kind", "phase"], buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
         self._rank_s = Counter(
             "parafuse_rank_seconds", "Seconds times ranks, by the id of the key.", ["key"], registry=self.registry
@@ -59,6 +63,11 @@ class Metrics:
         if job.started_s is not None:
             self._phase_s.labels(kind, "queued").observe(max(0.0, job.started_s - job.created_s))
             self._phase_s.labels(kind, "running").observe(max(0.0, job.finished_s - job.started_s))
+
+    def called(self, times: CallTimes) -> None:
+        """A call that ended well."""
+        for phase, seconds in times.phases_s.items():
+            self._call_s.labels(times.kind, phase).observe(seconds)
 
     def page(self, counts: Mapping[State, int]) -> bytes:
         """The text for Prometheus. `counts`: the store's, now."""

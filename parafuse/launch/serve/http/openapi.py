@@ -12,7 +12,8 @@ from parafuse.launch.serve.http.wire import EditBody, ImageBody, VideoBody
 
 COMPONENTS = "#/components/schemas/{model}"
 WORDS = {
-    400: "What was asked is wrong.", 401: "No key came, or one that is not known.", 404: "There is no such thing.",
+    400: "What was asked is wrong.", 401: "No key came, or one that is not known.", 403: "This key may not have it.",
+    404: "There is no such thing.",
     408: "The body did not come in time, or the job was not done before its deadline.",
     409: "The idempotency key was used for another request, or the job was cancelled.",
     413: "Larger than is taken, or than fits into memory.", 429: "Too much is queued already, or the quota is used up.",

@@ -28,7 +28,7 @@ from parafuse.launch.serve.http.painting import Painting
 from parafuse.launch.serve.http.wire import Common
 from parafuse.launch.serve.jobs import Job, JobRequest, JobStore, QueueFullError, State, new_id
 from parafuse.launch.serve.keys import Key
-from parafuse.launch.serve.messages import Estimated, JobEvent, Status
+from parafuse.launch.serve.messages import CallTimes, Estimated, JobEvent, Status
 from parafuse.launch.serve.outbound import check_place
 from parafuse.launch.serve.settings import Serving
 from parafuse.launch.serve.supervisor_client import SupervisorClient
@@ -92,7 +92,8 @@ class Service:
         inputs = [name for names in wanted.images.values() for name in names]
         try:
             job = self._job(request, owner, body, wanted)
-            estimated = await self.supervisor.estimate(wanted)
+            in_time = job.deadline_s is not None or owner.rank_seconds_per_day is not None
+            estimated = await self.supervisor.estimate(wanted, needs_seconds=in_time)
             refusal = await self.stored(self.admit, job, owner, self.supervisor.status, estimated)
             accepted = await self._accept(job, owner, refusal, digest)
         except BaseException:
@@ -222,8 +223,10 @@ class Service:
             raise errors.missing("file", f"{job.id}/{index}")
         return self.folders.output(job.folder, job.files[index])
 
-    def _heard(self, event: JobEvent) -> None:
-        if State(event.state).is_over:
+    def _heard(self, event: JobEvent | CallTimes) -> None:
+        if isinstance(event, CallTimes):
+            self.metrics.called(event)
+        elif State(event.state).is_over:
             task = asyncio.ensure_future(self._count(event.job))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

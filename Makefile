@@ -19,7 +19,7 @@ REST := $(USE) $(OPTIONS) $(ATTENTION) tests/caches tests/memory tests/vae tests
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-use test-caches test-options test-attention test-memory test-vae test-planning serve-ci soak test-rest vae bench-vae bench-plan caches options sparse rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
+.PHONY: help setup demo check test test-use test-caches test-options test-attention test-memory test-vae test-planning serve-ci soak test-rest test-whole vae bench-vae bench-plan caches options sparse rewrites support support-ci format guidance drop-in bench bench-caches bench-gpu wheels bench-scaling losses clean
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test: setup ## Run the tests of the engine (eight minutes); fewer than tests/col
 test-rest: setup ## Run all other tests: those of the targets below, and support-ci, at once
 	$(PYTEST) $(REST) --hold-floors
 
+test-whole: setup ## Run all cases of all tests, where the others run one in a few of long sweeps (two hours)
+	$(PYTEST) tests --whole
+
 test-use: setup ## Run what users run: members, adapters and guides of diffusers; bench, prove, verify
 	$(PYTEST) $(USE) --hold-floors
 
@@ -77,8 +80,10 @@ serve-ci: setup ## Run the tests of the server, and a minute of it while its pro
 	$(PYTEST) tests/serve --hold-floors
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.serve.soak --minutes 1 --every 15
 
-soak: setup ## Load a server for half an hour while its processes are killed and stopped: docs/notes/soak.json
+soak: setup ## Load a server for 40 minutes while its processes are killed and stopped, and 5,000 requests from its description
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.serve.soak --minutes 30 --every 60 --record docs/notes/soak.json
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.serve.soak --minutes 10 --every 60 --batch 4 --record docs/notes/soak-batch.json
+	PARAFUSE_TESTS_CASES=50 $(BIN)/python -m pytest tests/serve/http/test_openapi.py
 
 bench-plan: setup ## Is the planner right? On 2 CPU cores, and against published times: docs/planner.md (a quarter of an hour)
 	$(BIN)/python -m benchmarks.plan_published --page docs/planner.md

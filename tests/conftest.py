@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,14 @@ FLOORS = Path(__file__).with_name("collected_floors.json")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="run all cases of every sweep, and not a part of them")
     parser.addoption(
         "--hold-floors", action="store_true", help=f"fail when fewer tests are collected than {FLOORS.name} says"
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks each test by its folder, orders the folders, and skips `gpu` where there is none.
+    """Marks each test by its folder, orders the folders, and skips `gpu` where there is none and parts of sweeps.
 
     Where several processes share the tests, what takes longest comes first: else one of them is idle at the end."""
     no_gpu = pytest.mark.skip(reason="no CUDA")
@@ -56,8 +58,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(suite)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+    if not config.getoption("--whole"):
+        _thin(items)
     sign = -1 if hasattr(config, "workerinput") else 1
     items.sort(key=lambda item: sign * SUITES.index(_suite(item)))  # stable: within a suite, files by name
+
+
+def _thin(items: list[pytest.Item]) -> None:
+    """Of a sweep (`@pytest.mark.sweep(one_in=n)`: many cases that fail for the same reasons) one case in n is run, at
+    least one, drawn by a hash of its name: always the same, and in no step with the order of parameters."""
+    sweeps: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sweep"):
+            sweeps[item.nodeid.partition("[")[0]].append(item)
+    for cases in sweeps.values():
+        one_in = cases[0].get_closest_marker("sweep").kwargs["one_in"]  # type: ignore[union-attr]
+        cases.sort(key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+        for item in cases[-(-len(cases) // one_in) :]:
+            item.add_marker(pytest.mark.skip(reason="a part of a sweep that `make test-whole` runs"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -86,6 +86,7 @@ def told(name: str, degrees: dict[str, int]) -> dict[str, Told]:
     return tell(chosen(name, degrees), degrees)
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize(
     ("name", "degrees", "ranks"),
     [

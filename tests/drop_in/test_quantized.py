@@ -166,6 +166,7 @@ def plain(kind: str, here: Path, images: int = 1) -> Tensor:
     return pipeline(**CALL, generator=torch.Generator().manual_seed(7), num_images_per_prompt=images).images
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_weights_paint_the_same_in_every_layout(kind: str, here: Path) -> None:
     needs(kind)

@@ -64,6 +64,7 @@ def swapped(host: str) -> dict[str, float]:
     return found
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("host", HOSTS)
 def test_two_ranks_paint_what_one_paints_whatever_scheduler_is_swapped_in(host: str) -> None:
     found = run_ranks(swapped, 2, host, timeout_s=240)

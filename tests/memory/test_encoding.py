@@ -70,6 +70,7 @@ def painted(degrees: dict[str, int], text: str) -> tuple[float, dict[str, Any], 
 LAYOUTS = [{"ulysses": 2}, {"ring": 3, "ulysses": 1}, {"data": 2, "ulysses": 2}, {"data": 2, "ring": 2, "ulysses": 1}]
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
 def test_one_rank_encodes_and_the_pictures_stay(degrees: dict[str, int]) -> None:
     size = int(np.prod(list(degrees.values())))

@@ -31,6 +31,7 @@ def loads(folder: str, **config: Any) -> dict[str, Any]:
     return load(folder, **config)
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_the_weights_are_those_of_one_rank(ranks: int) -> None:
     alone = run_ranks(loads, 1, "emoji")[0]
@@ -44,6 +45,7 @@ def quantized(folder: str, text: str) -> dict[str, Any]:
     return load(folder, quantize=text)
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("text", ["int8", "fp8:reference=true", "fp8-weight", "int8-weight:keep_originals=true"])
 def test_quantized_weights_too(text: str) -> None:
     alone = run_ranks(quantized, 1, "emoji", text)[0]
@@ -59,7 +61,8 @@ def half_as_float(folder: str) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_four_ranks_have_the_weights_once(tmp_path: Path, dtype: torch.dtype) -> None:
     """1 GB of weights in float32, mapped from the files, or made of half as much. A page that several have counts for
-    each as its part of it. Fresh processes: what a tensor had freed may stay with the allocator."""
+    each as its part of it."""
+    close_pools()  # fresh processes: what a tensor had freed may stay with the allocator
     folder = str(checkpoint(tmp_path, GB * dtype.itemsize // 4, dtype))
     alone = run_ranks(half_as_float, 1, folder)[0]["share"]
     shares = [one["share"] for one in run_ranks(half_as_float, 4, folder)]

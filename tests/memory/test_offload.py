@@ -109,6 +109,7 @@ def ran(size: int, *given: Any) -> list[dict[str, Any]]:
     return run_ranks(combination, size, *given) if size > 1 else [combination(*given)]
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("offload", [BLOCKS, LAYERS, WHOLE])
 @pytest.mark.parametrize(("name", "layout", "asked", "more"), COMBINATIONS)
 def test_combined(name: str, layout: dict[str, int], asked: dict[str, Any], more: str, offload: str) -> None:
@@ -131,6 +132,7 @@ COMPILED: list[tuple[str, dict[str, int], dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.sweep(one_in=4)
 @pytest.mark.parametrize("offload", [BLOCKS, WHOLE])
 @pytest.mark.parametrize(("name", "layout", "asked", "more"), COMPILED)
 def test_compiled(name: str, layout: dict[str, int], asked: dict[str, Any], more: str, offload: str) -> None:

@@ -81,6 +81,7 @@ OTHERWISE = ("offload", "rewrite rope")
 """Lines that may differ; the second says whether torch had the graphs already."""
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("asked", COMBINED, ids=lambda asked: " ".join(map(str, asked.values())))
 def test_beside_other_options(asked: dict[str, Any]) -> None:
     values = CALL | {"num_inference_steps": 4, "seed": 1}

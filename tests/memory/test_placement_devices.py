@@ -78,6 +78,7 @@ RUNS: list[tuple[int, dict[str, str], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize(("ranks", "homes", "asked"), RUNS, ids=[f"{i}" for i in range(len(RUNS))])
 def test_what_is_on_another_device_runs_there(ranks: int, homes: dict[str, str], asked: dict[str, Any]) -> None:
     """Two ranks with two devices each, two-way sequence parallel, among them."""

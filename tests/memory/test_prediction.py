@@ -72,6 +72,7 @@ def off(prediction: Prediction, found: list[tuple[Figures, int]], request: str) 
     return out
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("case", ALONE, ids=lambda case: case.name)
 def test_on_one_rank_every_phase_is_within_a_tenth(case: Case) -> None:
     prediction, found = both(case)
@@ -81,6 +82,7 @@ def test_on_one_rank_every_phase_is_within_a_tenth(case: Case) -> None:
     assert all(abs(error) <= WITHIN for pair in errors.values() for error in pair), errors
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
 def test_on_several_ranks_every_phase_is_within_a_tenth(case: Case) -> None:
     prediction, found = both(case)
@@ -90,6 +92,7 @@ def test_on_several_ranks_every_phase_is_within_a_tenth(case: Case) -> None:
         assert all(abs(beside) <= limit and abs(all_) <= WITHIN for beside, all_ in errors.values()), errors
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("case", AWAY, ids=lambda case: case.name)
 def test_weights_that_come_and_go_are_told_within_a_tenth(case: Case) -> None:
     prediction, found = both(case)

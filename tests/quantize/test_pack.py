@@ -159,6 +159,7 @@ print(json.dumps([name for name in after if after[name] != before[name]]))
 """
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("text", [f"{name}:min_features=16" for name in METHODS])
 def test_the_process_stays_as_it_was(text: str) -> None:
     text += ",reference=true" if text.startswith("fp8:") else ""

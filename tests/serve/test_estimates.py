@@ -152,7 +152,7 @@ def test_what_was_never_measured_is_predicted_once(tmp_path: Path) -> None:
         assert (measured.seconds, measured.source, measured.peak_bytes) == (2, "measured", None)
 
     asyncio.run(main())
-    assert [(one[1][:2], one[2]) for one in planner.asked] == [((2, 4), True)]
+    assert [(one[1][:2], one[2]) for one in planner.asked] == [((2, 4), True), ((1, 2), True)]
 
 
 def test_a_first_call_that_got_things_ready_does_not_keep_others_out(tmp_path: Path) -> None:
@@ -194,6 +194,9 @@ def test_a_prediction_is_waited_for_where_it_decides_something(tmp_path: Path) -
 
         assert await source(32) == "", "what is larger has fitted"
         assert await source(16, needs_seconds=True) == "predicted"
+        with_picture = Estimate(number=1, settings={"width": 2000, "height": 64}, images=1, patience_s=20)
+        found = await estimates.estimate(with_picture)
+        assert (found.seconds, found.peak_bytes) == (None, 1000), "no less than without"
         for larger in ((128, 32), (32, 128), (48, 48, 2)):
             assert await source(*larger) == "predicted", larger
         assert await source(40, cache=False) == "predicted", "another kind of call"

@@ -136,6 +136,9 @@ def test_phases_come_in_their_order() -> None:
     made.paint(Handed(paint=call))
     assert entered[6:] == ["encoding", "denoising", "decoding", "writing", "idle"]  # nothing of this size is new
     assert isinstance(told.answer, Painted)
+    progress.renewed += 1  # an adapter has come: its layers may be compiled anew
+    made.paint(Handed(paint=call))
+    assert entered[11:] == ["encoding", "compiling", "denoising", "decoding", "writing", "idle"]
     phases.close()
     assert "decode" not in vars(engine.pipeline.vae)
     entered.clear()

@@ -207,6 +207,10 @@ def test_adapters_come_and_go(two: Group) -> None:
     half = pictures(two, lora=(Adapter(name="second.v1", scale=0.5),))[0]
     assert np.abs(half - second).max() > 1
     assert np.array_equal(pictures(two, lora=(Adapter(name="first"),))[0], first)
+    answer = paint(two, lora=(Adapter(name="second.v1"),))
+    assert isinstance(answer, Painted)
+    assert "loading" in answer.phases_s, "which takes longer than a call's other phases may"
+    pictures(two, lora=(Adapter(name="first"),))
     answer = paint(two, lora=(Adapter(name="first", scale=0.25),))
     assert isinstance(answer, Painted)
     [told] = json.loads(answer.receipt)["lora"]

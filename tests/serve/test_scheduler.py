@@ -13,7 +13,7 @@ import pytest
 from parafuse.launch.serve.group import GroupLostError
 from parafuse.launch.serve.jobs import Job, JobRequest, JobStore, StaleError, State, StoreError
 from parafuse.launch.serve.messages import Failed, JobEvent, Paint, Painted, Stepped
-from parafuse.launch.serve.scheduler import Charge, Choose, Chosen, Scheduler
+from parafuse.launch.serve.scheduler import Charge, Choose, Scheduler
 from parafuse.launch.serve.sqlite_store import SqliteStore
 
 STEPS = 4
@@ -85,14 +85,13 @@ def fails(kind: str) -> Play:
     return play
 
 
-async def one_by_one(queued: Sequence[Job], alone: frozenset[str], now: float) -> Chosen:
-    late = [job for job in queued if job.deadline_s is not None and job.deadline_s < now]
-    return Chosen([job for job in queued if job not in late][:1], late)
+async def one_by_one(queued: Sequence[Job], alone: frozenset[str], now: float) -> Sequence[Job]:
+    return queued[:1]
 
 
-async def all_together(queued: Sequence[Job], alone: frozenset[str], now: float) -> Chosen:
+async def all_together(queued: Sequence[Job], alone: frozenset[str], now: float) -> Sequence[Job]:
     first = queued[0]
-    return Chosen([first] if first.id in alone else [job for job in queued if job.id not in alone])
+    return [first] if first.id in alone else [job for job in queued if job.id not in alone]
 
 
 class Server:
@@ -193,6 +192,36 @@ def test_of_a_call_for_two_one_may_be_cancelled_and_the_other_is_painted(tmp_pat
     asyncio.run(server.until(check))
     assert [server.of(job).state for job in jobs] == [State.CANCELLED, State.DONE]
     assert not server.ranks.stopped
+    ends = [event.job for event in server.events if State(event.state).is_over]
+    assert ends == jobs, "the one that nobody waits for ends at once, and each is told of once"
+
+
+def test_a_deadline_that_passes_in_a_call_for_two_does_not_wait_for_it(tmp_path: Path) -> None:
+    server = Server(tmp_path, FakeRanks(slowly), all_together)
+    late, well_done = server.ask("a", deadline_s=time.time() + 0.4), server.ask("b")
+    seen: list[State] = []
+
+    def check() -> bool:
+        if server.of(late).state.is_over:
+            seen.append(server.of(well_done).state)
+        return server.over(late, well_done)
+
+    asyncio.run(server.until(check))
+    assert [server.of(job).state for job in (late, well_done)] == [State.FAILED, State.DONE]
+    assert seen[0] == State.RUNNING
+    assert 0 < server.of(late).rank_seconds < server.of(well_done).rank_seconds
+
+
+def test_one_that_loses_its_ranks_takes_others_with_it_once(tmp_path: Path) -> None:
+    async def poisoned(ranks: FakeRanks, call: Paint) -> AsyncGenerator[Stepped | Painted | Failed]:
+        async for event in (lost if any(item.prompt == "poison" for item in call.items) else well)(ranks, call):
+            yield event
+
+    server = Server(tmp_path, FakeRanks(poisoned), all_together)
+    jobs = [server.ask(prompt) for prompt in ("poison", "b", "c")]
+    asyncio.run(server.until(lambda: server.over(*jobs)))
+    assert [server.of(job).state for job in jobs] == [State.FAILED, State.DONE, State.DONE]
+    assert [len(call.items) for call in server.ranks.calls] == [3, 1, 1, 1]
 
 
 def test_deadlines_end_a_job_that_waits_and_one_that_runs(tmp_path: Path) -> None:
@@ -205,6 +234,33 @@ def test_deadlines_end_a_job_that_waits_and_one_that_runs(tmp_path: Path) -> Non
         assert server.of(job).state == State.FAILED
         assert error is not None
         assert error.kind == "deadline"
+
+
+def test_deadlines_pass_while_the_ranks_are_away(tmp_path: Path) -> None:
+    class Away(FakeRanks):
+        async def wait_ready(self) -> None:
+            await asyncio.sleep(60)
+
+    server = Server(tmp_path, Away(well))
+    late, other = server.ask("late", deadline_s=time.time() + 0.2), server.ask("other")
+    asyncio.run(server.until(lambda: server.over(late)))
+    assert (server.of(late).state, server.of(other).state) == (State.FAILED, State.QUEUED)
+    assert [(event.job, event.state) for event in server.events] == [(late, "failed")]
+
+
+def test_a_job_that_its_client_deletes_in_between_ends_nothing_else(tmp_path: Path) -> None:
+    """It was over for the store before it was for the supervisor."""
+    server = Server(tmp_path, FakeRanks(slowly), all_together)
+    gone, other = server.ask("a"), server.ask("b")
+
+    def check() -> bool:
+        if server.of(other).state == State.RUNNING and server.store.get(gone) is not None:
+            server.store.cancelled(gone, 1, keep_s=1.0)
+            assert server.store.delete(gone)
+        return server.over(other)
+
+    asyncio.run(server.until(check))
+    assert server.of(other).state == State.DONE
 
 
 def test_what_fails_with_others_is_tried_alone_and_costs_no_try(tmp_path: Path) -> None:
@@ -237,6 +293,28 @@ def test_a_server_that_drains_lets_the_job_wait_for_the_next_one(tmp_path: Path)
             await asyncio.sleep(0.02)
         await server.scheduler.drain(0.2)
         await asyncio.wait_for(running, 20)
+
+    asyncio.run(play())
+    assert (server.of(job).state, server.of(job).tries) == (State.QUEUED, 0)
+
+
+def test_a_call_that_does_not_stop_in_time_costs_no_try(tmp_path: Path) -> None:
+    """A step may take longer than a server may take to end."""
+
+    async def deaf(ranks: FakeRanks, call: Paint) -> AsyncGenerator[Stepped | Painted | Failed]:
+        await asyncio.sleep(60)
+        yield Failed(call=call.call, kind="stopped", message="late")
+
+    server = Server(tmp_path, FakeRanks(deaf))
+    job = server.ask("a")
+
+    async def play() -> None:
+        running = asyncio.create_task(server.scheduler.run())
+        while server.scheduler.running is None:
+            await asyncio.sleep(0.02)
+        await server.scheduler.drain(0.1)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(play())
     assert (server.of(job).state, server.of(job).tries) == (State.QUEUED, 0)

@@ -14,6 +14,7 @@ from parafuse.launch.serve.jobs import (
     IdempotencyError,
     Job,
     JobError,
+    JobGoneError,
     JobStore,
     QueueFullError,
     StaleError,
@@ -194,9 +195,27 @@ def test_what_was_not_claimed_cannot_end_as_done(store: SqliteStore) -> None:
     paint(store, "f", "0.png")
     with pytest.raises(StaleError, match="claim it first"):
         store.commit(job, epoch, folder="f", files=["0.png"], receipt="", rank_seconds=1.0, keep_s=1.0)
-    with pytest.raises(StaleError, match="there is none"):
+    with pytest.raises(JobGoneError, match="there is none"):
         store.fail("img_none", epoch, LATE, keep_s=1.0)
     assert store.fail(job, epoch, LATE, keep_s=1.0).error == LATE  # a deadline passes in the queue
+
+
+def test_deadlines_that_pass_in_the_queue(store: SqliteStore, clock: Clock) -> None:
+    epoch = store.begin_epoch()
+    none, soon, later, runs = (store.accept(a_job(deadline_s=s)).id for s in (None, NOW + 1, NOW + 10, NOW + 1))
+    store.claim([runs], epoch)
+    assert store.fail_late(epoch, keep_s=9.0) == []
+    clock.now = NOW + 2
+    with pytest.raises(StaleError):
+        store.fail_late(epoch - 1, keep_s=9.0)
+    (late,) = store.fail_late(epoch, keep_s=9.0)
+    assert (late.id, late.state, late.expires_s, late.error and late.error.kind) == (
+        soon, State.FAILED, NOW + 11, "deadline",
+    )  # fmt: skip
+    assert [job.id for job in store.queued()] == [none, later]
+    assert store.num_queued() == store.num_queued("anna") == 2
+    assert store.num_queued("bob") == 0
+    assert [job.id for job in store.running()] == [runs]
 
 
 def test_lost_ranks_give_one_more_try_then_the_job_has_failed(store: SqliteStore) -> None:

@@ -159,6 +159,28 @@ def test_a_sweep_takes_what_expired_then_the_oldest_until_few_enough_bytes_stay(
     assert store.spent("anna", 0) == 0.0
 
 
+def test_a_sweep_takes_what_only_a_job_that_is_over_has_brought(tmp_path: Path) -> None:
+    store = open_store(tmp_path, clock=Clock())
+    brought = [store.folders.add_input(b"png") for _ in range(2)]
+    over, waiting = (store.accept(a_job(images=(name,))).id for name in brought)
+    store.ask_cancel(over)
+    assert store.sweep(NOW, max_bytes=MANY) == 0
+    assert [path.name for path in store.folders.inputs.iterdir()] == [brought[1]]
+    assert {job.id for job in store.of_owner("anna")} == {over, waiting}
+
+
+def test_a_sweep_keeps_no_more_jobs_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_store, "MOST_OVER", 2)
+    clock = Clock()
+    store = open_store(tmp_path, clock=clock)
+    jobs = [store.accept(a_job()).id for _ in range(4)]
+    for job in jobs[:3]:
+        clock.now += 1
+        store.ask_cancel(job)
+    assert store.sweep(clock.now, max_bytes=MANY) == 1
+    assert {job.id for job in store.of_owner("anna")} == set(jobs[1:])
+
+
 def test_a_sweep_takes_old_files_of_no_job_and_never_those_of_a_running_attempt(tmp_path: Path) -> None:
     clock = Clock()
     store = open_store(tmp_path, clock=clock)

@@ -18,6 +18,7 @@ from parafuse.launch.serve.jobs import (
     IdempotencyError,
     Job,
     JobError,
+    JobGoneError,
     QueueFullError,
     StaleError,
     State,
@@ -98,7 +99,8 @@ class Model(RuleBasedStateMachine):
         one = self.shadows.get(job)
         works = one is not None and not stale and (one.state is not State.QUEUED or queued)
         if not works or self.epoch == 0:
-            with pytest.raises(StaleError):
+            is_gone = one is None and not stale and self.epoch > 0
+            with pytest.raises(JobGoneError if is_gone else StaleError):
                 act(self.epoch - 1 if stale or self.epoch == 0 else self.epoch)
             return
         assert one is not None

@@ -46,6 +46,7 @@ def worse_compiled(found: Compiled, recorded: Compiled) -> list[str]:
     return found.faults + lost + more
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize(("name", "layout"), CELLS)
 def test_a_cell_is_as_recorded(name: str, layout: str) -> None:
     known = record().cells.get(name, {}).get(layout, Cell())

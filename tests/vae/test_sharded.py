@@ -35,17 +35,20 @@ def hold(found: list[dict[str, Any]], name: str) -> None:
                 assert error < 1e-5, (name, method)
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("name", ALL)
 def test_every_class_at_odd_sizes(name: str) -> None:
     hold(run_ranks(sharded.errors, 3, name, 2, True), name)
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize(("name", "num_ranks"), zip(NAMED, [2, 4] * 8, strict=False))
 def test_classes_on_few_and_many_ranks(name: str, num_ranks: int) -> None:
     """In turn: where slabs are cut depends on the number, what layers make of them on the class."""
     hold(run_ranks(sharded.errors, num_ranks, name, 1 if num_ranks == 4 else 2, num_ranks == 4), name)
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("name", ["AutoencoderKL", "AutoencoderKLWan", "AutoencoderKLCogVideoX", "AutoencoderOobleck"])
 @pytest.mark.parametrize("form", ["tiled", "sliced"])
 def test_tiles_and_slices_remain(name: str, form: str) -> None:

@@ -85,6 +85,7 @@ def held(name: str, method: str, sliced: bool) -> dict[str, Any]:
     }
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 @pytest.mark.parametrize("name", KINDS)
 def test_decode_is_bitwise_and_nothing_is_computed_twice(name: str, num_ranks: int) -> None:

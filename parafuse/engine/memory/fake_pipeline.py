@@ -7,6 +7,7 @@ tensors, which say that they are on the CPU.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -100,7 +101,8 @@ def _of_folder(source: ModelSource, folder: Path, dtype: torch.dtype, mode: Fake
             continue
         library, name = cast("list[Any]", entry)
         parts[key] = None if library is None else _part(source.name, folder / key, library, name, dtype, mode)
-    return kind(**parts)
+    expected = inspect.signature(kind.__init__).parameters
+    return kind(**{key: part for key, part in parts.items() if key in expected})  # others are told of when it is loaded
 
 
 def _part(model: str, folder: Path, library: str, name: str, dtype: torch.dtype, mode: FakeTensorMode) -> Any:

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,17 @@ class Ledger(TorchDispatchMode):
         """By device."""
         self._spans: list[Span] = []
         self._mode: FakeTensorMode | None = None
+        self._eager: list[Any] = []
+
+    def __enter__(self) -> Self:
+        # What is compiled runs as it is: its operators are seen, and no trace of Dynamo fails in here. One that has
+        # failed (flex_attention's, under a mode) is not tried again by its process.
+        self._eager.append(torch.compiler.set_stance("force_eager"))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._eager.pop().__exit__(*error)
 
     def know(self, module: nn.Module) -> None:
         """A component that is followed. Where its weights are fake, so is what would take too much memory."""

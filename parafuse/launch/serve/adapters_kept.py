@@ -34,7 +34,12 @@ class _Loaded:
 class AdaptersKept:
     """Of one engine, the same on every rank: all see the same calls."""
 
-    def __init__(self, engine: Engine, folder: Path | None, most: int, agreed: Agreed):
+    def __init__(
+        self, engine: Engine, folder: Path | None, most: int, agreed: Agreed, *,
+        loading: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        """`loading`: called before files are read, which takes long."""
+        self._loading = loading
         self._engine, self._folder, self._most, self._agreed = engine, folder, most, agreed
         self._kept: OrderedDict[str, _Loaded] = OrderedDict()
         """By name, the one used last at the end."""
@@ -81,6 +86,7 @@ class AdaptersKept:
         """Digests of their files, which every rank can read, and which are the same everywhere."""
         if not names:
             return {}
+        self._loading()
         said = self._agreed("adapters", lambda: json.dumps({name: self._digest(name) for name in names}))
         first: dict[str, str] = json.loads(said[0])
         for rank, word in enumerate(said):

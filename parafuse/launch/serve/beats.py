@@ -31,6 +31,8 @@ class Progress:
         """Of this rank, once it has one: the beats' thread would take the first."""
         self.seconds: dict[str, float] = {}
         """Of the phases of the call at hand."""
+        self.renewed = 0
+        """How often weights have come in since the model was loaded: what was compiled for the old may be so again."""
         self._since = time.monotonic()
 
     def move(self) -> None:

@@ -6,9 +6,23 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from parafuse.launch.serve.admission import day_began
 from parafuse.launch.serve.jobs import Job, JobStore, State
+from parafuse.launch.serve.keys import Keys
 from parafuse.launch.serve.schedule import Policy, SecondsOf, Shares, choose
-from parafuse.launch.serve.scheduler import Chosen
+
+
+def most_of_key(keys: Keys, store: JobStore, now_s: float) -> dict[str, int]:
+    """Key -> jobs that may run at once, where that is limited: none while its quota of the day is used up, so that its
+    jobs wait for the next day. Raises OSError where the store cannot be read."""
+    most: dict[str, int] = {}
+    for key in keys.all():
+        if key.max_running is not None:
+            most[key.id] = key.max_running
+        quota = key.rank_seconds_per_day
+        if quota is not None and store.spent(key.id, day_began(now_s)) >= quota:
+            most[key.id] = 0
+    return most
 
 
 @dataclass
@@ -32,15 +46,16 @@ class Chooser:
         most_of_key: Callable[[], Mapping[str, int]] = dict,
     ):
         """`seconds_of`: must answer at once. `most_of_key`: how many jobs of a key may run at once, where that is
-        limited."""
+        limited; called in a thread. Raises OSError where the store cannot be read."""
         self._store, self._policy, self._num_ranks = store, policy, num_ranks
         self._seconds_of, self._most_of_key = seconds_of, most_of_key
         self._begun: dict[str, _Begun] = {}
         self.shares = Shares()
 
-    async def __call__(self, queued: Sequence[Job], alone: frozenset[str], now_s: float) -> Chosen:
+    async def __call__(self, queued: Sequence[Job], alone: frozenset[str], now_s: float) -> Sequence[Job]:
         """What goes next. Raises OSError where the store cannot be read."""
         now = {name: await asyncio.to_thread(self._store.get, name) for name in self._begun}
+        most_of_key = await asyncio.to_thread(self._most_of_key)
         self._charge(now, now_s)
         choice = choose(
             queued,
@@ -49,11 +64,11 @@ class Chooser:
             policy=self._policy,
             seconds_of=self._seconds_of,
             alone=alone,
-            most_of_key=self._most_of_key(),
+            most_of_key=most_of_key,
         )
         self.shares = choice.shares
         self._begun = {job.id: _Begun(job, now_s) for job in choice.jobs}
-        return Chosen(choice.jobs, choice.late)
+        return choice.jobs
 
     def _charge(self, found: Mapping[str, Job | None], now_s: float) -> None:
         """The jobs of the call before have cost what the store says; what was deleted since, the time."""

@@ -123,7 +123,9 @@ class Estimates:
         seconds = self.measured(kind, steps)
         if seconds is not None:
             return Estimated(number=asked.number, seconds=seconds, source=MEASURED)
-        found = self._ask(asked.settings, kind)
+        # the planner follows calls without pictures: with them it takes no less memory
+        bare = kind_of(asked.settings, asked.num_outputs, loras=asked.loras, cache=asked.cache)
+        found = self._ask(asked.settings, bare)
         if isinstance(found, asyncio.Task) and (asked.needs_seconds or not self._has_fitted(kind)):
             with contextlib.suppress(TimeoutError):
                 found = await asyncio.wait_for(asyncio.shield(found), asked.patience_s)
@@ -131,7 +133,7 @@ class Estimates:
             return Estimated(number=asked.number, seconds=None)
         return Estimated(
             number=asked.number,
-            seconds=found.of(kind.pictures, steps),
+            seconds=None if asked.images else found.of(kind.pictures, steps),
             peak_bytes=found.peak_bytes.get(kind.pictures),
             capacity_bytes=found.capacity_bytes,
             source=PREDICTED,

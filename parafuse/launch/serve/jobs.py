@@ -113,6 +113,10 @@ class StaleError(ParafuseError):
     """A supervisor that is no longer the one in charge wanted to change a job."""
 
 
+class JobGoneError(ParafuseError):
+    """A job that was over has been deleted: there is nothing more to be said of it."""
+
+
 class StoreError(ParafuseError, OSError):
     """The store cannot be read or written now: a full disk, a damaged file. Nothing was half done."""
 
@@ -185,11 +189,16 @@ class JobStore(Protocol):
         self, job: str, epoch: int, *, folder: str, files: Sequence[str], receipt: str, rank_seconds: float,
         keep_s: float,
     ) -> Job:  # fmt: skip
-        """Running -> done, with its outputs; at most once."""
+        """Running -> done, with its outputs; at most once. This and the methods below raise JobGoneError for a job that
+        was over, and has been deleted."""
         ...
 
     def fail(self, job: str, epoch: int, error: JobError, *, rank_seconds: float = 0.0, keep_s: float) -> Job:
         """Running or queued -> failed."""
+        ...
+
+    def fail_late(self, epoch: int, *, keep_s: float) -> list[Job]:
+        """Queued jobs whose deadline has passed -> failed."""
         ...
 
     def cancelled(self, job: str, epoch: int, *, rank_seconds: float = 0.0, keep_s: float) -> Job:
@@ -205,7 +214,11 @@ class JobStore(Protocol):
         ...
 
     def counts(self) -> dict[State, int]:
-        """Jobs in each state."""
+        """Jobs in each state. Looks at all of them."""
+        ...
+
+    def num_queued(self, owner: str | None = None) -> int:
+        """Jobs that wait, of all keys or of one."""
         ...
 
     def spent(self, owner: str, since_s: float) -> float:

@@ -26,8 +26,9 @@ POLL_S = 0.1
 WAITS_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Before the n-th start of a child within `WINDOW_S`: a rate, so that years of single faults never add up."""
 WINDOW_S = 120.0
-END_S = 5.0
-"""How long a child may take to end once it has been told to, beyond what it drains."""
+END_S = 25.0
+"""How long a child may take to end once it has been told to, beyond what it drains: a supervisor waits for the end of a
+step, gives its job back, and ends its ranks."""
 
 
 @dataclass

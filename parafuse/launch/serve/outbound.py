@@ -7,6 +7,7 @@ resolves to something else a moment later (DNS rebinding) leads nowhere. No redi
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import socket
 import ssl
@@ -135,6 +136,12 @@ def client_to(target: Target, timeout_s: float, verify: ssl.SSLContext | bool = 
     )
 
 
+@functools.cache
+def trusted() -> ssl.SSLContext:
+    """The certificates that a host is checked against. Blocks for as long as it takes to read them, the first time."""
+    return httpx2.create_ssl_context(trust_env=False)
+
+
 async def fetch(
     url: str,
     allowed_hosts: Sequence[str],
@@ -146,10 +153,11 @@ async def fetch(
 ) -> bytes:
     """What a URL holds, at most so many bytes, as it was sent. Raises RefusedUrlError and UnreachableError, each with
     one line for the client that says nothing of what stands inside of a network."""
+    verify = await asyncio.to_thread(trusted)  # not of the host's time
     try:
         async with asyncio.timeout(timeout_s):
             target = await check_url(url, allowed_hosts, what, resolve=resolve)
-            async with client_to(target, timeout_s) as client:
+            async with client_to(target, timeout_s, verify) as client:
                 return await _body(client, target, what, max_bytes)
     except TimeoutError as error:
         raise UnreachableError(f"{what}: the host did not answer within {timeout_s:g} s.") from error

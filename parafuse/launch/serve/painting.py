@@ -22,7 +22,7 @@ from parafuse.engine.safe_points import CALLBACK, Boundary, SafePoints, StoppedE
 from parafuse.errors import ConfigError, MemoryLimitError, ParafuseError, RankError, UnsupportedError, is_out_of_memory
 from parafuse.launch.serve import outputs
 from parafuse.launch.serve.adapters_kept import AdaptersKept
-from parafuse.launch.serve.beats import WRITING, Line, Progress
+from parafuse.launch.serve.beats import ENCODING, LOADING, WRITING, Line, Progress
 from parafuse.launch.serve.feed import Handed
 from parafuse.launch.serve.messages import Failed, Item, Paint, Painted, Stepped
 
@@ -92,7 +92,7 @@ class Painter:
         self._engine, self._line, self._progress, self._defaults = engine, line, progress, defaults
         self._leads, self._call = engine.rank == leader, Paint(call="", items=())
         self._points = SafePoints(engine.world, leader, lambda: line.stop_of(self._call.call))
-        self._adapters = AdaptersKept(engine, loras, max_loras, self._agreed)
+        self._adapters = AdaptersKept(engine, loras, max_loras, self._agreed, loading=self._loads)
         self._previews = Previews(_latent_channels(engine.pipeline))
         self._uses_cache = True
         self._size: tuple[int, int] | None = None
@@ -123,6 +123,10 @@ class Painter:
         if fault is not None and kind_of(fault) == "memory":
             _free()
         self._progress.end()
+
+    def _loads(self) -> None:
+        self._progress.enter(LOADING)
+        self._progress.renewed += 1
 
     def _settle(self, fault: Exception | None) -> None:
         """All ranks have ended the call alike, and have read it. Raises what lost one."""
@@ -160,6 +164,7 @@ class Painter:
 
         self._agreed("a call", prepare)
         self._adapters.use(call.lora)
+        self._progress.enter(ENCODING)
         if call.cache != self._uses_cache:
             self._engine.use_cache(call.cache)
             self._uses_cache = call.cache

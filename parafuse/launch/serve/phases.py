@@ -27,6 +27,7 @@ class Phases:
         to split it is found out: it has a phase of its own."""
         self._progress, self._prepares = progress, prepares
         self._seen: set[Any] = set()
+        self._renewed = progress.renewed
         self._undo = ExitStack()
         denoisers, encoders = weighty(pipeline)
         for _, module in encoders:
@@ -47,6 +48,9 @@ class Phases:
         self._undo.callback(handle.remove)
 
     def _denoises(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._renewed != self._progress.renewed:
+            self._renewed = self._progress.renewed
+            self._seen.clear()
         size = (id(module), *(tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)))
         is_new = self._prepares and size not in self._seen
         if len(self._seen) < MOST_SIZES:

@@ -40,6 +40,8 @@ class RankJob(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_loras: int = 4
     loras: str | None = None
     """Folder of LoRA files."""
+    verbose: bool = False
+    """What libraries print is shown."""
     inputs: str = ""
     """Folder of the pictures that calls name."""
     results: str = ""
@@ -109,7 +111,8 @@ def _paint(job: RankJob, feeds: bool, line: Line, progress: Progress, ending: En
     """Loads, and serves until the end."""
     from parafuse.launch import quiet
 
-    quiet.silence_libraries()
+    if not job.verbose:
+        quiet.silence_libraries()
     from parafuse.config import Config
     from parafuse.engine.engine import Engine
     from parafuse.engine.source import locate

@@ -16,9 +16,11 @@ from typing import Any, Protocol
 import structlog
 
 from parafuse.launch.serve.group import GroupLostError
-from parafuse.launch.serve.jobs import FileError, Job, JobError, JobStore, State
+from parafuse.launch.serve.jobs import FileError, Job, JobError, JobGoneError, JobStore, StaleError, State
 from parafuse.launch.serve.messages import Failed, Item, JobEvent, Paint, Painted, Stepped
 
+LATE_S = 1.0
+"""How often jobs that wait are looked at for deadlines that have passed."""
 LOOK_S = 0.25
 """How often cancels and deadlines of running jobs are looked for, where nobody tells of them."""
 IDLE_LOOK_S = 1.0
@@ -45,19 +47,9 @@ class Painter(Protocol):
     def stop_call(self, call: str, reason: str) -> None: ...
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What goes next."""
-
-    together: Sequence[Job]
-    """For one call."""
-    too_late: Sequence[Job] = ()
-    """Their deadline has passed: to be failed."""
-
-
-Choose = Callable[[Sequence[Job], frozenset[str], float], Awaitable[Chosen]]
-"""(queued jobs, those that must go alone, Unix time) -> what goes next. `choosing.Chooser`. Raises OSError where the
-store cannot be read."""
+Choose = Callable[[Sequence[Job], frozenset[str], float], Awaitable[Sequence[Job]]]
+"""(queued jobs, those that must go alone, Unix time) -> those of the next call. `choosing.Chooser`. Raises OSError
+where the store cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +77,19 @@ class Running:
     step_seconds: float = 0.0
     stopping: dict[str, str] = field(default_factory=dict)
     """Job -> why it is to end: cancelled, deadline, draining."""
+    ended: set[str] = field(default_factory=set)
+    """Jobs that have ended before the call, which goes on for the others."""
     told_s: float = 0.0
 
     @property
     def left_s(self) -> float:
         """What it takes from now on, as its steps so far tell; 0 before the first."""
         return max(0.0, (self.num_steps - self.step) * self.step_seconds)
+
+    @property
+    def owed(self) -> list[Job]:
+        """The jobs that end with the call."""
+        return [job for job in self.jobs if job.id not in self.ended]
 
 
 class Scheduler:
@@ -125,6 +124,13 @@ class Scheduler:
 
     async def run(self) -> None:
         """Until `drain`. Raises StaleError where another supervisor has taken charge."""
+        late = asyncio.create_task(self._fail_late(), name="deadlines")
+        try:
+            await self._run()
+        finally:
+            late.cancel()
+
+    async def _run(self) -> None:
         while not self._draining:
             self._news.clear()
             try:
@@ -158,13 +164,24 @@ class Scheduler:
         await self._painter.wait_ready()
         queued = await asyncio.to_thread(self._store.queued)  # some may have been cancelled meanwhile
         self._alone &= {job.id for job in queued}
-        chosen = await self._choose(queued, frozenset(self._alone), time.time())
-        for job in chosen.too_late:
-            await self._fail(job, JobError(kind="deadline", message="its deadline passed while it waited."))
-        if not chosen.together or self._draining:
+        # one whose ranks were lost may be why: another time it takes no others with it
+        alone = self._alone | {job.id for job in queued if job.tries}
+        chosen = await self._choose(queued, frozenset(alone), time.time())
+        if not chosen or self._draining:
             return []
-        jobs = [job.id for job in chosen.together]
-        return await asyncio.to_thread(self._store.claim, jobs, self._epoch)
+        return await asyncio.to_thread(self._store.claim, [job.id for job in chosen], self._epoch)
+
+    async def _fail_late(self) -> None:
+        """Whatever the ranks do: who waits for a job hears of its deadline in time."""
+        while True:
+            try:
+                for job in await asyncio.to_thread(self._store.fail_late, self._epoch, keep_s=self._keep_s):
+                    self._told(job)
+            except OSError as error:
+                self._log.error("store", error=str(error))
+            except StaleError:
+                return  # `run` will find it too
+            await asyncio.sleep(LATE_S)
 
     async def _call(self, jobs: list[Job]) -> None:
         """One call of the pipeline for these jobs, which all end, or wait again, in here."""
@@ -184,14 +201,24 @@ class Scheduler:
         except GroupLostError as error:
             self._log.warning("group lost", call=call.call, cause=error.cause, error=str(error))
             seconds = self._seconds(running)
-            for job in jobs:
+            for job in running.owed:
                 why = f"its ranks were lost ({error})"
                 after = await self._in_store(self._store.give_back, job.id, self._epoch, why, rank_seconds=seconds)
                 self._told(after)
+        except asyncio.CancelledError:
+            if self._draining:  # it took longer to stop than the server may take to end
+                await asyncio.shield(self._unclaim(running))
+            raise
         finally:
             self.running = None
             look.cancel()
             await asyncio.to_thread(shutil.rmtree, folder, True)
+
+    async def _unclaim(self, running: Running) -> None:
+        """Its jobs wait for the next server, which counts no try."""
+        for job in running.owed:
+            with contextlib.suppress(StaleError, JobGoneError, OSError):
+                await asyncio.to_thread(self._store.unclaim, job.id, self._epoch)
 
     async def _end_of(self, running: Running) -> Painted | Failed:
         async with aclosing(self._painter.paint(running.call)) as events:
@@ -205,16 +232,18 @@ class Scheduler:
         running.step, running.num_steps, running.step_seconds = event.step, event.num_steps, event.seconds
         previews = event.previews or (b"",) * len(running.jobs)
         for job, preview in zip(running.jobs, previews, strict=True):
+            if job.id in running.ended:
+                continue
             place = {"step": event.step, "num_steps": event.num_steps}
             self._tell(JobEvent(job=job.id, state=State.RUNNING.value, preview=preview, **place))
         now = time.monotonic()
         if now - running.told_s > NOTE_S and event.num_steps:
             running.told_s = now
-            for job in running.jobs:
+            for job in running.owed:
                 await self._in_store(self._store.note_progress, job.id, self._epoch, event.step / event.num_steps)
 
     async def _look_after(self, running: Running) -> None:
-        """Stops the call once each of its jobs is to end before its time."""
+        """Ends jobs before their time: the call is stopped where all of its jobs are to end, else it goes on."""
         ids = {job.id for job in running.jobs}
         while True:
             found: dict[str, str] = {}
@@ -229,7 +258,29 @@ class Scheduler:
                 elif job.deadline_s is not None and time.time() > job.deadline_s:
                     found[job.id] = "deadline"
             self._stop(found)
+            await self._end_early(running)
             await asyncio.sleep(LOOK_S)
+
+    async def _end_early(self, running: Running) -> None:
+        """Those that are to end, and whose call goes on for others: nobody waits for that."""
+        going = [job for job in running.owed if job.id in running.stopping]
+        if len(running.stopping) == len(running.jobs):
+            return
+        for job in going:
+            running.ended.add(job.id)
+            try:
+                await self._end_as(job, running.stopping[job.id], self._seconds(running))
+            except StaleError:
+                return  # `run` will find it too
+
+    async def _end_as(self, job: Job, why: str, rank_seconds: float) -> None:
+        """A running job, cancelled or too late."""
+        if why == "cancelled":
+            given = {"rank_seconds": rank_seconds, "keep_s": self._keep_s}
+            self._told(await self._in_store(self._store.cancelled, job.id, self._epoch, **given))
+        else:
+            late = JobError(kind="deadline", message="its deadline passed while it was painted.")
+            await self._fail(job, late, rank_seconds)
 
     def _stop(self, found: dict[str, str]) -> None:
         running = self.running
@@ -249,15 +300,14 @@ class Scheduler:
         seconds = self._seconds(running)
         receipts = painted.receipts or (painted.receipt,) * len(running.jobs)
         for job, files, receipt in zip(running.jobs, painted.files, receipts, strict=True):
+            if job.id in running.ended:
+                continue
             if running.stopping.get(job.id) == "cancelled":
-                after = await self._in_store(
-                    self._store.cancelled, job.id, self._epoch, rank_seconds=seconds, keep_s=self._keep_s
-                )
+                await self._end_as(job, "cancelled", seconds)
             else:
-                after = await self._kept(job, files, folder, receipt, seconds)
-            self._told(after)
+                self._told(await self._kept(job, files, folder, receipt, seconds))
 
-    async def _kept(self, job: Job, files: Sequence[str], folder: Path, receipt: str, seconds: float) -> Job:
+    async def _kept(self, job: Job, files: Sequence[str], folder: Path, receipt: str, seconds: float) -> Job | None:
         """The job with its outputs; failed where these are not what they should be."""
         try:
             own = await self._in_store(self._own_folder, job, files, folder)
@@ -291,22 +341,17 @@ class Scheduler:
         if failed.details and failed.kind != "stopped":
             self._log.error("call failed", call=failed.call, kind=failed.kind, details=failed.details)
         seconds = self._seconds(running)
-        for job in running.jobs:
+        for job in running.owed:
             why = running.stopping.get(job.id)
             if failed.kind != "stopped" and why is None and len(running.jobs) > 1:
                 self._alone.add(job.id)  # it may have been another one's fault
                 self._told(await self._in_store(self._store.unclaim, job.id, self._epoch))
-            elif why == "cancelled":
-                after = await self._in_store(
-                    self._store.cancelled, job.id, self._epoch, rank_seconds=seconds, keep_s=self._keep_s
-                )
-                self._told(after)
+            elif why in ("cancelled", "deadline"):
+                await self._end_as(job, why, seconds)
             elif failed.kind == "stopped" and why in (None, "draining"):
                 self._told(await self._in_store(self._store.unclaim, job.id, self._epoch))
             else:
-                late = JobError(kind="deadline", message="its deadline passed while it was painted.")
-                error = late if why == "deadline" else JobError(kind=failed.kind, message=failed.message)
-                await self._fail(job, error, seconds)
+                await self._fail(job, JobError(kind=failed.kind, message=failed.message), seconds)
 
     async def _fail(self, job: Job, error: JobError, rank_seconds: float = 0.0) -> None:
         after = await self._in_store(
@@ -316,12 +361,14 @@ class Scheduler:
 
     async def _in_store(self, act: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One change of the store, until it is made: what the ranks have done must not be lost to a full disk. Raises
-        StaleError."""
+        StaleError. None where it was about a job that is gone: there is nobody to tell."""
         while True:
             try:
                 result = await asyncio.to_thread(act, *args, **kwargs)
             except OSError as error:
                 await self._faulty(error)
+            except JobGoneError:
+                return None
             else:
                 self.fault = ""
                 return result

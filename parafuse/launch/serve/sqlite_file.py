@@ -6,6 +6,7 @@ import contextlib
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -117,7 +118,7 @@ class Database:
         connection = sqlite3.connect(self.path, timeout=self._busy_s, isolation_level=None, check_same_thread=False)
         try:
             connection.row_factory = sqlite3.Row
-            mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            mode = self._with_log(connection)
             if mode != "wal":
                 raise StoreError(f"{self.path}: its disk cannot hold a write-ahead log ({mode}). Give a local folder.")
             for pragma in ("synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF", "cell_size_check=ON",
@@ -127,6 +128,18 @@ class Database:
             connection.close()
             raise
         return connection
+
+    def _with_log(self, connection: sqlite3.Connection) -> str:
+        """Turns the write-ahead log on. While several do so at once, SQLite says busy without waiting: two that both
+        read and want to write would wait for each other."""
+        deadline = time.monotonic() + self._busy_s
+        while True:
+            try:
+                return connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def _prepare(self, steps: Steps) -> None:
         with self.reading() as connection:

@@ -23,6 +23,7 @@ from parafuse.launch.serve.jobs import (
     IdempotencyError,
     Job,
     JobError,
+    JobGoneError,
     JobRequest,
     QueueFullError,
     StaleError,
@@ -34,6 +35,8 @@ from parafuse.launch.serve.sqlite_schema import STEPS
 
 SPENDING_KEPT_S = 35 * 24 * 3600.0
 """How far back `spent` knows."""
+MOST_OVER = 100_000
+"""Jobs that are over and kept at most, however small their results."""
 _OVER = "('done', 'failed', 'cancelled')"
 
 
@@ -208,6 +211,18 @@ class SqliteStore:
                 return found
             return self._end(at, job, State.FAILED, error=error, rank_seconds=rank_seconds, keep_s=keep_s)
 
+    def fail_late(self, epoch: int, *, keep_s: float) -> list[Job]:
+        """In the order of their acceptance."""
+        error = JobError(kind="deadline", message="its deadline passed while it waited.")
+        late = "SELECT id FROM jobs WHERE state = 'queued' AND deadline_s <= ? ORDER BY number"
+        with self._database.reading() as at:  # mostly there is none, and nothing to wait for
+            if at.execute(late, (self._clock(),)).fetchone() is None:
+                return []
+        with self._database.writing() as at:
+            _check_epoch(at, epoch)
+            found = [row[0] for row in at.execute(late, (self._clock(),))]
+            return [self._end(at, job, State.FAILED, error=error, keep_s=keep_s) for job in found]
+
     def cancelled(self, job: str, epoch: int, *, rank_seconds: float = 0.0, keep_s: float) -> Job:
         """Its ranks have left the call."""
         with self._database.writing() as at:
@@ -237,6 +252,11 @@ class SqliteStore:
             rows = at.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall()
         return dict.fromkeys(State, 0) | {State(state): number for state, number in rows}
 
+    def num_queued(self, owner: str | None = None) -> int:
+        """By an index."""
+        with self._database.reading() as at:
+            return _num_queued(at, owner)
+
     def spent(self, owner: str, since_s: float) -> float:
         """Of deleted jobs too. Not further back than SPENDING_KEPT_S."""
         with self._database.reading() as at:
@@ -252,12 +272,16 @@ class SqliteStore:
             gone += _beyond(at, now_s, max_bytes)
             at.executemany("DELETE FROM jobs WHERE id = ?", [(job.id,) for job in gone])
             at.execute("DELETE FROM spending WHERE ended_s < ?", (now_s - SPENDING_KEPT_S,))
+            read = f"SELECT name FROM inputs JOIN jobs ON jobs.id = inputs.job WHERE state IN {_OVER}"
+            inputs = [row[0] for row in at.execute(read)]  # nobody reads them any more
+            at.executemany("DELETE FROM inputs WHERE name = ?", [(name,) for name in inputs])
         self._discard(gone)
+        self.folders.discard_inputs(inputs)
         with self._database.reading() as at:
             folders = {row[0] for row in at.execute("SELECT DISTINCT folder FROM jobs WHERE folder <> ''")}
-            inputs = {row[0] for row in at.execute("SELECT name FROM inputs")}
+            named = {row[0] for row in at.execute("SELECT name FROM inputs")}
             (since_s,) = at.execute("SELECT min(started_s) FROM jobs WHERE state = 'running'").fetchone()
-        self.folders.discard_orphans(now_s, folders=folders, inputs=inputs, running_since_s=since_s)
+        self.folders.discard_orphans(now_s, folders=folders, inputs=named, running_since_s=since_s)
         return len(gone)
 
     def due_webhooks(self, now_s: float, limit: int = 20) -> list[Job]:
@@ -340,16 +364,22 @@ def _check_room(
     at: sqlite3.Connection, owner: str, *, max_queued: int | None, max_queued_of_key: int | None
 ) -> None:  # fmt: skip
     if max_queued_of_key is not None:
-        (own,) = at.execute("SELECT count(*) FROM jobs WHERE owner = ? AND state = 'queued'", (owner,)).fetchone()
+        own = _num_queued(at, owner)
         if own >= max_queued_of_key:
             raise QueueFullError(
                 f"{own} jobs of this key wait; at most {max_queued_of_key} may. Wait for some, or cancel some.",
                 of_key=True,
             )
     if max_queued is not None:
-        (all_of_them,) = at.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()
+        all_of_them = _num_queued(at)
         if all_of_them >= max_queued:
             raise QueueFullError(f"{all_of_them} jobs wait; at most {max_queued} may. Try again later.", of_key=False)
+
+
+def _num_queued(at: sqlite3.Connection, owner: str | None = None) -> int:
+    if owner is None:
+        return at.execute("SELECT count(*) FROM jobs WHERE state = 'queued'").fetchone()[0]
+    return at.execute("SELECT count(*) FROM jobs WHERE owner = ? AND state = 'queued'", (owner,)).fetchone()[0]
 
 
 def _insert(at: sqlite3.Connection, job: Job, request_hash: str, inputs: Sequence[str]) -> None:
@@ -368,7 +398,10 @@ def _insert(at: sqlite3.Connection, job: Job, request_hash: str, inputs: Sequenc
 
 
 def _beyond(at: sqlite3.Connection, now_s: float, max_bytes: int) -> list[Job]:
-    """The jobs whose outputs are too many, oldest first."""
+    """The jobs whose outputs are too many, oldest first, and those that are too many themselves."""
+    (number,) = at.execute(f"SELECT count(*) FROM jobs WHERE state IN {_OVER}").fetchone()
+    oldest = f"SELECT * FROM jobs WHERE state IN {_OVER} ORDER BY finished_s LIMIT ?"
+    too_many = _jobs(at.execute(oldest, (max(0, number - MOST_OVER),)))
     (kept,) = at.execute("SELECT coalesce(sum(num_bytes), 0) FROM jobs WHERE expires_s > ?", (now_s,)).fetchone()
     gone: list[Job] = []
     for row in at.execute("SELECT * FROM jobs WHERE num_bytes > 0 AND expires_s > ? ORDER BY finished_s", (now_s,)):
@@ -376,7 +409,7 @@ def _beyond(at: sqlite3.Connection, now_s: float, max_bytes: int) -> list[Job]:
             break
         kept -= row["num_bytes"]
         gone.append(_job(row))
-    return gone
+    return list({job.id: job for job in (*too_many, *gone)}.values())
 
 
 def _requeue(at: sqlite3.Connection, job: str) -> Job:
@@ -409,7 +442,7 @@ def _running(at: sqlite3.Connection, job: str, epoch: int) -> Job:
 
 def _must(job: Job | None, name: str) -> Job:
     if job is None:
-        raise StaleError(f"job {name}: there is none (any more).")
+        raise JobGoneError(f"job {name}: there is none (any more).")
     return job
 
 

@@ -22,7 +22,7 @@ from parafuse.config import Config
 from parafuse.engine.planner import resolve
 from parafuse.launch.serve import logs
 from parafuse.launch.serve.card import card_of
-from parafuse.launch.serve.choosing import Chooser
+from parafuse.launch.serve.choosing import Chooser, most_of_key
 from parafuse.launch.serve.clients import Clients
 from parafuse.launch.serve.elastic import ElasticGroup, Rendezvous
 from parafuse.launch.serve.estimates import Estimates
@@ -114,6 +114,7 @@ def job_of(wiring: Wiring) -> dict[str, Any]:
         "config": wiring.config,
         "max_loras": settings.max_loras,
         "loras": settings.loras and str(Path(settings.loras).resolve()),
+        "verbose": wiring.verbose,
         "inputs": str(settings.inputs.resolve()),
         "results": str(settings.results.resolve()),
         "expect": None,
@@ -143,7 +144,7 @@ class Supervisor:
             Policy(batch=settings.batch),
             num_ranks=wiring.ranks * settings.nnodes,
             seconds_of=self._estimates.seconds_of,
-            most_of_key=self._most_of_key,
+            most_of_key=lambda: most_of_key(self._keys, self._store, time.time()),
         )
         self._scheduler: Scheduler | None = None
         self._draining = False
@@ -215,10 +216,6 @@ class Supervisor:
     def _secret_of(self, owner: str) -> str | None:
         key = self._keys.get(owner)
         return None if key is None else key.webhook_secret
-
-    def _most_of_key(self) -> dict[str, int]:
-        """Key -> jobs that may run at once, where that is limited."""
-        return {key.id: key.max_running for key in self._keys.all() if key.max_running is not None}
 
     def _wake(self) -> None:
         if self._scheduler is not None:

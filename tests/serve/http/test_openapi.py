@@ -4,6 +4,7 @@ server's own, and nothing of another key's."""
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -16,8 +17,8 @@ from schemathesis.core.result import Ok
 
 from tests.serve.http.serving import Running, serving
 
-CASES = 6
-"""Of each kind, for each of about 17 operations."""
+CASES = int(os.environ.get("PARAFUSE_TESTS_CASES", "6"))
+"""Of each kind, for each of about 17 operations, of three kinds of models: 50 make 5,000."""
 SLOW = [
     HealthCheck.too_slow,
     HealthCheck.filter_too_much,

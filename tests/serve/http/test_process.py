@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -20,6 +21,7 @@ import httpx2
 import pytest
 
 from parafuse.config import Config
+from parafuse.launch.serve.http.process import MAX_FILES, allow_files
 from parafuse.launch.serve.settings import Serving
 from parafuse.launch.serve.wiring import Wiring
 from parafuse.parallel.rank_entry import PARENT_ENV
@@ -103,6 +105,40 @@ def test_an_open_stream_does_not_hold_up_its_end() -> None:
         assert "draining" in text
         one.process.communicate(timeout=60)
         assert one.process.returncode == 0
+
+
+def test_it_allows_itself_files_for_all_its_connections() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    few = min(512, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))  # what it is started with
+    try:
+        with started() as one:
+            assert beat(one)
+            assert resource.prlimit(one.process.pid, resource.RLIMIT_NOFILE) == (most, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1024, 4096), (4096, 4096)),
+        ((1024, 1 << 20), (MAX_FILES, 1 << 20)),
+        ((1024, resource.RLIM_INFINITY), (MAX_FILES, resource.RLIM_INFINITY)),
+        ((1 << 17, 1 << 20), None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
+        ((4096, 4096), None),
+    ],
+)
+def test_a_limit_of_files_is_raised_as_far_as_it_goes_and_never_lowered(
+    monkeypatch: pytest.MonkeyPatch, before: tuple[int, int], after: tuple[int, int] | None
+) -> None:
+    asked = list[tuple[int, int]]()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: before)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    allow_files()
+    assert asked == ([] if after is None else [after])
 
 
 def test_it_does_not_live_without_its_parent() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from parafuse.launch.serve.admission import Limits, Load, Refusal, admit, day_began
-from parafuse.launch.serve.jobs import Job, JobRequest, JobStore, State
+from parafuse.launch.serve.jobs import Job, JobRequest, JobStore
 from parafuse.launch.serve.keys import Key
 from parafuse.launch.serve.messages import Estimated, Status
 from parafuse.launch.serve.schedule import wait_s
@@ -55,14 +55,16 @@ class Admission:
         has_quota = key.rank_seconds_per_day is not None
         queued = self._store.queued() if has_quota or job.deadline_s is not None else []
         own = [one for one in queued if one.owner == key.id]
+        if has_quota:  # what runs is not spent yet
+            own += [one for one in self._store.running() if one.owner == key.id]
         pledged_s = sum(self._seconds_of(one.request, 1) or 0.0 for one in own)
         return Load(
             now_s=now_s,
             state="restarting" if state == "ready" and not_ready_s > 0 else state,
             not_ready_s=not_ready_s,
             why="" if status is None else status.why,
-            queued=self._store.counts().get(State.QUEUED, 0),
-            queued_of_key=len(own),
+            queued=self._store.num_queued(),
+            queued_of_key=self._store.num_queued(key.id),
             spent_of_key=self._store.spent(key.id, day_began(now_s)) if has_quota else 0.0,
             pledged_of_key=pledged_s * (max(1, len(status.ranks)) if status else 1),
             wait_s=wait_s(job, queued, self._seconds_of, running_left_s=left_s),

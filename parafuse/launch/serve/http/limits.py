@@ -14,11 +14,13 @@ from parafuse.launch.serve.http.errors import ApiError, BodyError, response_of
 BODY_S = 60.0
 """From a request's first byte to the last of its body."""
 READ_S = 60.0
-"""How long a client may leave one piece of an answer unread."""
+"""How long a client may leave one piece of an answer unread while the next one waits, and how long it may read nothing
+at all (`protocol.BoundedProtocol`)."""
 
 
 class Limits:
-    """ASGI middleware: bodies by bytes (also without a length) and by seconds, and clients that read nothing."""
+    """ASGI middleware: bodies by bytes (also without a length) and by seconds, and clients that are too slow for an
+    answer of several pieces. One that leaves the last piece, or the only one, is `protocol.BoundedProtocol`'s."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, body_s: float = BODY_S, read_s: float = READ_S):
         self.app, self.max_bytes, self.body_s, self.read_s = app, max_bytes, body_s, read_s
@@ -66,13 +68,14 @@ class Limits:
                 async with asyncio.timeout(self.read_s):
                     await send(message)
             except TimeoutError as error:
-                raise ClientStalledError(f"nothing was read for {math.ceil(self.read_s)} s") from error
+                raise ClientStalledError(f"a piece was not read within {math.ceil(self.read_s)} s") from error
 
         return sent
 
 
 class ClientStalledError(ConnectionError):
-    """A client that does not read its answer: its connection is closed."""
+    """A client that does not read its answer. Its connection is closed once what was written has gone, and cut off by
+    `protocol.BoundedProtocol` where nothing of that is read."""
 
 
 def log_stalled(request_id: str, error: Exception) -> None:

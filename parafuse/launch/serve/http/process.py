@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -35,6 +36,8 @@ BEAT_S = 0.5
 GRACE_S = 4.0
 """For answers that are under way when it is told to end; the keeper waits a second longer."""
 MAX_CONNECTIONS = 4000
+MAX_FILES = 65536
+"""Each connection is an open file, and many systems allow 1024 where nobody asks for more."""
 
 
 class Server(uvicorn.Server):
@@ -57,7 +60,16 @@ def main() -> int:
         print("usage: python -m parafuse.launch.serve.http.process WIRING BEAT_FD SOCKET_FD", file=sys.stderr)
         return 2
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    allow_files()
     return serve(Wiring.read(sys.argv[1]), beat=int(sys.argv[2]), door=socket.socket(fileno=int(sys.argv[3])))
+
+
+def allow_files(most: int = MAX_FILES) -> None:
+    """Raises this process's own limit of open files to `most`, or as far as the system lets it; never lowers it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def serve(wiring: Wiring, *, beat: int, door: socket.socket) -> int:

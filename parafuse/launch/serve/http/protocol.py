@@ -1,5 +1,6 @@
 """The server's reading of HTTP, with bounds that uvicorn has not: how long a request's head may take, how large it and
-how many its headers may be, and how long a connection may go on with a body that nobody reads."""
+how many its headers may be, how long a connection may go on with a body that nobody reads, and how long a client may
+leave its answer unread."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from parafuse.launch.serve.http.limits import READ_S, ClientStalledError, log_stalled
 
 HEAD_S = 10.0
 MAX_HEAD_BYTES = 32 << 10
@@ -20,27 +23,45 @@ class FloodError(Exception):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. The bounds are class attributes, so that a subclass can have others."""
+    """One connection. The bounds are class attributes, so that a subclass can have others.
+
+    uvicorn waits for a client before the next piece of an answer alone: what is written already, the whole of it where
+    the answer is one piece, stays in memory until it is read, also after `transport.close()`. Here a client that reads
+    nothing for `read_s` is cut off, whatever the connection was about to do; one that reads slowly is not. What the
+    kernel takes counts as read, so it can be twice `read_s` from the last byte that the client took."""
 
     head_s = HEAD_S
     max_head_bytes = MAX_HEAD_BYTES
     max_headers = MAX_HEADERS
     max_message_bytes = MAX_MESSAGE_BYTES
+    read_s = READ_S
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._unread_bytes = 0
         self._in_head = True
         self._head_bytes = self._message_bytes = self._headers_bytes = 0
         self._is_flood = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # paused while a byte is left: by default 64 KiB could stay for ever
         self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        self._disarm_read()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._arm_read()
+
+    def resume_writing(self) -> None:
+        self._disarm_read()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
@@ -114,3 +135,22 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer = None
         if not self.transport.is_closing():
             self.transport.close()
+
+    def _arm_read(self) -> None:
+        self._disarm_read()
+        self._unread_bytes = self.transport.get_write_buffer_size()
+        self._read_timer = self.loop.call_later(self.read_s, self._unread)
+
+    def _disarm_read(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    def _unread(self) -> None:
+        if self.transport.get_write_buffer_size() < self._unread_bytes:
+            self._arm_read()
+            return
+        self._read_timer = None
+        request_id = "" if self.cycle is None else self.cycle.scope.get("parafuse.id", "")
+        log_stalled(request_id, ClientStalledError(f"nothing was read for {self.read_s:g} s"))
+        self.transport.abort()  # close() would wait for the client once more

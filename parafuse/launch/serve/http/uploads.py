@@ -17,6 +17,8 @@ from parafuse.launch.serve.http.service import Service
 from parafuse.launch.serve.outbound import RefusedUrlError, UnreachableError, fetch
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+STEREO = "MPO"
+"""Pillow's name for a JPEG with further pictures behind the first, as phones write them: a depth map, another eye's."""
 MAX_PICTURES = 16
 MAX_FIELDS = 64
 MAX_FIELD_BYTES = 128 << 10
@@ -86,15 +88,20 @@ async def keep(service: Service, name: str, given: UploadFile | str, *, is_mask:
             raise invalid(name, str(error).removeprefix(f"{name}: "), "invalid_image_url") from error
     else:
         data = await given.read()
-    picture = await service.worked(plain_picture, data, name, service.settings.max_pixels, is_mask)
-    return await service.worked(service.folders.add_input, picture, ".png"), hashlib.sha256(data).hexdigest()
+    picture, digest = await service.worked(_taken, data, name, service.settings.max_pixels, is_mask)
+    return await service.worked(service.folders.add_input, picture, ".png"), digest
+
+
+def _taken(data: bytes, name: str, max_pixels: int, is_mask: bool) -> tuple[bytes, str]:
+    """The picture as plain PNG, and the hash of what came. Blocks. Raises ApiError (400)."""
+    return plain_picture(data, name, max_pixels, is_mask), hashlib.sha256(data).hexdigest()
 
 
 def plain_picture(data: bytes, name: str, max_pixels: int, is_mask: bool) -> bytes:
     """A picture as PNG without anything beside its pixels; its size is checked before it is decoded. Blocks.
 
     A mask becomes grey: white where it is to be painted anew. One with transparency says it by that, as OpenAI's do.
-    Raises ApiError (400)."""
+    Grey of 16 bits becomes grey of 8. Of a JPEG with several pictures the first is taken. Raises ApiError (400)."""
     from PIL import Image, ImageOps
 
     try:
@@ -102,10 +109,10 @@ def plain_picture(data: bytes, name: str, max_pixels: int, is_mask: bool) -> byt
             width, height = picture.size
             if width * height > max_pixels:
                 raise invalid(name, f"has {width}x{height} pixels; at most {max_pixels} are taken.", "image_too_large")
-            if getattr(picture, "n_frames", 1) != 1:
+            if picture.format != STEREO and getattr(picture, "n_frames", 1) != 1:
                 raise invalid(name, "moves; give a picture that does not.", "invalid_image")
             upright = ImageOps.exif_transpose(picture)
-            plain = _mask(upright) if is_mask else upright.convert("RGB")
+            plain = _mask(upright) if is_mask else _in_8_bits(upright).convert("RGB")
         out = io.BytesIO()
         Image.frombytes(plain.mode, plain.size, plain.tobytes()).save(out, "PNG", compress_level=1)
     except ApiError:
@@ -120,6 +127,21 @@ def plain_picture(data: bytes, name: str, max_pixels: int, is_mask: bool) -> byt
 def _mask(picture: Any) -> Any:
     from PIL import ImageOps
 
-    if "A" in picture.getbands() or "transparency" in picture.info:
+    clear = picture.info.get("transparency")
+    if clear is not None and _is_deep(picture):  # the one value that is transparent; Pillow has no such conversion
+        return picture.convert("I").point([255 * (value == clear) for value in range(1 << 16)], "L")
+    if "A" in picture.getbands() or clear is not None:
         return ImageOps.invert(picture.convert("RGBA").getchannel("A"))
-    return picture.convert("L")
+    return _in_8_bits(picture).convert("L")
+
+
+def _is_deep(picture: Any) -> bool:
+    """Whether it is grey of 16 bits. FORMATS have nothing else in these modes."""
+    return picture.mode == "I" or picture.mode.startswith("I;16")
+
+
+def _in_8_bits(picture: Any) -> Any:
+    """Grey of 16 bits as grey of 8, all else as it is: `convert` would cut off what is above 255, and leave white."""
+    if not _is_deep(picture):
+        return picture
+    return picture.convert("I").point([(value + 128) // 257 for value in range(1 << 16)], "L")

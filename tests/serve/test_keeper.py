@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from parafuse.launch.serve.systemd import Systemd
 
 PATIENT_S = 30.0
 """On a busy machine; nothing waits so long but a failing test."""
@@ -135,3 +138,31 @@ def test_a_child_that_fails_at_once_is_started_ever_more_rarely(tmp_path: Path) 
         waits.append(child.wait_s())
     child.forget()
     assert waits == list(WAITS_S[1:5])
+
+
+def test_systemd_hears_that_it_is_ready_lives_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(PATIENT_S)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        kept = Kept(tmp_path)
+        try:
+            heard = [systemd.recv(100).decode()]
+            while "READY=1" not in heard or heard[-2:] != ["WATCHDOG=1", "WATCHDOG=1"]:
+                heard.append(systemd.recv(100).decode())
+            kept.up()
+            kept.process.send_signal(signal.SIGTERM)
+            while heard[-1] != "STOPPING=1":
+                heard.append(systemd.recv(100).decode())
+            assert kept.process.wait(timeout=PATIENT_S) == 0
+        finally:
+            kept.process.kill()
+            kept.process.communicate()
+    assert heard.count("READY=1") == heard.count("STOPPING=1") == 1
+
+
+def test_where_no_systemd_listens_nothing_happens(tmp_path: Path) -> None:
+    for environ in ({}, {"NOTIFY_SOCKET": str(tmp_path / "nobody")}):
+        systemd = Systemd(environ)
+        systemd.tell("READY=1")
+        systemd.alive()

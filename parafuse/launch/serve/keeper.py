@@ -20,6 +20,7 @@ from typing import Any
 
 import structlog
 
+from parafuse.launch.serve.systemd import Systemd
 from parafuse.parallel.rank_entry import PARENT_ENV
 
 POLL_S = 0.1
@@ -48,7 +49,7 @@ class Child:
     starts: list[float] = field(default_factory=list)
     _beats: int = -1
     _beaten_s: float = 0.0
-    _has_beaten: bool = False
+    has_beaten: bool = False
 
     def start(self) -> None:
         self.forget()
@@ -66,7 +67,7 @@ class Child:
         finally:
             os.close(theirs)
         self.starts.append(time.monotonic())
-        self._beaten_s, self._has_beaten = time.monotonic(), False
+        self._beaten_s, self.has_beaten = time.monotonic(), False
 
     def fault(self) -> str:
         """Why it has to be replaced; '' if it need not."""
@@ -77,9 +78,9 @@ class Child:
             return f"ended with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         with contextlib.suppress(BlockingIOError):
             while os.read(self._beats, 4096):
-                self._beaten_s, self._has_beaten = time.monotonic(), True
+                self._beaten_s, self.has_beaten = time.monotonic(), True
         silent_s = time.monotonic() - self._beaten_s
-        if silent_s > (self.patience_s if self._has_beaten else self.start_s):
+        if silent_s > (self.patience_s if self.has_beaten else self.start_s):
             return f"said nothing for {silent_s:.0f} s"
         return ""
 
@@ -115,6 +116,7 @@ class Keeper:
         self._children, self._drain_s = list(children), drain_s
         self._asked: list[int] = []
         self._due: dict[str, float] = {}
+        self._systemd = Systemd()
         self._log = structlog.get_logger("parafuse.keeper")
 
     def run(self) -> int:
@@ -125,7 +127,11 @@ class Keeper:
                 child.start()
             while not self._asked:
                 self._look()
+                if all(child.has_beaten for child in self._children):
+                    self._systemd.tell("READY=1")
+                self._systemd.alive()
                 time.sleep(POLL_S)
+            self._systemd.tell("STOPPING=1")
             self._drain()
             return 0 if self._asked[0] == signal.SIGTERM else 130
         finally:
@@ -162,6 +168,7 @@ class Keeper:
             while any(child.process and child.process.poll() is None for child in children):
                 if time.monotonic() > deadline or len(self._asked) > asked:
                     break
+                self._systemd.alive()
                 time.sleep(POLL_S)
 
 

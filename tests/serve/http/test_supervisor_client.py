@@ -85,7 +85,7 @@ def test_a_watcher_gets_its_own_events_and_bounded() -> None:
         clients = Clients(path, wake=lambda: None, estimate=seconds_of)
         await clients.start()
         async with SupervisorClient(path) as client:
-            client.listen(lambda event: heard.append(event.job))
+            client.listen(lambda event: heard.append(event.job if isinstance(event, JobEvent) else ""))
             while client.status is None:
                 clients.tell(Status(state="ready"))
                 await asyncio.sleep(0.01)

@@ -34,7 +34,7 @@ from parafuse.parallel.rank_entry import enter
 
 BEAT_S = 0.5
 GRACE_S = 4.0
-"""For answers that are under way when it is told to end; the keeper waits a second longer."""
+"""For answers that are under way when it is told to end; the keeper waits longer."""
 MAX_CONNECTIONS = 4000
 MAX_FILES = 65536
 """Each connection is an open file, and many systems allow 1024 where nobody asks for more."""

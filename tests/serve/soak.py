@@ -80,6 +80,8 @@ class Soak:
     faults: Counter[str] = field(default_factory=Counter)
     refused: Counter[int] = field(default_factory=Counter)
     quiet: dict[tuple[str, int, int], np.ndarray[Any, Any]] = field(default_factory=dict)
+    restart_s: dict[str, float] = field(default_factory=dict)
+    """Of a rank that is killed while nothing else happens."""
     memory: list[tuple[float, str, int, int]] = field(default_factory=list)
     """(when, kind, pid, resident bytes)."""
 
@@ -101,6 +103,8 @@ class Soak:
         await asyncio.to_thread(server.until_ready)
         async with httpx2.AsyncClient(base_url=server.url, timeout=60) as client:
             await self._quiet_run(client)
+            self.restart_s = await asyncio.to_thread(restart_s, server)
+            told(f"a rank was killed while nothing ran: {self.restart_s}")
             end = time.monotonic() + self.seconds
             loads = [self._client(client, key, end) for key in self.keys]
             await asyncio.gather(self._break(server, end), self._look(server, end), *loads)
@@ -228,6 +232,7 @@ class Soak:
             "ended": dict(Counter(job.status for job in self.asked)),
             "not_cancelled_by_clients": len(kept),
             "of_these_done": done,
+            "restart_s": self.restart_s,
             "refused": {str(status): number for status, number in self.refused.items()},
             "faults": dict(self.faults),
             "memory_growth": {name: round(ratio, 3) for name, ratio in grown.items()},
@@ -257,6 +262,18 @@ class Soak:
             kind = rows[0][1]
             found[kind] = max(found.get(kind, 0.0), rows[-1][2] / settled)
         return found
+
+
+def restart_s(server: RunningServer) -> dict[str, float]:
+    """Seconds until /health/ready says that a rank is gone, and until a real step has run again on all of them."""
+    begun = time.monotonic()
+    os.kill(server.processes("rank")[0].pid, signal.SIGKILL)
+    found: dict[str, float] = {}
+    for name, is_so in (("noticed", lambda: server.health()[0] != 200), ("ready", lambda: server.health()[0] == 200)):
+        while not is_so():
+            time.sleep(0.02)
+        found[name] = round(time.monotonic() - begun, 2)
+    return found
 
 
 def restarted(server: RunningServer, pids: Collection[int] = ()) -> None:

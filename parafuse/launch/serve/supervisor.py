@@ -238,8 +238,16 @@ class Supervisor:
         return status
 
     async def _tell_status(self) -> None:
+        state, since_s = "", time.monotonic()
         while True:
-            self._clients.tell(self._status())
+            status = self._status()
+            if status.state != state:
+                now_s = time.monotonic()
+                self._log.info(
+                    "state", state=status.state, why=status.why, after=state, seconds=round(now_s - since_s, 1)
+                )
+                state, since_s = status.state, now_s
+            self._clients.tell(status)
             await asyncio.sleep(STATUS_S)
 
     async def _sweep(self) -> None:

@@ -66,10 +66,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _thin(items: list[pytest.Item]) -> None:
     """Of a sweep (`@pytest.mark.sweep(one_in=n)`: many cases that fail for the same reasons) one case in n is run, at
-    least one, drawn by a hash of its name: always the same, and in no step with the order of parameters."""
+    least one, drawn by a hash of its name: always the same, and in no step with the order of parameters. Of what is
+    marked `whole`, none."""
     sweeps: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("sweep"):
+        if item.get_closest_marker("whole"):
+            item.add_marker(pytest.mark.skip(reason="takes long: `make test-whole` runs it"))
+        elif item.get_closest_marker("sweep"):
             sweeps[item.nodeid.partition("[")[0]].append(item)
     for cases in sweeps.values():
         one_in = cases[0].get_closest_marker("sweep").kwargs["one_in"]  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import parafuse
@@ -69,6 +70,7 @@ def pixels(image: Any) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
+@pytest.mark.whole
 def test_accelerate_launches_a_script_and_the_command_line(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 from accelerate import PartialState
 
@@ -121,6 +122,7 @@ def test_savings_of_memory(tmp_path: Path) -> None:
         assert (apart(want, whole) > 1) == (name == "layerwise_casting"), f"{name}: control"
 
 
+@pytest.mark.whole
 def test_the_guide_of_para_attention(tmp_path: Path) -> None:
     flux = SMALL | {"runs": 1}
     calls = [flux, flux | {"backend": "aot_eager", "runs": 2}, VIDEO]

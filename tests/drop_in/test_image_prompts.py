@@ -127,6 +127,7 @@ def told(name: str, degrees: dict[str, int]) -> dict[str, Told]:
     return tell(STORIES[name], degrees)
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize(
     ("name", "degrees"),
     [

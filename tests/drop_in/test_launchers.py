@@ -111,6 +111,7 @@ assert all((one == pictures[0]).all() for one in pictures)
 """
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("agent", [True, False])
 def test_engines_one_after_another(tmp_path: Path, agent: bool) -> None:
     """Each ends its group of ranks, and the next one makes another, at torchrun's store or at rank 0's own."""

@@ -21,7 +21,7 @@ def test_on_one_rank(name: str) -> None:
     assert len(found) == len(members(name))
 
 
-@pytest.mark.sweep(one_in=2)
+@pytest.mark.sweep(one_in=4)
 @pytest.mark.parametrize("name", CLASSES)
 def test_on_two_ranks(name: str) -> None:
     for found in run_ranks(rows, 2, name, 2, timeout_s=600):

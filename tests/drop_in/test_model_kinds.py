@@ -154,6 +154,7 @@ def test_a_hub_that_refuses_says_why(tmp_path: Path, hub: str) -> None:
     assert all(line.endswith(", or give a folder.") for line in (missing, gated, broken))
 
 
+@pytest.mark.whole
 def test_wan_on_two_ranks(wan: Path, tmp_path: Path) -> None:
     argv = ("generate", "a red apple", "--model", str(wan), "--ranks", "2", "--ulysses", "2", *VIDEO)
     done = parafuse(*argv, cwd=tmp_path)

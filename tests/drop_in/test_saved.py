@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch._dynamo.utils import counters
 
 import parafuse
@@ -29,6 +30,7 @@ def start(folder: Path, cache: Path, load: bool) -> dict[str, Any]:
     return {"sum": float(latents.double().abs().sum()), "loaded": engine.loaded, **caches}
 
 
+@pytest.mark.whole
 def test_what_was_compiled_is_not_compiled_again(tmp_path: Path) -> None:
     (first,) = run_ranks(start, 1, tmp_path / "engine", tmp_path / "here", False, timeout_s=300, fresh=True)
     (second,) = run_ranks(start, 1, tmp_path / "engine", tmp_path / "there", True, timeout_s=300, fresh=True)

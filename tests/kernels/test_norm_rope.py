@@ -185,6 +185,7 @@ def both(case: Case) -> tuple[dict[str, float], dict[str, float]]:
     return errors(case, results), differing
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel(interpreted: Interpreter, name: str) -> None:
     found, differing = interpreted(both, CASES[name])

@@ -159,6 +159,7 @@ def test_an_engine_that_patches_classes_changes_none_but_its_own() -> None:
     assert run_ranks(beside_a_patch, 1) == [["RuntimeError: and then it fails", ""]]
 
 
+@pytest.mark.whole
 def test_an_option_that_does_nothing_leaves_no_record() -> None:
     for (text,) in run_ranks(no_ops, 2):
         assert text.startswith(

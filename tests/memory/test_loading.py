@@ -58,6 +58,7 @@ def half_as_float(folder: str) -> dict[str, Any]:
     return load(folder, dtype="float32")
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_four_ranks_have_the_weights_once(tmp_path: Path, dtype: torch.dtype) -> None:
     """1 GB of weights in float32, mapped from the files, or made of half as much. A page that several have counts for

@@ -418,6 +418,7 @@ def test_ranks_give_the_picture_and_share_the_files(run: Any, size: int, offload
     assert not any(Path(name).exists() for name in used)
 
 
+@pytest.mark.whole
 def test_ranks_that_an_engine_starts() -> None:
     want = plain_emoji()
     config = parafuse.Config(parallel=parafuse.Parallel(ulysses=2), offload="group:to=disk")

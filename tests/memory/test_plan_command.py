@@ -46,6 +46,7 @@ def test_memory_as_json_and_as_a_table(capsys: pytest.CaptureFixture[str]) -> No
     assert "most at a time: 57.77 MB (decode, in vae: aten.convolution.default" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 def test_what_is_elsewhere_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     there = ("--device", "cuda", "--steps", "2", "--placement", "balanced", "--max-memory")
     assert plan("emoji", "--memory", *there, "0=10MB,1=10MB,cpu=1GB") == 0
@@ -58,6 +59,7 @@ def test_what_is_elsewhere_has_a_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert "of these at home on cpu 23.06" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 def test_a_larger_picture_takes_more(capsys: pytest.CaptureFixture[str]) -> None:
     sizes: list[int] = []
     for side in ("64", "128"):

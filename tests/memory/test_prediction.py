@@ -115,6 +115,7 @@ def test_what_kernels_take_is_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert one < (1 - WITHIN) * other
 
 
+@pytest.mark.whole
 def test_what_goes_between_ranks_is_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with_bodies = follow(ranks=2)
     assert with_bodies.later["denoise"].exchange > 0
@@ -130,6 +131,7 @@ def test_examining_blocks_is_a_part_of_the_first_request() -> None:
     assert first > 2 * later
 
 
+@pytest.mark.whole
 def test_more_ranks_take_less_each() -> None:
     at = [follow(ranks=ranks).later["denoise"] for ranks in (1, 2, 4)]
     beside = [one.nbytes - one.weights for one in at]
@@ -155,6 +157,7 @@ def on_two_devices(placement: dict[str, int], ranks: int = 1) -> Prediction:
     return predicted("emoji", config, {"num_inference_steps": 2}, ranks)
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_another_device_has_what_runs_there(ranks: int) -> None:
     whole, parted = (on_two_devices({"": 0, "transformer": there}, ranks).later for there in (0, 1))

@@ -69,6 +69,7 @@ def over_sizes(
         return found, tally(handle)
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize(
     ("family", "layout", "batch"),
     [("flux", {}, 1), ("weaver", dict(ulysses=2), 2), ("wan", dict(ring=2, ulysses=1), 2)],

@@ -162,6 +162,7 @@ def test_the_command_shows_plans_for_a_named_machine(folder: Path, capsys: pytes
     assert again.world_size == 8
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

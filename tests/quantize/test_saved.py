@@ -57,7 +57,7 @@ def fresh(where: str, folder: Path, out: Path, quantize: str = "") -> tuple[Tens
     return torch.load(out)
 
 
-@pytest.mark.sweep(one_in=2)
+@pytest.mark.sweep(one_in=4)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_saved_engine_is_loaded_without_the_original(name: str, model: Path, tmp_path: Path) -> None:
     folder, text = tmp_path / "packed", METHODS[name]

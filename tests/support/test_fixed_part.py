@@ -46,13 +46,14 @@ def worse_compiled(found: Compiled, recorded: Compiled) -> list[str]:
     return found.faults + lost + more
 
 
-@pytest.mark.sweep(one_in=3)
+@pytest.mark.sweep(one_in=5)
 @pytest.mark.parametrize(("name", "layout"), CELLS)
 def test_a_cell_is_as_recorded(name: str, layout: str) -> None:
     known = record().cells.get(name, {}).get(layout, Cell())
     assert worse(cell_of(name, layout, bf16=False), known) == []
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_part_is_compiled_as_recorded(name: str) -> None:
     """With a backend that is quick."""

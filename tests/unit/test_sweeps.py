@@ -12,10 +12,12 @@ from tests.conftest import _thin
 class Case:
     """What is looked at of a collected test."""
 
-    def __init__(self, nodeid: str, one_in: int | None):
-        self.nodeid, self._one_in, self.marks = nodeid, one_in, list[Any]()
+    def __init__(self, nodeid: str, one_in: int | None, *, whole: bool = False):
+        self.nodeid, self._one_in, self._whole, self.marks = nodeid, one_in, whole, list[Any]()
 
     def get_closest_marker(self, name: str) -> Any:
+        if name == "whole":
+            return pytest.mark.whole.mark if self._whole else None
         return None if self._one_in is None else getattr(pytest.mark, name)(one_in=self._one_in).mark
 
     def add_marker(self, marker: Any) -> None:
@@ -35,4 +37,7 @@ def test_one_case_in_so_many_is_run() -> None:
     again = [Case(case.nodeid, 3) for case in reversed(many)]
     _thin(again)  # type: ignore[arg-type]
     assert {case.nodeid for case in again if not case.marks} == {name for name in left if "many" in name}
+    long = [Case("tests/a.py::long", None, whole=True), Case("tests/a.py::short", None)]
+    _thin(long)  # type: ignore[arg-type]
+    assert [bool(case.marks) for case in long] == [True, False]
     assert all("test-whole" in case.marks[0].kwargs["reason"] for case in again if case.marks)

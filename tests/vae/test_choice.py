@@ -142,6 +142,7 @@ def test_an_engine_tells_it() -> None:
         assert lines == ["vae: tiled, 1 calls spread over 2 ranks, 6 of 12 tiles here"]
 
 
+@pytest.mark.whole
 def test_ranks_that_an_engine_has_started_share_large_calls() -> None:
     config = Config(parallel=Parallel(ulysses=2), timeout_s=120.0)
     with Engine.from_pretrained("emoji", config) as engine:

@@ -31,6 +31,7 @@ LAYOUTS: list[tuple[dict[str, int], str, Any]] = [
 ]
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize(("degrees", "vae", "cache"), LAYOUTS, ids=str)
 def test_on_several_ranks(degrees: dict[str, int], vae: str, cache: Any) -> None:
     size = max(degrees.values())
@@ -39,6 +40,7 @@ def test_on_several_ranks(degrees: dict[str, int], vae: str, cache: Any) -> None
         assert any(name.startswith("vae.") for name in sent) is (vae == "sharded")
 
 
+@pytest.mark.whole
 def test_ranks_that_an_engine_has_started() -> None:
     config = Config(parallel=Parallel(ulysses=2), vae="sharded")
     with Engine.from_pretrained("emoji", config) as engine:

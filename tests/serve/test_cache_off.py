@@ -26,6 +26,7 @@ def pictures(cache: str | None, degrees: dict[str, int], on: list[bool]) -> list
     return found
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("cache", ["first-block:0.9,warmup_steps=1", "fora", "taylorseer", "pab", "fastercache"])
 def test_bitwise_on_one_rank(cache: str) -> None:
     [plain] = pictures(None, {}, [True])

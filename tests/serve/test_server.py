@@ -105,6 +105,7 @@ def test_a_job_is_cancelled_within_three_steps_and_the_next_one_is_right(
     test_a_picture_is_that_of_an_engine_on_one_rank(client)
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("kind", ["rank", "supervisor"])
 def test_the_job_in_flight_survives_the_death_of(server: RunningServer, kind: str) -> None:
     server.until_ready()
@@ -119,6 +120,7 @@ def test_the_job_in_flight_survives_the_death_of(server: RunningServer, kind: st
     server.until_ready()
 
 
+@pytest.mark.whole
 def test_the_job_in_flight_goes_on_when_the_http_process_dies(server: RunningServer) -> None:
     server.until_ready()
     job = background(server)["id"]
@@ -129,6 +131,7 @@ def test_the_job_in_flight_goes_on_when_the_http_process_dies(server: RunningSer
     assert [one.pid for one in server.processes("http")] != [killed]
 
 
+@pytest.mark.whole
 def test_a_rank_that_is_stopped_is_found_and_its_job_is_done_again(server: RunningServer) -> None:
     server.until_ready()
     job = background(server)["id"]

@@ -27,6 +27,8 @@ class Refusal:
     """When the same may be asked again; None: never with these numbers."""
     estimate_s: float | None = None
     """What was predicted: until it is done if it were taken, or what it would take."""
+    code: str | None = None
+    """For programs, where the status does not say it all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +116,15 @@ def _too_large(estimated: Estimated | None) -> Refusal | None:
 
 
 def _full(load: Load, limits: Limits, takes_s: float | None) -> Refusal | None:
-    for number, most, whose in (
-        (load.queued, limits.max_queued, "of this server"),
-        (load.queued_of_key, limits.max_queued_of_key, "of this key"),
+    for number, most, whose, code in (
+        (load.queued, limits.max_queued, "of this server", "queue_full"),
+        (load.queued_of_key, limits.max_queued_of_key, "of this key", "key_queue_full"),
     ):
         if number >= most:
             message = f"The queue {whose} is full: {number} jobs wait, at most {most} may; ask again later."
             done_s = None if takes_s is None else load.wait_s + takes_s
-            return Refusal(status=429, message=message, retry_after_s=_seconds(load.next_s), estimate_s=done_s)
+            after_s = _seconds(load.next_s)
+            return Refusal(status=429, message=message, retry_after_s=after_s, estimate_s=done_s, code=code)
     return None
 
 

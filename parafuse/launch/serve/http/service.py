@@ -146,7 +146,7 @@ class Service:
             raise refused or error from error
 
     def _refused(self, refusal: Refusal) -> ApiError:
-        code = {413: "too_large", 429: "rate_limited"}.get(refusal.status, "unavailable")
+        code = refusal.code or {413: "too_large", 429: "rate_limited"}.get(refusal.status, "unavailable")
         self.metrics.refused(code)
         headers = errors.NO_RETRY if refusal.retry_after_s is None else errors.retry_after(refusal.retry_after_s)
         extra = {} if refusal.estimate_s is None else {"estimate_s": round(refusal.estimate_s, 3)}

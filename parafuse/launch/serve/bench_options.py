@@ -40,7 +40,7 @@ class ServeBench:
     cancel: float = 0.0
     """The share of requests that is cancelled half a second after they were sent, from 0 to 1."""
     mix: str | None = None
-    """TOML file of [[request]] tables, several kinds of requests, instead of --size, --steps, --n, --deadline and
+    """TOML file with a table "request" for each kind of requests, instead of --size, --steps, --n, --deadline and
     --cancel."""
     seed: int = 0
     """The same seed gives the same load."""

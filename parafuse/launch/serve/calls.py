@@ -13,6 +13,8 @@ from parafuse.launch.serve.messages import Failed, Paint, Painted, Stepped
 STEPS = "num_inference_steps"
 STOP_STEPS = 3
 """Within which a call that is stopped ends."""
+MOST_STOP_S = 300.0
+"""For a call that was told to end, whatever it does; then its ranks are started again."""
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Call:
     stop_reason: str = ""
     stop_since: float = 0.0
     """When it was stopped, or since when it has been denoising after that."""
+    stop_told: float = 0.0
+    """When it was stopped."""
     idle_since: float | None = None
     """Since when the ranks say that they do nothing."""
 
@@ -60,9 +64,12 @@ class Call:
 
     def ignores_stop(self, now: float, phase: str, limit_s: float) -> bool:
         """Whether it goes on denoising, or does nothing, though it was told to end. `limit_s`: of one step. While it
-        is in another phase its clock stands: there is no step boundary, and that phase has a limit of its own."""
+        is in another phase its clock stands: there is no step boundary, and that phase has a limit of its own. But
+        not for ever: a step may be as long as somebody's request makes it, and others wait."""
         if not self.stop_reason:
             return False
+        if now - self.stop_told > MOST_STOP_S:
+            return True
         if phase not in ("denoising", "idle"):
             self.stop_since = now
         return now - self.stop_since > STOP_STEPS * self.slowest_s + limit_s

@@ -332,7 +332,7 @@ class GroupSupervisor:
         if current.ignores_stop(now, feeder.beat.phase, self._watchdog.limit_s("denoising")):
             return Loss(
                 cause="stalled",
-                summary=f"rank {feeder.hello.rank} goes on {now - current.stop_since:.1f} s after it was told to end a "
+                summary=f"rank {feeder.hello.rank} goes on {now - current.stop_told:.1f} s after it was told to end a "
                 "call.",
                 rank=feeder.hello.rank,
             )
@@ -406,6 +406,7 @@ class GroupSupervisor:
             call.events.put_nowait(Failed(call=call.paint.call, kind="stopped", message=f"{reason}."))
         elif call is self._current and not call.stop_reason:
             call.stop_reason, call.stop_since = reason, self._clock()
+            call.stop_told = call.stop_since
             with contextlib.suppress(RankError):  # then the group is lost, which ends the call
                 self._link.send(Stop(call=call.paint.call, reason=reason))
 

@@ -157,7 +157,7 @@ def main() -> int:
     from parafuse.launch import quiet
 
     quiet.silence_libraries()
-    os.nice(15)  # the ranks' own work comes first
+    os.nice(5)  # the ranks' own work comes first
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     told = json.loads(sys.stdin.readline() or "null")

@@ -380,6 +380,11 @@ class Scheduler:
 
     def _told(self, job: Job | None) -> None:
         if job is not None:
+            if job.state is not State.RUNNING:
+                self._log.info(
+                    "job", job=job.id, state=job.state.value, tries=job.tries,
+                    rank_seconds=round(job.rank_seconds, 2), error=job.error and job.error.kind,
+                )  # fmt: skip
             self._tell(JobEvent(job=job.id, state=job.state.value))
 
 

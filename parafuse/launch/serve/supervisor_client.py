@@ -181,6 +181,7 @@ class SupervisorClient:
             finally:
                 sender.cancel()
                 writer.close()
+                self._status_at_s = float("-inf")  # it is gone, or will say that it is not
             await asyncio.sleep(WAITS_S[0])
 
     async def _send(self, writer: asyncio.StreamWriter) -> None:

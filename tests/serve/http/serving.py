@@ -59,6 +59,7 @@ class Behaviour:
     """False: no events, as if all were lost."""
     fail: JobError | None = None
     state: str = "ready"
+    step_age_s: float = 1.0
     silent: bool = False
     """No Status."""
     seconds: float | None = 0.05
@@ -100,10 +101,11 @@ class FakeSupervisor:
             await self.clients.close()
 
     async def beat(self) -> None:
-        rank = RankStatus(
-            rank=0, pid=1, phase="idle", beat_age_s=0.1, last_step_age_s=1.0, memory_bytes=5, peak_bytes=7
-        )
         while True:
+            rank = RankStatus(
+                rank=0, pid=1, phase="idle", beat_age_s=0.1, last_step_age_s=self.behaviour.step_age_s,
+                memory_bytes=5, peak_bytes=7,
+            )  # fmt: skip
             if not self.behaviour.silent:
                 status = Status(
                     state=self.behaviour.state, why="" if self.behaviour.state == "ready" else "being tested",

@@ -55,6 +55,16 @@ def test_not_ready_where_the_supervisor_is_silent(server: Running) -> None:
     server.wait(made.json()["id"], State.DONE)
 
 
+def test_a_rank_that_makes_no_step_for_long_is_not_ready(server: Running) -> None:
+    with server.http(None) as http:
+        until(lambda: http.get("/health/ready").status_code == 200)
+        server.behaviour.step_age_s = 301.0
+        answer = until(lambda: (found := http.get("/health/ready")).status_code == 503 and found)
+        assert answer.json() == {"status": "slow", "why": "rank 0 has made no step for 301 s"}
+        server.behaviour.step_age_s = 1.0
+        until(lambda: http.get("/health/ready").status_code == 200)
+
+
 def test_metrics(server: Running) -> None:
     server.client().images.generate(prompt="counted")
 

@@ -80,8 +80,8 @@ class Access:
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or "other"
         self.metrics.request(scope["method"], route, status, seconds)
-        if route in OPEN and status < 400:
-            return  # asked every second, and says nothing
+        if route in OPEN:
+            return  # asked every second; the supervisor logs how it stands
         owner: Any = scope.get("parafuse.owner")
         self._log.info(
             "request",

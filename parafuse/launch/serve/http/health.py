@@ -13,6 +13,9 @@ from parafuse.launch.serve.http.errors import ApiError
 from parafuse.launch.serve.http.service import Service
 from parafuse.launch.serve.supervisor_client import FRESH_S
 
+LATELY_S = 300.0
+"""Since each rank's last real step, for a server that is ready; where nobody asks for anything, probes make some."""
+
 
 class Health:
     """How the server is."""
@@ -41,14 +44,17 @@ class Health:
         """200 where a real step ran on every rank lately; else 503 with the reason."""
         service = self._service
         status, age_s = service.supervisor.status, service.supervisor.status_age_s
-        if service.draining:
-            state, why = "draining", "this process is ending"
+        if service.draining or (status is not None and status.state == "draining"):
+            state, why = "draining", "the server is ending"
         elif status is None:
             state, why = "starting", "the supervisor of the ranks has said nothing yet"
         elif age_s > FRESH_S:
             state, why = "silent", f"the supervisor of the ranks has said nothing for {age_s:.1f} s"
         else:
             state, why = status.state, status.why
+            late = [one for one in status.ranks if (one.last_step_age_s or 0.0) + age_s > LATELY_S]
+            if state == "ready" and late:
+                state, why = "slow", f"rank {late[0].rank} has made no step for {late[0].last_step_age_s:.0f} s"
         return JSONResponse({"status": state, "why": why}, 200 if state == "ready" else 503)
 
     async def metrics(self, request: Request) -> Response:

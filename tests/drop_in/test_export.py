@@ -65,6 +65,7 @@ def under_diffusers(name: str) -> float:
     return relative_error(outputs(model, inputs(name, even(name))), plain)
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("name", BY_BLOCKS + AS_A_WHOLE)
 def test_diffusers_is_exact_with_it(name: str) -> None:
     for found in run_ranks(under_diffusers, 3, name):

@@ -80,6 +80,7 @@ def test_a_hub_id_from_the_local_cache(sd3: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text())["plan"]["model"] == HUB_ID
 
 
+@pytest.mark.whole
 def test_a_single_file_on_two_ranks(tmp_path: Path) -> None:
     folder = pipelines.sd3(tmp_path / "folder", num_layers=pipelines.SD35_BLOCKS)
     cache = pipelines.hub_cache(tmp_path / "cache", pipelines.SD35_HUB_ID, folder, weights=False)

@@ -109,6 +109,7 @@ def test_stages_give_the_picture_of_one_call() -> None:
         assert said.count(line) == (2 if rank == 0 else 0)
 
 
+@pytest.mark.whole
 def test_stages_on_ranks_that_the_engine_starts() -> None:
     embeds, living = encode(TWO)
     assert living == []

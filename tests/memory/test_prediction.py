@@ -92,7 +92,7 @@ def test_on_several_ranks_every_phase_is_within_a_tenth(case: Case) -> None:
         assert all(abs(beside) <= limit and abs(all_) <= WITHIN for beside, all_ in errors.values()), errors
 
 
-@pytest.mark.sweep(one_in=2)
+@pytest.mark.sweep(one_in=4)
 @pytest.mark.parametrize("case", AWAY, ids=lambda case: case.name)
 def test_weights_that_come_and_go_are_told_within_a_tenth(case: Case) -> None:
     prediction, found = both(case)

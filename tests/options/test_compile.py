@@ -82,6 +82,7 @@ def test_two_graphs_serve_all_prompts_and_resolutions(family: str, layout: dict[
         assert set(graphs.values()) == {2}
 
 
+@pytest.mark.whole
 def test_two_graphs_serve_all_weights_of_an_adapter() -> None:
     for found in run_ranks(with_adapters, 2, dict(ulysses=2), timeout_s=200):
         assert max(wrong for wrong, _, _ in found.values()) <= EXACT

@@ -131,6 +131,7 @@ def test_first_steps_and_layers_are_whole() -> None:
     assert everything["report"]["density"] is None
 
 
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize("layout", [{}, {"ulysses": 2}, {"ring": 2}], ids=str)
 def test_compiled_blocks_give_the_same(layout: dict[str, int]) -> None:
     want = painted("wan", METHODS["content"], {})

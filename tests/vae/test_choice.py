@@ -55,7 +55,7 @@ LAYOUTS: list[tuple[int, dict[str, int], dict[str, Any], int]] = [
 ]
 
 
-@pytest.mark.sweep(one_in=4)
+@pytest.mark.sweep(one_in=10)
 @pytest.mark.parametrize(("num_ranks", "degrees", "options", "count"), LAYOUTS, ids=str)
 def test_tiles_beside_other_options(
     num_ranks: int, degrees: dict[str, int], options: dict[str, Any], count: int

@@ -31,7 +31,7 @@ LAYOUTS: list[tuple[dict[str, int], str, Any]] = [
 ]
 
 
-@pytest.mark.sweep(one_in=2)
+@pytest.mark.sweep(one_in=5)
 @pytest.mark.parametrize(("degrees", "vae", "cache"), LAYOUTS, ids=str)
 def test_on_several_ranks(degrees: dict[str, int], vae: str, cache: Any) -> None:
     size = max(degrees.values())

@@ -248,3 +248,12 @@ def serving(
 
 def with_limits(lines: list[str], limits: dict[str, Any]) -> list[str]:
     return [json.dumps(json.loads(line) | (limits if index == 0 else {})) for index, line in enumerate(lines)]
+
+
+def loop_runs_here() -> bool:
+    """Whether this is the thread of an event loop, which nothing may block."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

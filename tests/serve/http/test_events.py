@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
@@ -12,7 +11,7 @@ import pytest
 from PIL import Image
 
 from parafuse.launch.serve.http import answers, events
-from tests.serve.http.serving import serving
+from tests.serve.http.serving import loop_runs_here, serving
 
 
 def test_an_event_with_a_picture_is_written_as_any_other() -> None:
@@ -46,11 +45,3 @@ def test_finished_pictures_are_encoded_beside_the_loop(monkeypatch: pytest.Monke
     for one in found:
         with Image.open(io.BytesIO(base64.b64decode(one["b64_json"]))) as picture:
             assert picture.format == "PNG"
-
-
-def loop_runs_here() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from PIL import Image
 from parafuse.launch.serve.http import uploads
 from parafuse.launch.serve.http.errors import ApiError
 from parafuse.launch.serve.http.uploads import plain_picture
-from tests.serve.http.serving import png, serving
+from tests.serve.http.serving import loop_runs_here, png, serving
 
 VALUES = [0, 257 * 5, 32768, 65535]
 GREYS = [0, 5, 128, 255]
@@ -94,11 +93,3 @@ def test_an_upload_is_hashed_beside_the_loop(monkeypatch: pytest.MonkeyPatch) ->
         answer = http.post("/v1/images/edits", data={"prompt": "x"}, files={"image": ("a.png", png())})
     assert answer.status_code == 200, answer.text
     assert on_loop == [False]
-
-
-def loop_runs_here() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

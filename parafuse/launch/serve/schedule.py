@@ -96,8 +96,6 @@ class Choice:
 
     jobs: tuple[Job, ...]
     """For the next call; the first decides, the others go with it. Empty where nothing waits."""
-    late: tuple[Job, ...]
-    """Their deadline has passed: to be failed."""
     shares: Shares
     """To choose with the next time; `charged` is told when the call has ended."""
 
@@ -113,20 +111,20 @@ def choose(
     most_of_key: Mapping[str, int] | None = None,
 ) -> Choice:
     """The next call. `queued`: all that wait, in any order; `seconds_of`: without it, one job goes at a time. `alone`:
-    jobs that go with no other. `most_of_key`: how many of a key's jobs may run at once; none of one with 0."""
+    jobs that go with no other. `most_of_key`: how many of a key's jobs may run at once; none of one with 0. Jobs whose
+    deadline has passed do not go at all (`JobStore.fail_late` ends them)."""
     most = most_of_key or {}
     there = [job for job in queued if job.state is State.QUEUED and not job.cancel_asked]
-    late = tuple(job for job in there if job.deadline_s is not None and job.deadline_s <= now_s)
     left = [job for job in there if (job.deadline_s is None or job.deadline_s > now_s) and most.get(job.owner, 1) > 0]
     shares = shares.seen(left, policy.most_debt)
     if not left:
-        return Choice(jobs=(), late=late, shares=shares)
+        return Choice(jobs=(), shares=shares)
     priority = _next_priority(left, shares, now_s, policy)
     first = min((job for job in left if job.priority == priority), key=lambda job: _order(job, shares, policy))
     company = [job for job in left if job.id != first.id and not {job.id, first.id} & set(alone)]
     company = _compatible(first, company, shares, policy, most)
     jobs = (first, *_riders(first, company, shares, now_s, policy=policy, seconds_of=seconds_of))
-    return Choice(jobs=jobs, late=late, shares=shares.taken(jobs, now_s))
+    return Choice(jobs=jobs, shares=shares.taken(jobs, now_s))
 
 
 def together(request: JobRequest) -> tuple[Any, ...] | None:

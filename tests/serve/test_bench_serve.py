@@ -278,6 +278,10 @@ def outcomes_of(server: Server, kind: Kind, times: list[float], patience_s: floa
     return load
 
 
+def told_of(load: Load) -> list[str]:
+    return faults_of(figures(load.outcomes, 0.3, load.health_s) | {"health_failed": load.health_failed})
+
+
 def test_requests_come_though_none_is_answered() -> None:
     server = Server(0.5)
     load = outcomes_of(server, Kind(), [0.0, 0.05, 0.1, 0.15])
@@ -292,7 +296,9 @@ def test_what_is_refused_cancelled_or_broken_is_told_apart() -> None:
     cancelled = outcomes_of(Server(30), Kind(cancel=1.0, cancel_after_s=0.1), [0.0, 0.0])
     assert [one.end for one in cancelled.outcomes] == ["cancelled", "cancelled"]
     assert all(one.latency_s < 25 for one in cancelled.outcomes)
+    assert any("no request was done" in one for one in told_of(cancelled)) is False, "that is what was asked"
     broken = outcomes_of(Server(0.1, broken=True), Kind(), [0.0])
+    assert any("no request was done" in one for one in told_of(broken))
     assert [(one.end, one.status) for one in broken.outcomes] == [("broken", 500)]
 
 
@@ -308,4 +314,7 @@ def test_a_server_that_is_not_there_is_broken() -> None:
     load = Load(f"http://127.0.0.1:{port}", [], patience_s=5)
     asyncio.run(load.run(planned(iter([0.0]), [Kind()], 0, random.Random(1)), 0.3))
     assert [(one.end, one.code) for one in load.outcomes] == [("broken", "ConnectError")]
+    assert load.health_failed > 0
+    assert not load.health_s, "a probe that failed has no latency"
+    assert any("health failed" in one for one in told_of(load))
     assert load.health_failed >= 1

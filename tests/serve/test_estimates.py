@@ -211,11 +211,34 @@ def test_the_planner_is_there_before_it_is_needed(tmp_path: Path) -> None:
     async def main() -> None:
         estimates = make(tmp_path, planner)
         learn(estimates, 3.0, {})  # what is measured needs no planner, but other sizes will
-        await estimates.warm()
-        await estimates.warm()
+        assert estimates.measured(kind_of(SIZE, 1), 4) == 3
+        await estimates.warm(SIZE)
+        await estimates.warm(SIZE)
+        # a request of the model's own size is answered at once, whatever its number of pictures, if so many fit
+        for outputs in (2, 3, 8):
+            asked = Estimate(number=1, settings={**SIZE, "num_inference_steps": 4}, num_outputs=outputs)
+            told = await estimates.estimate(patient(asked, 0.0))
+            assert told.seconds == pytest.approx(1 + 4 * (0.5 + 0.1 * (outputs - 1)))
+            assert told.peak_bytes == 1000 * outputs
 
     asyncio.run(main())
-    assert [call for call, _, _ in planner.asked] == [{}]
+    assert [call for call, _, _ in planner.asked] == [SIZE]
+
+
+@pytest.mark.parametrize(("room", "asked"), [(10_000, 1), (3500, 2)])
+def test_more_pictures_are_predicted_anew_where_they_may_not_fit(tmp_path: Path, room: int, asked: int) -> None:
+    planner = Planner(room=room)
+
+    async def main() -> None:
+        estimates = make(tmp_path, planner)
+        await estimates.warm(SIZE)
+        for outputs in (3, 4):
+            asked = Estimate(number=1, settings=SIZE, num_outputs=outputs)
+            assert (await estimates.estimate(patient(asked, 5.0))).source == "predicted"
+        await estimates.close()
+
+    asyncio.run(main())
+    assert [pictures[0] for _, pictures, _ in planner.asked] == [1, 4][:asked]
 
 
 def test_what_the_planner_cannot_tell_is_asked_once(tmp_path: Path) -> None:

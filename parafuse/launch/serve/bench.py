@@ -15,7 +15,7 @@ from rich.table import Table
 from parafuse.errors import ConfigError
 from parafuse.hardware import versions
 from parafuse.launch.bench.record import commit, save_beside, short_hardware, today
-from parafuse.launch.serve.bench_figures import BROKEN, UNANSWERED, figures
+from parafuse.launch.serve.bench_figures import BROKEN, CANCELLED, DONE, UNANSWERED, figures
 from parafuse.launch.serve.bench_load import Kind, Load, arrivals, planned, read_mix
 from parafuse.launch.serve.bench_options import ServeBench
 
@@ -74,6 +74,8 @@ def faults_of(found: dict[str, Any]) -> list[str]:
     if ends[BROKEN]:
         codes = ", ".join(f"{number} x {code}" for code, number in found["codes"].items())
         faults.append(f"{ends[BROKEN]} requests had broken answers ({codes})")
+    if not ends[DONE] and ends[CANCELLED] < found["requests"]:
+        faults.append("no request was done: there is nothing to be measured")
     if ends[UNANSWERED]:
         faults.append(f"{ends[UNANSWERED]} requests were still open at the end; give more --patience")
     if found["health_failed"]:

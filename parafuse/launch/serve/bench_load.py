@@ -123,7 +123,7 @@ class Load:
         self._began = 0.0
         self.outcomes: list[Outcome] = []
         self.health_s: list[float] = []
-        """Latencies, from when each was due."""
+        """Latencies, from when each was due, of those that were answered well."""
         self.health_failed = 0
 
     async def run(self, plan: Sequence[Due], duration_s: float) -> None:
@@ -212,10 +212,13 @@ class Load:
             await self._until(due_s)
             try:
                 answer = await client.get(f"{self._url}/health/live")
-                self.health_failed += answer.status_code != 200
+                is_well = answer.status_code == 200
             except httpx2.HTTPError:
+                is_well = False
+            if is_well:
+                self.health_s.append(self._now() - due_s)
+            else:
                 self.health_failed += 1
-            self.health_s.append(self._now() - due_s)
             number += 1
 
 

@@ -26,7 +26,7 @@ class ModelCard:
     """A model as clients see it."""
 
     name: str
-    """Never a path of this machine: a folder's last part."""
+    """What clients are told. Never a path of this machine: a folder's last part."""
     pipeline_class: str | None
     kind: str
     """image or video."""
@@ -39,6 +39,8 @@ class ModelCard:
     """The keyword that a request's `guidance` becomes; None: the pipeline has none."""
     loras: Path | None = None
     """Folder of the LoRA files that requests may name."""
+    names: tuple[str, ...] = ()
+    """All that requests may call it."""
     source: ModelSource = field(repr=False)
 
     def takes(self, keyword: str) -> bool:
@@ -52,6 +54,16 @@ class ModelCard:
     def _paints_in(self) -> bool:
         return any(part in (self.pipeline_class or "") for part in ("Inpaint", "Fill"))
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a call has, beside its texts, where a request says nothing."""
+        texts = ("prompt", "negative_prompt")
+        return {name: value for name, value in self.defaults.items() if name not in texts and value is not None}
+
+    def is_called(self, name: str) -> bool:
+        """Whether a request for this model may name it so."""
+        return name == self.name or name in self.names
+
     def check(self, keywords: Mapping[str, Any]) -> None:
         """Raises ConfigError for the first of a call's keywords that is wrong, named as the pipeline names it."""
         check_call(self.source, dict(keywords))
@@ -62,15 +74,20 @@ class ModelCard:
         return [] if self.loras is None else sorted(file.stem for file in self.loras.glob("*.safetensors"))
 
 
-def card_of(model: str, *, allow_pickle: bool = False, loras: str | None = None) -> ModelCard:
-    """The card of a model. Raises ModelError where it cannot be found or read."""
+def card_of(
+    model: str, *, allow_pickle: bool = False, loras: str | None = None, names: tuple[str, ...] = ()
+) -> ModelCard:
+    """The card of a model. `names`: what clients call it instead of its own name, the one that they are told first.
+    Raises ModelError where it cannot be found or read."""
     source = locate(model, allow_pickle=allow_pickle)
     pipeline = source.pipeline_class or (_hub_class(source) if source.kind == "hub" else None)
-    names = accepted_keywords(pipeline) if pipeline else None
-    accepted = None if names is None else frozenset(names)
+    keywords = accepted_keywords(pipeline) if pipeline else None
+    accepted = None if keywords is None else frozenset(keywords)
     is_path = source.kind in ("folder", "file") and Path(source.path).parent != EMBEDDED
+    own = Path(source.path).stem if is_path else source.name
     return ModelCard(
-        name=Path(source.path).stem if is_path else source.name,
+        name=names[0] if names else own,
+        names=names or (own,),
         pipeline_class=pipeline,
         kind=_kind(pipeline, accepted),
         accepted=accepted,

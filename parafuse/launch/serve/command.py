@@ -134,7 +134,8 @@ def state_of(serve: Serving) -> Iterator[None]:
             one.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (folder / LOCK).open("a+")
     except OSError as error:
-        raise ConfigError(f"--state {serve.state!r}: cannot be written ({error.strerror}); choose another.") from error
+        why = "is no folder" if folder.exists() and not folder.is_dir() else f"cannot be written ({error.strerror})"
+        raise ConfigError(f"--state {serve.state!r}: {why}; choose another.") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

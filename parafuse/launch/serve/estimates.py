@@ -139,9 +139,9 @@ class Estimates:
             source=PREDICTED,
         )
 
-    async def warm(self) -> None:
-        """Follows the model's own sizes, so that the planner is there when it is asked about others."""
-        found = self._ask({}, kind_of({}, 1))
+    async def warm(self, settings: Mapping[str, Any]) -> None:
+        """Follows a call with the model's own settings, so that the planner is there when it is asked about others."""
+        found = self._ask(settings, kind_of(settings, 1))
         if isinstance(found, asyncio.Task):
             await asyncio.wait([found])
 
@@ -233,6 +233,8 @@ class Estimates:
         if key in self._predicted:
             self._predicted.move_to_end(key)
             return self._predicted[key]
+        if (other := self._of_another_number(kind)) is not None:
+            return other
         if '"images"' in kind.call:  # the planner follows calls without pictures
             return None
         if key not in self._asked:
@@ -244,6 +246,15 @@ class Estimates:
                 return None
             self._asked[key] = loop.create_task(self._ask_for(dict(settings), kind))
         return self._asked[key]
+
+    def _of_another_number(self, kind: Kind) -> Predicted | None:
+        """Said of jobs with fewer pictures, where so many of them fit the device; None: it must be asked."""
+        for (call, pictures), found in self._predicted.items():
+            if call == kind.call and found is not None and kind.pictures in found.seconds and pictures < kind.pictures:
+                peak, there = found.peak_bytes.get(kind.pictures), found.capacity_bytes
+                if peak is not None and (not there or peak <= there):  # at the most; more is looked at closely
+                    return found
+        return None
 
     async def _ask_for(self, settings: dict[str, Any], kind: Kind) -> Predicted | None:
         key, one = (kind.call, kind.pictures), kind.pictures

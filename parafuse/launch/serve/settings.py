@@ -46,6 +46,8 @@ class Serving:
     """Seconds after which a job is given up, where its request names none."""
     batch: int = 4
     """Compatible requests in one call at most, where a gain is predicted; 1: never several."""
+    served_model_name: tuple[str, ...] = ()
+    """What requests may call the model, instead of its own name; clients are told the first. May be repeated."""
     loras: str | None = None
     """Folder of LoRA files that requests may name."""
     max_loras: int = 4
@@ -76,6 +78,9 @@ class Serving:
             if isinstance(value, float) and not 0 < value < float("inf"):
                 flag = one.name.removesuffix("_s").replace("_", "-")
                 raise ConfigError(f"--{flag} {value}: must be a positive number.")
+        for name in self.served_model_name:
+            if not 0 < len(name) <= 200 or not name.isprintable():
+                raise ConfigError(f"--served-model-name {name!r}: must be a name of 1 to 200 printable characters.")
         if self.port > 65535:
             raise ConfigError(f"--port {self.port}: must be at most 65535.")
         if self.nnodes > 1 and not self.rdzv_endpoint:

@@ -127,6 +127,7 @@ class Supervisor:
     def __init__(self, wiring: Wiring, group: GroupSupervisor):
         settings = self._settings = wiring.serving
         self._group = group
+        self._card = card_of(wiring.model, allow_pickle=bool(wiring.config.get("allow_pickle")))
         self._keys = Keys.load(Path(settings.keys) if settings.keys else None, os.environ)
         self._store: JobStore = SqliteStore(
             settings.database, settings.results, settings.inputs, keep_s=settings.keep_hours * 3600
@@ -190,7 +191,7 @@ class Supervisor:
 
     async def _warm(self) -> None:
         await self._group.wait_ready()  # the ranks come first
-        await self._estimates.warm()
+        await self._estimates.warm(self._card.settings)
 
     def _why_ended(self, task: asyncio.Task[Any]) -> int:
         error = task.exception()

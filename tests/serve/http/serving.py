@@ -214,7 +214,7 @@ def serving(
         keys = Keys.load(None, environ)
         store = SqliteStore(serve.database, serve.results, serve.inputs)
         supervisor = SupervisorClient(f"{folder}/s")
-        found = card_of(card, loras=serve.loras) if isinstance(card, str) else card
+        found = card_of(card, loras=serve.loras, names=serve.served_model_name) if isinstance(card, str) else card
         app = make_app(
             serve, found, store=store, keys=keys, supervisor=supervisor, body_s=body_s,
             admit=Admission(serve, store, lambda: supervisor.not_ready_s),

@@ -180,6 +180,45 @@ def test_delete_cancels(server: Running) -> None:
         assert http.delete(f"/v1/jobs/{job}").json()["status"] == "cancelled"
 
 
+def test_what_a_job_made_can_be_taken_away(server: Running) -> None:
+    job = server.client().images.generate(prompt="once").id  # type: ignore[attr-defined]
+    folder = server.settings.results / server.wait(job, State.DONE).folder
+    assert folder.is_dir()
+    with server.http() as http, server.http(1) as other:
+        assert other.delete(f"/v1/files/{job}").status_code == 404
+        assert http.get(f"/v1/files/{job}/0").status_code == 200
+        assert http.delete(f"/v1/files/{job}").json() == {"id": job, "object": "job.deleted", "deleted": True}
+        for path in (f"jobs/{job}", f"files/{job}/0", f"receipts/{job}"):
+            assert http.get(f"/v1/{path}").status_code == 404
+        assert http.delete(f"/v1/files/{job}").status_code == 404
+    assert not folder.exists()
+
+
+def test_files_of_a_job_that_is_not_done_say_why(server: Running) -> None:
+    server.pause()
+    with server.http() as http:
+        job = http.post("/v1/images/generations", json={"prompt": "later", "background": True}).json()["id"]
+        for answer in (http.get(f"/v1/files/{job}/0"), http.delete(f"/v1/files/{job}")):
+            assert answer.status_code == 409
+            assert f"Job {job} is queued" in answer.json()["error"]["message"]
+        http.delete(f"/v1/jobs/{job}")
+        answer = http.get(f"/v1/files/{job}/0")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "job_cancelled")
+
+
+def test_query_parameters_that_there_are_not_are_refused(server: Running) -> None:
+    with server.http() as http:
+        for path in ("jobs?limi=3", "jobs/x?a=b", "models?q", "videos?limit=2&oder=asc"):
+            answer = http.get(f"/v1/{path}")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_parameter"), path
+        assert "did you mean 'limit'" in http.get("/v1/jobs?limi=3").json()["error"]["message"]
+        answer = http.post("/v1/images/generations?n=2", json={"prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+        assert http.get("/v1/jobs?limit=3&after=img_x").status_code in (200, 404)
+        assert http.get("/health/live?verbose=1").status_code == 200
+    assert not server.behaviour.painted
+
+
 def test_a_waiting_client_is_told_of_a_cancel(server: Running) -> None:
     import threading
 
@@ -304,3 +343,15 @@ def test_models(server: Running) -> None:
     assert client.models.retrieve("emoji").owned_by == "parafuse"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other/model")
+
+
+def test_other_names_of_the_model() -> None:
+    with serving(served_model_name=("gpt-image-1", "house")) as server:
+        client = server.client()
+        assert [one.id for one in client.models.list()] == ["gpt-image-1", "house"]
+        assert client.models.retrieve("house").id == "house"
+        for name in ("gpt-image-1", "house"):
+            job = client.images.generate(prompt="x", model=name).id  # type: ignore[attr-defined]
+            assert server.wait(job, State.DONE).request.asked["model"] == name
+        with pytest.raises(openai.NotFoundError, match="no 'emoji' here; this server has 'gpt-image-1'"):
+            client.images.generate(prompt="x", model="emoji")

@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
+from parafuse.errors import nearest
 from parafuse.launch.serve.card import ModelCard
 from parafuse.launch.serve.http import errors, openapi
 from parafuse.launch.serve.http.access import Access, Door, Keys
@@ -52,8 +54,9 @@ def make_app(
         redirect_slashes=False,
     )
     app.state.service = service
-    for part in (Images(service), Videos(service), Jobs(service), Health(service)):
-        app.include_router(part.router())
+    for part in (Images(service), Videos(service), Jobs(service)):
+        app.include_router(part.router(), dependencies=[Depends(_known_query)])
+    app.include_router(Health(service).router())  # probes may say what they like
     errors.install(app)
     app.add_exception_handler(RequestValidationError, _wrong_parameter)
     app.openapi = lambda: openapi.describe(app)
@@ -62,6 +65,16 @@ def make_app(
     app.add_middleware(Limits, max_bytes=int(settings.max_body_megabytes * 1e6), body_s=body_s)
     app.add_middleware(Access, metrics=service.metrics)
     return app
+
+
+async def _known_query(request: Request) -> None:
+    """Raises ApiError (400) for a query's name that the route does not have."""
+    route = request.scope.get("route")
+    known = [one.alias for one in route.dependant.query_params] if isinstance(route, APIRoute) else []
+    for name in request.query_params:
+        if name not in known:
+            hint = nearest(name, known) or f"; there are {', '.join(known) or 'none'}."
+            raise errors.invalid(name[:80], f"there is no such query parameter{hint}", "unknown_parameter")
 
 
 async def _wrong_parameter(request: Request, error: Exception) -> JSONResponse:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from parafuse.launch.serve.http import answers, openapi
-from parafuse.launch.serve.http.errors import invalid, missing
+from parafuse.launch.serve.http.errors import NO_RETRY, ApiError, invalid, missing
 from parafuse.launch.serve.http.events import EventStream, job_events
 from parafuse.launch.serve.http.files import file_response
 from parafuse.launch.serve.http.service import Service
@@ -24,7 +24,7 @@ class Jobs:
 
     def router(self) -> APIRouter:
         router = APIRouter(tags=["jobs"])
-        told = openapi.answers(404)
+        told, kept = openapi.answers(404), openapi.answers(404, 409)
         router.add_api_route("/v1/jobs", self.list, methods=["GET"], responses=told)
         router.add_api_route("/v1/jobs/{job}", self.get, methods=["GET"], responses=told)
         router.add_api_route("/v1/jobs/{job}", self.cancel, methods=["DELETE"], responses=told)
@@ -33,9 +33,10 @@ class Jobs:
             response_model=None,
         )  # fmt: skip
         router.add_api_route(
-            "/v1/files/{job}/{number}", self.file, methods=["GET"], responses=told, response_class=FileResponse,
-            response_model=None,
+            "/v1/files/{job}/{number}", self.file, methods=["GET"], responses=openapi.answers(404, 408, 409, 413, 500),
+            response_class=FileResponse, response_model=None,
         )  # fmt: skip
+        router.add_api_route("/v1/files/{job}", self.delete, methods=["DELETE"], responses=kept)
         router.add_api_route("/v1/receipts/{job}", self.receipt, methods=["GET"], responses=told, response_model=None)
         router.add_api_route("/v1/models", self.models, methods=["GET"], responses=openapi.answers())
         router.add_api_route("/v1/models/{model:path}", self.model, methods=["GET"], responses=told)
@@ -75,6 +76,17 @@ class Jobs:
             raise missing("file", f"{job}/{number}")
         return await file_response(self._service, found, int(number))
 
+    async def delete(self, request: Request, job: str) -> dict[str, Any]:
+        """Takes away a job that is over: its outputs, its receipt, and what is known of it."""
+        service = self._service
+        found = await service.find(request, job)
+        if not found.state.is_over:
+            message = f"Job {found.id} is {found.state.value}; cancel it first: DELETE /v1/jobs/{found.id}."
+            raise ApiError(409, message, code="not_over", headers=NO_RETRY)
+        if not await service.stored(service.store.delete, found.id, found.owner):
+            raise missing("job", job)
+        return {"id": found.id, "object": "job.deleted", "deleted": True}
+
     async def receipt(self, request: Request, job: str) -> Response:
         """What was painted, how, and with what: holds the prompt."""
         found = await self._service.find(request, job)
@@ -83,19 +95,19 @@ class Jobs:
         return Response(found.receipt, media_type="application/json")
 
     async def models(self) -> dict[str, Any]:
-        """The model that is served."""
-        return {"object": "list", "data": [await self._described()]}
+        """The model that is served, once by each of its names."""
+        return {"object": "list", "data": [await self._described(name) for name in self._service.card.names]}
 
     async def model(self, model: str) -> dict[str, Any]:
         """The same by its name."""
-        if model != self._service.card.name:
+        if not self._service.card.is_called(model):
             raise missing("model", model)
-        return await self._described()
+        return await self._described(model)
 
-    async def _described(self) -> dict[str, Any]:
+    async def _described(self, name: str) -> dict[str, Any]:
         card = self._service.card
         return {
-            "id": card.name,
+            "id": name,
             "object": "model",
             "created": self._began_s,
             "owned_by": "parafuse",

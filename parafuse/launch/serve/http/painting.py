@@ -120,17 +120,13 @@ class Painting:
             images=images,
             lora=lora,
             cache=body.cache is not False,
-            asked=asked | {"model": self.card.name},
+            asked=asked | {"model": body.model or self.card.name},
             **rest,
         )
 
     def _settings(self, body: Common) -> dict[str, Any]:
         """Keywords of the call: what the model sets by itself, and over it what is asked."""
-        settings = {
-            name: value
-            for name, value in self.card.defaults.items()
-            if name not in ("prompt", "negative_prompt") and value is not None
-        }
+        settings = self.card.settings
         if body.size is not None and body.size != "auto":
             found = SIZE.fullmatch(body.size)
             if not found:
@@ -165,10 +161,10 @@ class Painting:
                 raise invalid(name, "holds half of a character, which is no text.")
 
     def _check_model(self, body: Common) -> None:
-        if body.model not in (None, self.card.name):
+        if body.model is not None and not self.card.is_called(body.model):
             raise ApiError(
                 404,
-                f"model: there is no {body.model[:80]!r} here; this server has {self.card.name!r}.",
+                f"model: there is no {body.model[:80]!r} here; this server has {self.card.name!r}. Leave it out.",
                 code="model_not_found",
                 param="model",
             )

@@ -77,7 +77,12 @@ def serve(wiring: Wiring, *, beat: int, door: socket.socket) -> int:
     settings = wiring.serving
     keys = Keys.load(Path(settings.keys) if settings.keys else None, os.environ)
     check_exposed(settings, keys)
-    card = card_of(wiring.model, allow_pickle=bool(wiring.config.get("allow_pickle")), loras=settings.loras)
+    card = card_of(
+        wiring.model,
+        allow_pickle=bool(wiring.config.get("allow_pickle")),
+        loras=settings.loras,
+        names=settings.served_model_name,
+    )
     store = SqliteStore(settings.database, settings.results, settings.inputs, keep_s=settings.keep_hours * 3600)
     supervisor = SupervisorClient(wiring.supervisor_socket)
     admit = Admission(settings, store, lambda: supervisor.not_ready_s)

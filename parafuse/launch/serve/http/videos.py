@@ -9,13 +9,12 @@ from fastapi.responses import FileResponse, Response
 
 from parafuse.launch.serve.card import IMAGE
 from parafuse.launch.serve.http import answers, openapi
-from parafuse.launch.serve.http.errors import ApiError, invalid, of_job
+from parafuse.launch.serve.http.errors import ApiError, invalid
 from parafuse.launch.serve.http.files import file_response
 from parafuse.launch.serve.http.images import brought, plain_fields
 from parafuse.launch.serve.http.service import Service, digest_of
 from parafuse.launch.serve.http.uploads import form_of, json_of
 from parafuse.launch.serve.http.wire import VideoBody, read_form, read_json
-from parafuse.launch.serve.jobs import State
 
 PICTURES = {"input_reference": "input_reference", "input_reference[image_url]": "input_reference"}
 ENDING_S = 15.0
@@ -88,11 +87,6 @@ class Videos:
         if variant != "video":
             raise invalid("variant", "must be video: there is nothing else of it.")
         job = await self._service.find(request, video, "video", "video")
-        if job.state is State.FAILED:
-            raise of_job(job.id, job.error)
-        if job.state is not State.DONE:
-            message = f"The video {job.id} is {job.state.value}; it can be fetched once it is done."
-            raise ApiError(409, message, code="not_done", headers={"x-should-retry": "false"})
         return await file_response(self._service, job, 0)
 
     async def delete(self, request: Request, video: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from parafuse.errors import nearest
 from parafuse.launch.serve.http.errors import ApiError, invalid
 
 NOT_OFFERED = {
+    "quality": "leave it out, or auto; more steps paint more carefully",
     "style": "describe the style in the prompt",
     "output_compression": "choose output_format png, jpeg or webp",
     "input_fidelity": "use strength, where the model takes it",
@@ -20,7 +21,7 @@ NOT_OFFERED = {
     "svg": "choose output_format png, jpeg or webp",
     "markup": "draw on the picture that you send",
 }
-"""Fields of OpenAI's that would change nothing here, and what does; null is taken."""
+"""Fields of OpenAI's of which these values would change nothing here, and what does; null is taken."""
 SHOWN = 60
 MAX_SEED = 2**53 - 1
 """What JSON carries whole in every language."""
@@ -30,42 +31,70 @@ class Lora(BaseModel):
     """A LoRA of the server's folder."""
 
     model_config = ConfigDict(extra="forbid")
-    name: str = Field(max_length=200)
-    scale: float = Field(default=1.0, ge=-10, le=10, allow_inf_nan=False)
+    name: str = Field(max_length=200, description="A file of --loras, without .safetensors.")
+    scale: float = Field(default=1.0, ge=-10, le=10, allow_inf_nan=False, description="How strong it is.")
 
 
 class Common(BaseModel):
     """What requests of every kind have."""
 
     model_config = ConfigDict(extra="forbid")
-    prompt: str = Field(description="What is to be seen.")
+    prompt: str = Field(description="What is to be seen; at most --max-prompt-characters.")
     model: str | None = Field(default=None, description="The model served; not needed.", max_length=500)
-    size: str | None = Field(default=None, description="WIDTHxHEIGHT in pixels, or auto.", max_length=20)
+    size: str | None = Field(
+        default=None,
+        max_length=20,
+        description="WIDTHxHEIGHT in pixels, at most --max-pixels, or auto: the model's own size.",
+    )
     user: str | None = Field(default=None, max_length=200, description="Your own word for who asked; the job says it.")
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Output i of a request has seed + i.")
-    steps: int | None = Field(default=None, ge=1)
-    guidance: float | None = Field(default=None, ge=0, le=1000, allow_inf_nan=False)
-    negative_prompt: str | None = None
-    lora: list[Lora] | None = Field(default=None, max_length=8)
+    seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED, description="Output i of a request has seed + i. Not given: drawn, and told."
+    )
+    steps: int | None = Field(default=None, ge=1, description="Denoising steps, at most --max-steps.")
+    guidance: float | None = Field(
+        default=None,
+        ge=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="The pipeline's guidance_scale, or true_cfg_scale where the model sets that.",
+    )
+    negative_prompt: str | None = Field(default=None, description="What is not to be seen, where the model takes it.")
+    lora: list[Lora] | None = Field(default=None, max_length=8, description="Adapters for this request alone.")
     cache: bool | None = Field(default=None, description="false: without the cache that the server was started with.")
-    priority: int | None = Field(default=None, ge=-10, le=10)
-    deadline_s: float | None = Field(default=None, gt=0, le=86400 * 30, allow_inf_nan=False)
-    webhook_url: str | None = Field(default=None, max_length=2000)
+    priority: int | None = Field(
+        default=None, ge=-10, le=10, description="Higher goes first; at most the key's priority_max."
+    )
+    deadline_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=86400 * 30,
+        allow_inf_nan=False,
+        description="Seconds from now until it is worth nothing: refused where that is known before, else failed.",
+    )
+    webhook_url: str | None = Field(
+        default=None, max_length=2000, description="Told of the job's end; of --webhook-hosts, for keys that may."
+    )
 
 
 class ImageBody(Common):
     """POST /v1/images/generations."""
 
-    n: int | None = Field(default=None, ge=1)
-    response_format: Literal["b64_json", "url"] | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
-    stream: bool | None = None
-    partial_images: int | None = Field(default=None, ge=0, le=3)
+    n: int | None = Field(default=None, ge=1, description="Pictures, at most --max-outputs.")
+    response_format: Literal["b64_json", "url"] | None = Field(
+        default=None, description="Pictures in the answer, or where this key fetches them. Not given: b64_json."
+    )
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(
+        default=None, description="Not given: png. jpeg and webp are lossy."
+    )
+    stream: bool | None = Field(default=None, description="true: answered with events.")
+    partial_images: int | None = Field(
+        default=None, ge=0, le=3, description="Previews on the way; with stream or background."
+    )
     background: bool | Literal["opaque", "auto"] | None = Field(
         default=None, description="true: answered at once with a job."
     )
-    quality: Literal["auto"] | None = None
-    moderation: Literal["auto"] | None = None
+    quality: Literal["auto"] | None = Field(default=None, description="Use steps.")
+    moderation: Literal["auto"] | None = Field(default=None, description="There is none here.")
     safety_identifier: str | None = Field(default=None, max_length=200, description="As user.")
     # OpenAI's, which would change nothing here: NOT_OFFERED says what does
     style: None = None
@@ -85,15 +114,24 @@ class ImageBody(Common):
 class EditBody(ImageBody):
     """POST /v1/images/edits, beside its pictures."""
 
-    strength: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    strength: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="How far from the picture that was sent, where the model takes it.",
+    )
 
 
 class VideoBody(Common):
     """POST /v1/videos, beside its picture."""
 
-    seconds: float | str | None = Field(default=None, description="Length; 4 where neither it nor frames is given.")
-    frames: int | None = Field(default=None, ge=1)
-    fps: int | None = Field(default=None, ge=1, le=120)
+    seconds: float | str | None = Field(
+        default=None,
+        description="Length, at most --max-frames. Neither it nor frames: the model's own, or 4 where it has none.",
+    )
+    frames: int | None = Field(default=None, ge=1, description="Length in pictures, in place of seconds.")
+    fps: int | None = Field(default=None, ge=1, le=120, description="Pictures a second. Not given: 16.")
 
 
 Body = TypeVar("Body", bound=BaseModel)

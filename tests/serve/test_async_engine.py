@@ -196,6 +196,55 @@ async def survives_a_loss(found: AsyncEngine) -> None:
         await killing()
 
 
+@pytest.mark.whole
+def test_ranks_that_are_killed_in_a_call_come_back_and_paint_it() -> None:
+    async def main() -> None:
+        async with engine() as found:
+            first = await painted(found, "a red apple", seed=7, **CALL)
+            before, attempts = pids_of(found), set[int]()
+            async for event in found.generate("a red apple", seed=7, **CALL):
+                if isinstance(event, Result):
+                    assert event.images[0].tobytes() == first.images[0].tobytes()
+                elif (event.attempt, event.step) == (1, 2):
+                    os.kill(before[1], signal.SIGKILL)
+                attempts |= {event.attempt} if isinstance(event, Progress) else set()
+            assert attempts == {1, 2}
+            assert not set(before) & set(pids_of(found))
+
+    run(main)
+
+
+@pytest.mark.whole
+def test_pictures_that_are_sent_and_videos_that_are_made() -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    call: dict[str, Any] = {"num_inference_steps": 2, "width": 64, "height": 64}
+
+    async def main() -> None:
+        async with AsyncEngine("tiny:qwen-image-edit", ranks=2) as found:
+            result = await painted(found, "a hat", seed=3, image=Image.fromarray(pixels), **call)
+        with Engine.from_pretrained("tiny:qwen-image-edit", Config(), alone=True) as plain:
+            expected = plain(prompt="a hat", seed=3, image=Image.fromarray(pixels), **call).images[0]
+        difference = np.asarray(result.images[0]).astype(int) - np.asarray(expected)
+        assert np.abs(difference).max() <= 1
+        async with AsyncEngine("tiny:wan2.1-14b", ranks=2) as found:
+            result = await painted(found, "a hat", seed=3, num_frames=5, **call)
+        assert (len(result.images), len(result.videos)) == (0, 1)
+        assert result.videos[0][4:8] == b"ftyp"
+
+    run(main)
+
+
+@pytest.mark.whole
+def test_a_compiled_engine_stops_and_goes_on() -> None:
+    async def main() -> None:
+        async with engine(config=Config(compile=True)) as found:
+            first = await painted(found, "a", seed=3, **CALL)
+            await stops(found)
+            assert (await painted(found, "a", seed=3, **CALL)).images[0].tobytes() == first.images[0].tobytes()
+
+    run(main)
+
+
 def test_ranks_that_cannot_start_say_why() -> None:
     async def main() -> None:
         lost = [sys.executable, "-c", "raise SystemExit('no such ranks')"]

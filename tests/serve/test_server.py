@@ -21,7 +21,7 @@ import parafuse
 from tests.serve.running_server import RunningServer
 
 PROMPT, SEED, STEPS = "a red apple", 7, 4
-LONG = 120
+LONG = 60
 """Steps of a request that something happens to."""
 
 

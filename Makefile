@@ -83,7 +83,7 @@ serve-ci: setup ## Run the tests of the server, and half a minute of it while it
 soak: setup ## Load a server for 40 minutes while its processes are killed and stopped, and 5,000 requests from its description
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.serve.soak --minutes 30 --every 60 --record docs/notes/soak.json
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.serve.soak --minutes 10 --every 60 --batch 4 --record docs/notes/soak-batch.json
-	PARAFUSE_TESTS_CASES=50 $(BIN)/python -m pytest tests/serve/http/test_openapi.py
+	PARAFUSE_TESTS_CASES=150 $(BIN)/python -m pytest -rP tests/serve/http/test_openapi.py
 
 bench-plan: setup ## Is the planner right? On 2 CPU cores, and against published times: docs/planner.md (a quarter of an hour)
 	$(BIN)/python -m benchmarks.plan_published --page docs/planner.md

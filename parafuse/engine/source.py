@@ -42,6 +42,8 @@ class ModelSource:
     """Keywords of the call that the model itself sets when they are not given: those of its parafuse.json."""
     size_multiple: int | None = None
     """Width and height must be multiples of it; None: unknown, left to the pipeline."""
+    vae: dict[str, Any] | None = field(default=None, repr=False)
+    """The autoencoder's configuration, as its file has it; None: unknown before loading, or there is none."""
 
 
 def write_defaults(folder: Path, defaults: dict[str, Any]) -> None:
@@ -112,6 +114,7 @@ def _random(name: str) -> ModelSource:
         pipeline_class=found.pipeline_class,
         defaults=found.call,
         size_multiple=None if vae is None else _multiple(vae, found.config("transformer") or found.config("unet")),
+        vae=vae,
     )
 
 
@@ -139,6 +142,7 @@ def _folder(name: str, path: Path, allow_pickle: bool, given: Collection[str]) -
         pipeline_class=str(named[-1]) if isinstance(named, list) else cast("str | None", named),
         defaults=_defaults(path, name),
         size_multiple=_size_multiple(path, name),
+        vae=_vae(path, name),
     )
 
 
@@ -211,15 +215,20 @@ def _defaults(path: Path, name: str) -> dict[str, Any]:
 
 def _size_multiple(path: Path, name: str) -> int | None:
     """VAE factor times the transformer's patch, from their configs; None where the configs do not say."""
-    vae_file = path / "vae" / "config.json"
-    if not vae_file.is_file():
+    vae = _vae(path, name)
+    if vae is None:
         return None
     model_file = next((p for n in ("transformer", "unet") if (p := path / n / "config.json").is_file()), None)
-    return _multiple(read_json(vae_file, name), read_json(model_file, name) if model_file else None)
+    return _multiple(vae, read_json(model_file, name) if model_file else None)
+
+
+def _vae(path: Path, name: str) -> dict[str, Any] | None:
+    file = path / "vae" / "config.json"
+    return read_json(file, name) if file.is_file() else None
 
 
 def _multiple(vae: dict[str, Any], model: dict[str, Any] | None) -> int | None:
-    factor = _vae_factor(vae)
+    factor = vae_factor(vae)
     if factor is None or model is None:
         return factor
     patch = model.get("patch_size") or model.get("all_patch_size") or 1
@@ -229,7 +238,7 @@ def _multiple(vae: dict[str, Any], model: dict[str, Any] | None) -> int | None:
     return factor * patch
 
 
-def _vae_factor(vae: dict[str, Any]) -> int | None:
+def vae_factor(vae: dict[str, Any]) -> int | None:
     """Pixels per latent along one side, by the rules of diffusers' autoencoders; None for a config that fits none."""
     for key in ("scale_factor_spatial", "spatial_compression_ratio"):
         if vae.get(key) is not None:

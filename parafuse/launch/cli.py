@@ -31,6 +31,7 @@ from parafuse.launch import quiet
 from parafuse.launch import tune as tuning
 from parafuse.launch import verify as verifying
 from parafuse.launch.asked import PLACING, Asked, start_ranks
+from parafuse.launch.batch import command as batching
 from parafuse.launch.bench import command as benching
 from parafuse.launch.bench.starts import STARTS_ENV
 from parafuse.launch.options import build, given, options_of, with_options
@@ -60,6 +61,7 @@ SCORING_OPTIONS = options_of(scoring.Scoring)
 TUNING_OPTIONS = [option for option in options_of(tuning.Tuning) if option.name != "ranks"]
 SERVING_OPTIONS = options_of(serving.Serve)
 SERVE_BENCH_OPTIONS = options_of(ServeBench)
+BATCH_OPTIONS = options_of(batching.Batch)
 EXTRAS = ("cache", "quantize", "compile", "cuda_graphs", "rewrites", "attention", "sparse", *PLACING)
 NEW_OBJECTS = 100_000
 """After which Python looks for garbage in a process of the command line. Its own 700 cost a sixth of a cold start,
@@ -316,6 +318,21 @@ def serve_key(
     secret, line = make_key(name, webhooks=webhooks, metrics=metrics)
     print(f"secret, shown once: {secret}", file=sys.stderr)
     print(line)
+
+
+@app.command()
+@with_options(*BATCH_OPTIONS, *CONFIG_OPTIONS)
+def batch(
+    file: Annotated[str, typer.Argument(metavar="FILE", help='A JSON object in each line: {"prompt": "a red apple"}.')],
+    **options: Any,
+) -> int:
+    """Paint a file of prompts, however many, on engines that Ray spreads over machines.
+
+    Each line is done once: the same command goes on where it was ended."""
+    asked = build(batching.Batch(), given(BATCH_OPTIONS, options))
+    if not asked.verbose:
+        quiet.silence_libraries()
+    return batching.run(batching.prepare(file, asked, CONFIG_OPTIONS, options))
 
 
 @app.command()

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from parafuse.launch.serve.group import GroupLostError
 from parafuse.launch.serve.messages import Failed, Paint, Painted, Stepped
 
@@ -46,7 +48,9 @@ class Call:
         """Equal for calls whose steps take as long."""
         settings = {name: value for name, value in self.paint.settings.items() if name != STEPS}
         outputs = [item.num_outputs for item in self.paint.items]
-        return json.dumps([settings, outputs, self.paint.cache, len(self.paint.lora)], sort_keys=True, default=str)
+        coding = msgspec.to_builtins(self.paint.coding)
+        own = [self.paint.cache, len(self.paint.lora), coding]
+        return json.dumps([settings, outputs, *own], sort_keys=True, default=str)
 
     def stepped(self, event: Stepped) -> None:
         self.step, self.num_steps = event.step, event.num_steps

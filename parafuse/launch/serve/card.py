@@ -12,6 +12,7 @@ from parafuse.engine.request import check_call
 from parafuse.engine.source import EMBEDDED, ModelSource, locate
 from parafuse.errors import ModelError
 from parafuse.launch.keywords import accepted_keywords
+from parafuse.launch.serve.latents import Autoencoder
 
 GUIDANCE = ("guidance_scale", "true_cfg_scale")
 IMAGE, MASK = "image", "mask_image"
@@ -41,6 +42,8 @@ class ModelCard:
     """Folder of the LoRA files that requests may name."""
     names: tuple[str, ...] = ()
     """All that requests may call it."""
+    autoencoder: Autoencoder | None = None
+    """What its VAE takes; None: not known before it is loaded, or there is none."""
     source: ModelSource = field(repr=False)
 
     def takes(self, keyword: str) -> bool:
@@ -59,6 +62,11 @@ class ModelCard:
         """What a call has, beside its texts, where a request says nothing."""
         texts = ("prompt", "negative_prompt")
         return {name: value for name, value in self.defaults.items() if name not in texts and value is not None}
+
+    @property
+    def may_have_vae(self) -> bool:
+        """False where it is known that there is none."""
+        return self.source.components is None or "vae" in self.source.components
 
     def is_called(self, name: str) -> bool:
         """Whether a request for this model may name it so."""
@@ -85,6 +93,7 @@ def card_of(
     accepted = None if keywords is None else frozenset(keywords)
     is_path = source.kind in ("folder", "file") and Path(source.path).parent != EMBEDDED
     own = Path(source.path).stem if is_path else source.name
+    vae = _hub_vae(source) if source.kind == "hub" else source.vae
     return ModelCard(
         name=names[0] if names else own,
         names=names or (own,),
@@ -95,6 +104,7 @@ def card_of(
         size_multiple=source.size_multiple,
         guidance=_guidance(source, accepted),
         loras=None if loras is None else Path(loras),
+        autoencoder=None if vae is None else Autoencoder.of(vae),
         source=source,
     )
 
@@ -132,3 +142,14 @@ def _hub_class(source: ModelSource) -> str:
             "the model first, or give the folder that holds it."
         ) from error
     return str(named[-1] if isinstance(named, list) else named)
+
+
+def _hub_vae(source: ModelSource) -> dict[str, Any] | None:
+    """Its VAE's configuration: a small file too. None where there is none; then the ranks know."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        found = json.loads(Path(hf_hub_download(source.path, "vae/config.json")).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

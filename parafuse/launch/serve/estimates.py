@@ -147,9 +147,11 @@ class Estimates:
 
     def seconds_of(self, request: JobRequest, number: int) -> float | None:
         """Of one call for so many jobs like this, for `schedule.choose`. What is not known is None, and predicted
-        meanwhile. None also for several that do not fit the device's memory.
+        meanwhile. None also for several that do not fit the device's memory, and for calls of the autoencoder alone.
 
         Where one number of jobs has been measured and another has not, the planner says how they compare."""
+        if request.coding is not None:
+            return None
         kind = _kind_of_request(request, number)
         steps = _steps(request.settings)
         known = self.measured(kind, steps)
@@ -190,7 +192,9 @@ class Estimates:
         return any(Kind(call, int(pictures)).covers(kind) for pictures, _, call in large if int(pictures) >= number)
 
     def learn(self, call: Paint, painted: Painted) -> None:
-        """After a call has ended well."""
+        """After a call has ended well. Those of the autoencoder alone, of any size, would push out the others."""
+        if call.coding is not None:
+            return
         pictures = sum(item.num_outputs for item in call.items)
         images = sum(len(files) for files in call.images.values())
         kind = kind_of(call.settings, pictures, images=images, loras=len(call.lora), cache=call.cache)

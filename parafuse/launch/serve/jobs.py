@@ -13,11 +13,11 @@ from typing import Any, Protocol
 from msgspec import Struct
 
 from parafuse.errors import ParafuseError
-from parafuse.launch.serve.messages import Adapter
+from parafuse.launch.serve.messages import Adapter, Coding
 
 MAX_TRIES = 2
 """A job whose ranks are lost is tried again once, then failed by name."""
-PREFIXES = {"image": "img_", "edit": "edit_", "video": "video_"}
+PREFIXES = {"image": "img_", "edit": "edit_", "video": "video_", "decode": "dec_", "encode": "enc_"}
 """Kind of a request -> how ids of its jobs begin."""
 
 
@@ -36,10 +36,10 @@ class State(enum.StrEnum):
 
 
 class JobRequest(Struct, frozen=True, kw_only=True):
-    """What is to be painted, checked, in the pipeline's own keywords."""
+    """What is to be painted, checked, in the pipeline's own keywords; or what the autoencoder is to do."""
 
     kind: str
-    """image, edit, video."""
+    """image, edit, video; decode, encode, of the autoencoder."""
     prompt: str
     negative_prompt: str | None = None
     seed: int
@@ -48,6 +48,8 @@ class JobRequest(Struct, frozen=True, kw_only=True):
     """Keywords of the pipeline's call: width, height, num_inference_steps, guidance, num_frames, ..."""
     images: dict[str, tuple[str, ...]] = {}
     """Keyword -> files in the store's folder of inputs."""
+    coding: Coding | None = None
+    """Of decode and encode, which have neither prompt nor seed."""
     lora: tuple[Adapter, ...] = ()
     cache: bool = True
     previews: int = 0

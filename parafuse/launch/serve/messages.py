@@ -37,8 +37,33 @@ class Adapter(Struct, frozen=True, kw_only=True):
     scale: float = 1.0
 
 
+class Coding(Struct, frozen=True, kw_only=True):
+    """What is asked of the model's autoencoder alone: latents to pixels, or pixels to latents."""
+
+    task: str
+    """decode, encode."""
+    shape: tuple[int, ...] = ()
+    """Of the tensor that came: latents (B, C, H, W), (B, C, F, H, W) or packed (B, tokens, 4 C); pixels (B, C, H, W) or
+    (B, C, F, H, W). Empty for a picture."""
+    dtype: str = ""
+    """float16, bfloat16, float32: of that tensor, whose file has its values in their order and nothing else."""
+    height: int | None = None
+    """Of the picture that packed latents are of, in pixels."""
+    width: int | None = None
+    own_scaling: bool = False
+    """Latents are scaled and shifted as the model's own pipeline does it."""
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+    gives: str = "raw"
+    """raw: what the autoencoder gives; unit: from 0 to 1, (N, C, H, W); bytes: uint8, (N, H, W, C); picture; video."""
+    max_pixels: int
+    """Of a picture, and frames of a video: what a rank holds it to that knows sizes which the server did not."""
+    max_frames: int
+
+
 class Paint(Struct, frozen=True, kw_only=True, tag=True):
-    """Supervisor -> the feeding rank -> all ranks: one call of the pipeline, for jobs with the same settings."""
+    """Supervisor -> the feeding rank -> all ranks: one call of the pipeline, for jobs with the same settings; or of its
+    autoencoder alone, for one job."""
 
     call: str
     """Names this attempt, and no other."""
@@ -46,7 +71,10 @@ class Paint(Struct, frozen=True, kw_only=True, tag=True):
     settings: dict[str, Any] = {}
     """Keywords of the pipeline's call as JSON has them: sizes, steps, guidance, frames."""
     images: dict[str, tuple[str, ...]] = {}
-    """Keyword of the pipeline's call (image, mask_image, control_image) -> files that the server has checked."""
+    """Keyword of the pipeline's call (image, mask_image, control_image) -> files that the server has checked. For the
+    autoencoder: `image`, a picture, or `tensor`."""
+    coding: Coding | None = None
+    """None: a call of the pipeline."""
     lora: tuple[Adapter, ...] = ()
     cache: bool = True
     """False: without the cache that the server was started with."""
@@ -55,7 +83,7 @@ class Paint(Struct, frozen=True, kw_only=True, tag=True):
     folder: str = ""
     """Where to write the outputs to: an empty folder of this attempt's own. Empty: nowhere (a probe)."""
     format: str = "png"
-    """png, jpeg, webp; of videos mp4."""
+    """png, jpeg, webp; of videos mp4; of tensors safetensors."""
     frames_per_second: int = 16
 
 

@@ -1,21 +1,28 @@
-"""Pictures and videos of a call as files: each written whole or not at all, and with no word of its prompt in it."""
+"""Pictures, videos and tensors of a call as files: each written whole or not at all, and with no word of its prompt in
+it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 from parafuse.engine.receipt import PNG_KEY
 from parafuse.errors import ConfigError, UnsupportedError
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 VIDEO = "mp4"
+TENSOR = "safetensors"
+TENSOR_NAME = "tensor"
+"""In the file."""
 QUALITY = 95
 IMAGE_DESCRIPTION = 0x010E
 """Exif's tag for the receipt's id in JPEG and WebP."""
@@ -38,17 +45,21 @@ def paintings(output: Any) -> list[Painting]:
     found = getattr(output, "frames", None) if found is None else found
     if found is None or not len(found):
         raise UnsupportedError(f"the pipeline's output ({type(output).__name__}) holds no pictures to serve.")
-    return [_painting(one) for one in found]
+    return [painting(one) for one in found]
 
 
 def first_frame(painting: Painting) -> Image.Image:
     return painting if isinstance(painting, Image.Image) else painting[0]
 
 
-def _painting(one: Any) -> Painting:
+def painting(one: Any) -> Painting:
+    """Of what a pipeline gives for one: pictures, or (H, W, C), (F, H, W, C) of 0 to 1, or of whole numbers to 255.
+    Raises UnsupportedError for what is none."""
     if isinstance(one, Image.Image):
         return one
-    array = one.detach().cpu().float().numpy() if hasattr(one, "detach") else one
+    array = one
+    if hasattr(one, "detach"):
+        array = (one if one.dtype == torch.uint8 else one.float()).detach().cpu().numpy()
     if isinstance(array, np.ndarray):
         if array.ndim == 3:
             return _of_array(array)
@@ -83,19 +94,32 @@ def write(painting: Painting, folder: Path, name: str, *, format: str, receipt_i
         raise ConfigError(f"format={format!r}: the model paints videos; ask for {VIDEO}.")
     if isinstance(painting, Image.Image) and format == VIDEO:
         raise ConfigError(f"format={format!r}: the model paints pictures; ask for one of {', '.join(FORMATS)}.")
-    path = folder / f"{name}.{format}"
-    partial = folder / f".{name}.partial.{format}"
-    try:
+    with _whole(folder, name, format) as partial:
         if format == VIDEO:
             _write_video(frames, partial, receipt_id, fps)
         else:
             _write_picture(frames[0], partial, format, receipt_id)
+    return f"{name}.{format}"
+
+
+def write_tensor(x: torch.Tensor, folder: Path, name: str, *, receipt_id: str) -> str:
+    """The same for a tensor, of any shape and dtype, as safetensors."""
+    with _whole(folder, name, TENSOR) as partial:
+        save_file({TENSOR_NAME: x.detach().cpu().contiguous()}, partial, metadata={PNG_KEY: receipt_id})
+    return f"{name}.{TENSOR}"
+
+
+@contextmanager
+def _whole(folder: Path, name: str, format: str) -> Iterator[Path]:
+    """A place to write a file at, which is on disk under its name afterwards, or not there."""
+    partial = folder / f".{name}.partial.{format}"
+    try:
+        yield partial
         _to_disk(partial)
-        partial.replace(path)
+        partial.replace(folder / f"{name}.{format}")
         _to_disk(folder)
     finally:
         partial.unlink(missing_ok=True)
-    return path.name
 
 
 def _write_picture(picture: Image.Image, path: Path, format: str, receipt_id: str) -> None:

@@ -23,8 +23,9 @@ from parafuse.errors import ConfigError, MemoryLimitError, ParafuseError, RankEr
 from parafuse.launch.serve import outputs
 from parafuse.launch.serve.adapters_kept import AdaptersKept
 from parafuse.launch.serve.beats import ENCODING, LOADING, WRITING, Line, Progress
+from parafuse.launch.serve.coding import Coder, result_of
 from parafuse.launch.serve.feed import Handed
-from parafuse.launch.serve.messages import Failed, Item, Paint, Painted, Stepped
+from parafuse.launch.serve.messages import Coding, Failed, Item, Paint, Painted, Stepped
 
 if TYPE_CHECKING:
     from parafuse.engine.engine import Engine
@@ -94,6 +95,7 @@ class Painter:
         self._points = SafePoints(engine.world, leader, lambda: line.stop_of(self._call.call))
         self._adapters = AdaptersKept(engine, loras, max_loras, self._agreed, loading=self._loads)
         self._previews = Previews(_latent_channels(engine.pipeline))
+        self._coder = Coder(engine)
         self._uses_cache = True
         self._size: tuple[int, int] | None = None
         """Width and height that the model paints where none is asked for."""
@@ -155,6 +157,10 @@ class Painter:
         return [value for _, value in said]
 
     def _paint(self, call: Paint, pictures: dict[str, tuple[bytes, ...]]) -> Any:
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+        if call.coding is not None:
+            return self._coded(call, call.coding, pictures)
         prepared: dict[str, Any] = {}
 
         def prepare() -> str:
@@ -170,10 +176,23 @@ class Painter:
             self._uses_cache = call.cache
         seeds = seeds_of(call.items)
         self._latents = None
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
         with self._points.request(self._engine.pipeline, prepared, self._on_step) as keywords:
             return self._engine(**keywords, seed=seeds[0] if len(seeds) == 1 else tuple(seeds))
+
+    def _coded(self, call: Paint, coding: Coding, files: dict[str, tuple[bytes, ...]]) -> Any:
+        """A call of the autoencoder alone. It has no steps: it can be left before it begins, and not later."""
+        taken: list[Tensor] = []
+
+        def prepare() -> str:
+            if self._leads and (why := self._line.stop_of(call.call)):
+                raise StoppedError(why, 0)
+            if len(call.items) != 1:
+                raise ConfigError(f"items: {len(call.items)} are given; the autoencoder is called for one job.")
+            taken.append(self._coder.take(coding, call.format, files))
+            return ""
+
+        self._agreed("a call", prepare)
+        return self._coder.run(coding, taken[0])
 
     def _keywords(self, call: Paint, pictures: dict[str, tuple[bytes, ...]]) -> dict[str, Any]:
         """Of the pipeline's call."""
@@ -248,6 +267,8 @@ class Painter:
         if fault is not None:
             return failed(call, fault)
         self._progress.enter(WRITING)
+        if call.coding is not None:
+            return self._answer_coded(call, call.coding, output, begun)
         paintings = outputs.paintings(output)
         if len(paintings) != len(seeds_of(call.items)):
             raise UnsupportedError(f"the pipeline gave {len(paintings)} pictures for {len(seeds_of(call.items))}.")
@@ -270,6 +291,25 @@ class Painter:
             cache_hits=hits,
             cache_calls=calls,
         )
+
+    def _answer_coded(
+        self, call: Paint, coding: Coding, output: tuple[Tensor, dict[str, Any]], begun: float
+    ) -> Painted:
+        found, receipt = output
+        (item,), names = call.items, tuple[str, ...]()
+        result = result_of(coding, found)
+        if call.folder:
+            folder, name = Path(call.folder), "0-0"
+            if isinstance(result, Tensor):
+                names = (outputs.write_tensor(result, folder, name, receipt_id=item.job),)
+            else:
+                more = {"format": call.format, "receipt_id": item.job, "fps": call.frames_per_second}
+                names = (outputs.write(result, folder, name, **more),)
+        self._progress.enter(WRITING)
+        text = json.dumps(receipt | {"job": item.job})
+        seconds = {phase: round(value, 4) for phase, value in self._progress.seconds.items()}
+        took_s = time.monotonic() - begun
+        return Painted(call=call.call, files=(names,), receipt=text, receipts=(text,), seconds=took_s, phases_s=seconds)
 
     def _own_part(self, item: Item) -> dict[str, Any]:
         """What of a receipt is one job's: of the others in the call it says nothing."""

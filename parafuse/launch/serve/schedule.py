@@ -129,7 +129,7 @@ def choose(
 
 def together(request: JobRequest) -> tuple[Any, ...] | None:
     """Jobs for which this is the same can go in one call; None: never with another. Prompts and seeds may differ."""
-    if request.images:
+    if request.images or request.coding is not None:
         return None
     return (
         request.kind,

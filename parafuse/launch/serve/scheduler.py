@@ -405,6 +405,7 @@ def paint_of(jobs: Sequence[Job], folder: str) -> Paint:
         ),
         settings=first.settings,
         images=first.images,
+        coding=first.coding,
         lora=first.lora,
         cache=first.cache,
         previews=max(job.request.previews for job in jobs),

@@ -134,9 +134,10 @@ class SupervisorClient:
     async def estimate(
         self, request: JobRequest, *, needs_seconds: bool = False, patience_s: float = PATIENCE_S
     ) -> Estimated | None:
-        """What a call for this alone would take; None where the supervisor does not say in that time. `needs_seconds`:
-        something depends on them, so that they are worth waiting for; memory that may not be there always is."""
-        if len(self._waiting) >= MAX_ESTIMATES or self.status_age_s > 2 * FRESH_S:
+        """What a call for this alone would take; None where the supervisor does not say in that time, and for calls of
+        the autoencoder alone, which nobody predicts. `needs_seconds`: something depends on them, so that they are worth
+        waiting for; memory that may not be there always is."""
+        if request.coding is not None or len(self._waiting) >= MAX_ESTIMATES or self.status_age_s > 2 * FRESH_S:
             return None
         self._number += 1
         number, answer = self._number, asyncio.get_running_loop().create_future()

@@ -30,7 +30,16 @@ from parafuse.launch.serve.http.process import config_of
 from parafuse.launch.serve.http.protocol import BoundedProtocol
 from parafuse.launch.serve.jobs import Job, JobError, State
 from parafuse.launch.serve.keys import Keys, make_key
-from parafuse.launch.serve.messages import CallTimes, Estimate, Estimated, JobEvent, RankStatus, Status
+from parafuse.launch.serve.messages import (
+    CallTimes,
+    Estimate,
+    Estimated,
+    Failed,
+    JobEvent,
+    Painted,
+    RankStatus,
+    Status,
+)
 from parafuse.launch.serve.settings import Serving
 from parafuse.launch.serve.sqlite_store import SqliteStore
 from parafuse.launch.serve.supervisor_client import SupervisorClient
@@ -45,6 +54,16 @@ def png(size: tuple[int, int] = (16, 16), colour: Any = (200, 30, 30), mode: str
     return out.getvalue()
 
 
+def output(form: str, size: tuple[int, int], colour: Any) -> bytes:
+    """What a rank writes: of a tensor, zeros."""
+    if form == "mp4":
+        return b"\0\0\0\x18ftypmp42"
+    if form != "safetensors":
+        return png(size, colour, form=form)
+    header = json.dumps({"tensor": {"dtype": "U8", "shape": [1, 2, 2, 3], "data_offsets": [0, 12]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(12)
+
+
 @dataclass
 class Behaviour:
     """What the supervisor does with jobs; tests change it while it runs."""
@@ -55,6 +74,10 @@ class Behaviour:
     claim: bool = True
     """False: jobs stay queued (see `Running.pause`)."""
     paused: bool = False
+    gate: int | None = None
+    """Steps are made as far as this one, for as long as it stays so."""
+    call: tuple[int, int, float] | None = None
+    """What Status says of a running call: step, steps, seconds left."""
     tell: bool = True
     """False: no events, as if all were lost."""
     fail: JobError | None = None
@@ -65,6 +88,8 @@ class Behaviour:
     seconds: float | None = 0.05
     peak_bytes: int | None = None
     painted: list[Job] = field(default_factory=list)
+    ranks: Callable[[Job, Path], Painted | Failed] | None = None
+    """What paints in place of pictures of one colour, in a thread: into a folder."""
 
 
 class FakeSupervisor:
@@ -107,12 +132,18 @@ class FakeSupervisor:
                 memory_bytes=5, peak_bytes=7,
             )  # fmt: skip
             if not self.behaviour.silent:
+                step, steps, left_s = self.behaviour.call or (0, 0, 0.0)
                 status = Status(
+                    call="c" if steps else "", step=step, num_steps=steps, call_left_s=left_s,
                     state=self.behaviour.state, why="" if self.behaviour.state == "ready" else "being tested",
                     ranks=(rank,), restarts={"died": 2}, totals={"steps": 12.0, "cache_hits": 3.0},
                 )  # fmt: skip
                 self.clients.tell(status)
             await asyncio.sleep(0.1)
+
+    async def is_to_end(self, job: Job) -> bool:
+        found = await asyncio.to_thread(self.store.get, job.id)
+        return found is None or found.cancel_asked
 
     def say(self, event: JobEvent | CallTimes) -> None:
         if self.behaviour.tell:
@@ -123,6 +154,8 @@ class FakeSupervisor:
         now.painted.append(job)
         shown = {round(now.steps * (i + 1) / (request.previews + 1)) for i in range(request.previews)}
         for step in range(1, now.steps + 1):
+            while now.gate is not None and step > now.gate and not await self.is_to_end(job):
+                await asyncio.sleep(0.02)
             preview = png((8, 8)) if step in shown else b""
             self.say(JobEvent(job=job.id, state="running", step=step, num_steps=now.steps, preview=preview))
         while now.hold or (found := await asyncio.to_thread(self.store.get, job.id)) is None or found.cancel_asked:
@@ -138,17 +171,30 @@ class FakeSupervisor:
             return
         folder = self.results / f"try-{secrets.token_hex(8)}"
         folder.mkdir()
+        if now.ranks is not None:
+            await self.end(job, epoch, folder.name, await asyncio.to_thread(now.ranks, job, folder))
+            return
         size = (request.settings.get("width", 16), request.settings.get("height", 16))
         files = [f"{index}.{request.format}" for index in range(request.num_outputs)]
         for index, name in enumerate(files):
-            data = b"\0\0\0\x18ftypmp42" if request.format == "mp4" else png(size, (index, 0, 0), form=request.format)
-            (folder / name).write_bytes(data)
+            (folder / name).write_bytes(output(request.format, size, (index, 0, 0)))
         await asyncio.to_thread(
             self.store.commit, job.id, epoch, folder=folder.name, files=files,
             receipt=f'{{"prompt": "{request.prompt}"}}', rank_seconds=0.5, keep_s=KEEP_S,
         )  # fmt: skip
         self.say(CallTimes(kind=job.request.kind, phases_s={"denoising": 2.0, "total": 3.0}))
         self.say(JobEvent(job=job.id, state="done"))
+
+    async def end(self, job: Job, epoch: int, folder: str, said: Painted | Failed) -> None:
+        if isinstance(said, Failed):
+            error = JobError(kind=said.kind, message=said.message)
+            await asyncio.to_thread(self.store.fail, job.id, epoch, error, rank_seconds=0.5, keep_s=KEEP_S)
+        else:
+            await asyncio.to_thread(
+                self.store.commit, job.id, epoch, folder=folder, files=said.files[0], receipt=said.receipt,
+                rank_seconds=0.5, keep_s=KEEP_S,
+            )  # fmt: skip
+        self.say(JobEvent(job=job.id, state="failed" if isinstance(said, Failed) else "done"))
 
 
 @dataclass

@@ -11,13 +11,22 @@ import pytest
 from pydantic import BaseModel
 
 from parafuse.launch.serve import http
-from parafuse.launch.serve.http.wire import Common, EditBody, ImageBody, Lora, VideoBody
+from parafuse.launch.serve.http.wire import (
+    CodeQuery,
+    Common,
+    DecodeQuery,
+    EditBody,
+    EncodeQuery,
+    ImageBody,
+    Lora,
+    VideoBody,
+)
 from tests.serve.http.serving import serving
 
 HTTP = Path(http.__file__ or "").parent
 PAGE = Path(__file__).parents[3] / "docs" / "serving-api.md"
 TABLES: dict[type[BaseModel], type[BaseModel] | None] = {
-    ImageBody: None, Lora: None, EditBody: ImageBody, VideoBody: Common,
+    ImageBody: None, Lora: None, EditBody: ImageBody, VideoBody: Common, DecodeQuery: None, EncodeQuery: CodeQuery,
 }  # fmt: skip
 """Kind of body -> the one whose fields the page has already."""
 NULL = {"type": "null"}

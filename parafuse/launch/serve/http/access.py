@@ -4,6 +4,7 @@ Nothing of a request but its method, route and outcome is logged: never a prompt
 
 from __future__ import annotations
 
+import base64
 import re
 import secrets
 import time
@@ -17,12 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from parafuse.launch.serve.http.errors import GONE, ApiError, as_api_error, response_of
 from parafuse.launch.serve.http.limits import ClientStalledError, log_stalled
 from parafuse.launch.serve.http.metrics import Metrics
+from parafuse.launch.serve.http.page import FILES
 from parafuse.launch.serve.keys import Key
 from parafuse.launch.serve.settings import LOOPBACK
 
 REQUEST_ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
 OPEN = ("/health/live", "/health/ready")
-"""What needs no key."""
+"""What needs no key, beside the page's files."""
+CODING = "/v1/vae/"
 SECURE = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 
 
@@ -103,13 +106,13 @@ class Door:
         self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http" or scope["path"] in OPEN or scope["path"] in FILES:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         error = _foreign(headers) if self.keys.none_needed else None
         if error is None:
-            owner = self.keys.owner_of(headers.get("authorization"))
+            owner = self.keys.owner_of(_authorization(scope["path"], headers))
             if owner is not None:
                 scope["parafuse.owner"] = owner
                 await self.app(scope, receive, send)
@@ -122,6 +125,20 @@ class Door:
             )
         scope["parafuse.code"] = error.code
         await response_of(error)(scope, receive, send)
+
+
+def _authorization(path: str, headers: Headers) -> str | None:
+    """As `Keys.owner_of` takes it. For the autoencoder a password is taken for a key: diffusers' client can be given no
+    header, but its HTTP library sends what ~/.netrc, or a URL, has. Not elsewhere: browsers send passwords by
+    themselves, whatever page asks."""
+    given = headers.get("authorization")
+    scheme, _, encoded = (given or "").partition(" ")
+    if scheme.lower() != "basic" or not path.startswith(CODING):
+        return given
+    try:
+        return f"Bearer {base64.b64decode(encoded, validate=True).decode().partition(':')[2]}"
+    except ValueError:
+        return given
 
 
 def _foreign(headers: Headers) -> ApiError | None:

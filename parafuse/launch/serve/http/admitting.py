@@ -85,4 +85,5 @@ class Admission:
 
 
 def _key(request: JobRequest) -> bytes:
-    return msgspec.json.encode([request.settings, request.num_outputs, request.cache], order="deterministic")
+    asked = [request.settings, request.num_outputs, request.cache, request.coding]
+    return msgspec.json.encode(asked, order="deterministic")

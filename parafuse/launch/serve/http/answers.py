@@ -48,7 +48,7 @@ def job_object(job: Job, base: str) -> dict[str, Any]:
         "priority": job.priority,
         "tries": job.tries,
         "cancel_asked": job.cancel_asked,
-        "seed": request.seed,
+        "seed": request.seed if request.coding is None else None,
         "size": size_of(job),
         "n": request.num_outputs,
         "rank_seconds": round(job.rank_seconds, 4),

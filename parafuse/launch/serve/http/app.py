@@ -19,6 +19,9 @@ from parafuse.launch.serve.http.health import Health
 from parafuse.launch.serve.http.images import Images
 from parafuse.launch.serve.http.jobs_api import Jobs
 from parafuse.launch.serve.http.limits import BODY_S, Limits
+from parafuse.launch.serve.http.page import Page
+from parafuse.launch.serve.http.queue_api import Queue
+from parafuse.launch.serve.http.remote_vae import RemoteVae
 from parafuse.launch.serve.http.service import Admit, Service
 from parafuse.launch.serve.http.videos import Videos
 from parafuse.launch.serve.jobs import JobStore
@@ -54,8 +57,10 @@ def make_app(
         redirect_slashes=False,
     )
     app.state.service = service
-    for part in (Images(service), Videos(service), Jobs(service)):
+    for part in (Images(service), Videos(service), Jobs(service), Queue(service)):
         app.include_router(part.router(), dependencies=[Depends(_known_query)])
+    app.include_router(RemoteVae(service).router())  # it reads its queries itself
+    app.include_router(Page().router())
     app.include_router(Health(service).router())  # probes may say what they like
     errors.install(app)
     app.add_exception_handler(RequestValidationError, _wrong_parameter)

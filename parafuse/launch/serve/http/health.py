@@ -17,6 +17,21 @@ LATELY_S = 300.0
 """Since each rank's last real step, for a server that is ready; where nobody asks for anything, probes make some."""
 
 
+def standing(service: Service) -> tuple[str, str]:
+    """How the server is, in a word, and why in a line where it is not ready."""
+    status, age_s = service.supervisor.status, service.supervisor.status_age_s
+    if service.draining or (status is not None and status.state == "draining"):
+        return "draining", "the server is ending"
+    if status is None:
+        return "starting", "the supervisor of the ranks has said nothing yet"
+    if age_s > FRESH_S:
+        return "silent", f"the supervisor of the ranks has said nothing for {age_s:.1f} s"
+    late = [one for one in status.ranks if (one.last_step_age_s or 0.0) + age_s > LATELY_S]
+    if status.state == "ready" and late:
+        return "slow", f"rank {late[0].rank} has made no step for {late[0].last_step_age_s:.0f} s"
+    return status.state, status.why
+
+
 class Health:
     """How the server is."""
 
@@ -42,19 +57,7 @@ class Health:
 
     async def ready(self) -> JSONResponse:
         """200 where a real step ran on every rank lately; else 503 with the reason."""
-        service = self._service
-        status, age_s = service.supervisor.status, service.supervisor.status_age_s
-        if service.draining or (status is not None and status.state == "draining"):
-            state, why = "draining", "the server is ending"
-        elif status is None:
-            state, why = "starting", "the supervisor of the ranks has said nothing yet"
-        elif age_s > FRESH_S:
-            state, why = "silent", f"the supervisor of the ranks has said nothing for {age_s:.1f} s"
-        else:
-            state, why = status.state, status.why
-            late = [one for one in status.ranks if (one.last_step_age_s or 0.0) + age_s > LATELY_S]
-            if state == "ready" and late:
-                state, why = "slow", f"rank {late[0].rank} has made no step for {late[0].last_step_age_s:.0f} s"
+        state, why = standing(self._service)
         return JSONResponse({"status": state, "why": why}, 200 if state == "ready" else 503)
 
     async def metrics(self, request: Request) -> Response:

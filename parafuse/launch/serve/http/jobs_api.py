@@ -12,6 +12,7 @@ from parafuse.launch.serve.http import answers, openapi
 from parafuse.launch.serve.http.errors import NO_RETRY, ApiError, invalid, missing
 from parafuse.launch.serve.http.events import EventStream, job_events
 from parafuse.launch.serve.http.files import file_response
+from parafuse.launch.serve.http.offered import offered
 from parafuse.launch.serve.http.service import Service
 
 
@@ -117,4 +118,5 @@ class Jobs:
             "takes_images": card.takes("image"),
             "takes_masks": card.takes("mask_image"),
             "loras": await self._service.worked(card.lora_names),
+            **offered(self._service.settings, card),
         }

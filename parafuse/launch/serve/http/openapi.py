@@ -20,6 +20,7 @@ WORDS = {
     500: "The job failed, for a reason that is told.", 503: "Not now: starting, ending, or the ranks were lost.",
 }  # fmt: skip
 PICTURE = {"type": "string", "format": "binary"}
+BYTES = "application/octet-stream"
 
 
 class ErrorDetail(BaseModel):
@@ -57,6 +58,24 @@ def form_body(kind: type[BaseModel], pictures: dict[str, Any], *, needed: list[s
     if json:
         content["application/json"] = {"schema": _reference(kind)}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def query(kind: type[BaseModel]) -> dict[str, Any]:
+    """Documents a query that the route reads itself, beside a body of plain bytes."""
+    schema = kind.model_json_schema(ref_template=COMPONENTS)
+    needed = schema.get("required", [])
+    parameters = [
+        {"name": name, "in": "query", "required": name in needed, "schema": _not_null(one)}
+        for name, one in schema["properties"].items()
+    ]
+    return {"parameters": parameters, "requestBody": {"required": True, "content": {BYTES: {"schema": PICTURE}}}}
+
+
+def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A query has no null: what is not given is left out."""
+    left = [one for one in schema.get("anyOf", []) if one != {"type": "null"}]
+    rest = {name: value for name, value in schema.items() if name != "anyOf" and value is not None}
+    return rest | left[0] if left else rest
 
 
 def describe(app: FastAPI) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import anyio.to_thread
 import msgspec
 import structlog
 from fastapi import Request
+from pydantic import BaseModel
 
 from parafuse.launch.serve.admission import Refusal
 from parafuse.launch.serve.card import ModelCard
@@ -45,6 +46,19 @@ class Admit(Protocol):
     """Whether a job is taken now. Called in a thread: it may ask the store."""
 
     def __call__(self, job: Job, key: Key, status: Status | None, estimated: Estimated | None) -> Refusal | None: ...
+
+
+class Wishes(Protocol):
+    """What of a request is about its job."""
+
+    @property
+    def priority(self) -> int | None: ...
+
+    @property
+    def deadline_s(self) -> float | None: ...
+
+    @property
+    def webhook_url(self) -> str | None: ...
 
 
 class Service:
@@ -85,7 +99,7 @@ class Service:
         """Names that there are, where a request has one."""
         return await self.worked(self.card.lora_names) if body.lora else None
 
-    async def submit(self, request: Request, body: Common, wanted: JobRequest, *, digest: str) -> Job:
+    async def submit(self, request: Request, body: Wishes, wanted: JobRequest, *, digest: str) -> Job:
         """Stores a new job, or finds the one that this idempotency key has made. `digest`: of all that was asked.
         Raises ApiError (400, 409, 413, 429, 503)."""
         owner: Key = request.scope["parafuse.owner"]
@@ -105,7 +119,7 @@ class Service:
         self.supervisor.wake()
         return accepted
 
-    def _job(self, request: Request, owner: Key, body: Common, wanted: JobRequest) -> Job:
+    def _job(self, request: Request, owner: Key, body: Wishes, wanted: JobRequest) -> Job:
         idempotency = request.headers.get("idempotency-key")
         if idempotency is not None and not 0 < len(idempotency) <= IDEMPOTENCY_CHARACTERS:
             raise errors.invalid("Idempotency-Key", f"must have 1 to {IDEMPOTENCY_CHARACTERS} characters.")
@@ -241,7 +255,7 @@ class Service:
             self.metrics.ended(found)
 
 
-def digest_of(kind: str, body: Common, pictures: dict[str, list[str]] | None = None) -> str:
+def digest_of(kind: str, body: BaseModel, pictures: dict[str, list[str]] | None = None) -> str:
     """Of all that a request asked for, whatever the order of its fields. `pictures`: hashes of what it brought."""
     said = {name: value for name, value in body.model_dump().items() if value is not None}
     return hashlib.sha256(msgspec.json.encode([kind, said, pictures or {}], order="deterministic")).hexdigest()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import QueryParams
 
 from parafuse.errors import nearest
 from parafuse.launch.serve.http.errors import ApiError, invalid
@@ -134,6 +135,71 @@ class VideoBody(Common):
     fps: int | None = Field(default=None, ge=1, le=120, description="Pictures a second. Not given: 16.")
 
 
+class CodeQuery(BaseModel):
+    """What requests to the autoencoder have in common. All of it stands in the query, as diffusers' client sends it."""
+
+    model_config = ConfigDict(extra="forbid")
+    scaling_factor: float | None = Field(
+        default=None, gt=0, le=1000, allow_inf_nan=False, description="Latents are divided by it; in encode multiplied."
+    )
+    shift_factor: float | None = Field(
+        default=None,
+        ge=-1e6,
+        le=1e6,
+        allow_inf_nan=False,
+        description="Added to latents then; of encode, taken off first.",
+    )
+    do_scaling: bool | None = Field(
+        default=None,
+        description="true: scaled and shifted as the autoencoder's configuration says, in place of the two above.",
+    )
+    priority: int | None = Field(
+        default=None, ge=-10, le=10, description="Higher goes first; at most the key's priority_max."
+    )
+    deadline_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=86400 * 30,
+        allow_inf_nan=False,
+        description="Seconds from now until it is worth nothing.",
+    )
+
+    @property
+    def webhook_url(self) -> None:
+        """Whoever asks waits for the answer."""
+
+
+Dtype = Literal["float16", "bfloat16", "float32"]
+
+
+class DecodeQuery(CodeQuery):
+    """POST /v1/vae/decode."""
+
+    shape: list[int] = Field(
+        max_length=5, description="Of the latents: (B, C, H, W), (B, C, F, H, W), or packed (B, tokens, 4 C). Repeated."
+    )
+    dtype: Dtype = Field(description="Of the latents.")
+    output_type: Literal["pil", "pt", "mp4"] = Field(
+        default="pil", description="A picture; a tensor; a video. pil with Accept: tensor/binary: a tensor of 0 to 1."
+    )
+    image_format: Literal["png", "jpg"] = Field(default="jpg", description="Of a picture.")
+    partial_postprocess: bool = Field(default=False, description="With pt. true: uint8, (N, H, W, C), as it is shown.")
+    height: int | None = Field(default=None, ge=1, le=1 << 24, description="Needed with packed latents: in pixels.")
+    width: int | None = Field(default=None, ge=1, le=1 << 24, description="Needed with packed latents: in pixels.")
+    fps: int | None = Field(default=None, ge=1, le=120, description="Pictures a second, with mp4. Not given: 16.")
+
+
+class EncodeQuery(CodeQuery):
+    """POST /v1/vae/encode."""
+
+    shape: list[int] | None = Field(
+        default=None,
+        max_length=5,
+        description="Of pixels from -1 to 1: (B, C, H, W), (B, C, F, H, W). Repeated. Not given: a picture is sent.",
+    )
+    dtype: Dtype | None = Field(default=None, description="Of these pixels.")
+
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -153,6 +219,17 @@ def read_form(kind: type[Body], fields: Mapping[str, Any]) -> Body:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise told(error, kind) from error
+
+
+def read_query(kind: type[Body], query: QueryParams) -> Body:
+    """A query's parameters. Raises ApiError (400) for the first fault, by its name, and for one that is there twice."""
+    fields: dict[str, Any] = {}
+    for name in query:
+        values = query.getlist(name)
+        if name != "shape" and len(values) > 1:
+            raise invalid(name[:80], "is given twice; leave one out.")
+        fields[name] = values if name == "shape" else values[0]
+    return read_form(kind, fields)
 
 
 def told(error: ValidationError, kind: type[BaseModel]) -> ApiError:

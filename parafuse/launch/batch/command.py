@@ -125,6 +125,7 @@ def _spread(prepared: Prepared, out: Path, left: list[Place]) -> Counter[str]:
     """Has the lines painted; how many there were of each status. Raises ParafuseError where no replica can paint."""
     import ray
     import ray.data
+    from ray.exceptions import RayError
 
     from parafuse.launch.batch.replica import BatchJob, Replica
 
@@ -137,7 +138,7 @@ def _spread(prepared: Prepared, out: Path, left: list[Place]) -> Counter[str]:
     )  # fmt: skip
     _start_ray(batch)
     try:
-        room = _room(prepared)
+        room: dict[str, Any] = _room(prepared)
         size = max(1, min(CHUNK, len(left) // (4 * batch.replicas)))
         chunks = [_chunk(left[begin : begin + size]) for begin in range(0, len(left), size)]
         pool = ray.data.ActorPoolStrategy(size=min(batch.replicas, len(chunks)))
@@ -145,7 +146,7 @@ def _spread(prepared: Prepared, out: Path, left: list[Place]) -> Counter[str]:
             Replica, fn_constructor_args=(asdict(job),), batch_size=1, compute=pool, **room
         )
         return _watch(iter(data.iter_rows()), len(left))
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         raise ParafuseError(f"batch: Ray gave up: {str(error).strip().splitlines()[-1]}") from error
     finally:
         ray.shutdown()

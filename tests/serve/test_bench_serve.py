@@ -257,7 +257,7 @@ def test_a_run_against_a_server_of_known_slowness(tmp_path: Path) -> None:
     for number, latency in enumerate(latencies, 1):  # one after another, though all came at once
         assert latency >= 0.2 * number * 0.99
     assert found["service_s"]["p50"] >= 0.199
-    assert found["queued_s"]["max"] >= 0.599
+    assert found["queued_s"]["max"] >= 0.59
     assert found["latency_s"]["max"] == pytest.approx(latencies[-1])
     assert found["health_s"]["number"] >= 5
     assert found["keys"]["key 0"]["rank_seconds"] == pytest.approx(0.8)

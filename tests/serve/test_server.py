@@ -156,6 +156,7 @@ def test_a_server_that_is_told_to_end_leaves_jobs_for_the_next_one_and_no_proces
     server.start()
     try:
         server.until_ready()
+        until(server, background(server, steps=STEPS)["id"], "done")  # from now on no request waits for a prediction
         jobs = [background(server, seed=seed)["id"] for seed in range(2)]
         until(server, jobs[0], "running")
         pids = server.pids()

@@ -64,6 +64,10 @@ def output(form: str, size: tuple[int, int], colour: Any) -> bytes:
     return len(header).to_bytes(8, "little") + header + bytes(12)
 
 
+HEARD_S = 3.0
+"""How long a job with previews waits for somebody who hears of them."""
+
+
 @dataclass
 class Behaviour:
     """What the supervisor does with jobs; tests change it while it runs."""
@@ -95,7 +99,11 @@ class Behaviour:
 class FakeSupervisor:
     """Takes jobs from the store in the order of the queue, and writes pictures of one colour."""
 
-    def __init__(self, path: str, store: SqliteStore, results: Path, behaviour: Behaviour):
+    def __init__(
+        self, path: str, store: SqliteStore, results: Path, behaviour: Behaviour, watched: Callable[[str], bool]
+    ):
+        """`watched`: whether anybody hears of a job's events."""
+        self.watched = watched
         self.store, self.results, self.behaviour = store, results, behaviour
         self.news = asyncio.Event()
         self.clients = Clients(path, wake=self.news.set, estimate=self.estimate)
@@ -152,6 +160,9 @@ class FakeSupervisor:
     async def paint(self, job: Job, epoch: int) -> None:
         now, request = self.behaviour, job.request
         now.painted.append(job)
+        heard_s = time.monotonic() + HEARD_S
+        while request.previews and not self.watched(job.id) and time.monotonic() < heard_s:
+            await asyncio.sleep(0.01)  # what comes before is lost, as a server's is
         shown = {round(now.steps * (i + 1) / (request.previews + 1)) for i in range(request.previews)}
         for step in range(1, now.steps + 1):
             while now.gate is not None and step > now.gate and not await self.is_to_end(job):
@@ -271,8 +282,11 @@ def serving(
         config.http = protocol
         server = uvicorn.Server(config)
 
+        def heard(job: str) -> bool:
+            return job in supervisor._watches
+
         async def run() -> None:
-            fake = asyncio.create_task(FakeSupervisor(f"{folder}/s", store, serve.results, behaviour).run())
+            fake = asyncio.create_task(FakeSupervisor(f"{folder}/s", store, serve.results, behaviour, heard).run())
             try:
                 await server.serve(sockets=[door])
             finally:

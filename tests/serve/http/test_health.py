@@ -98,17 +98,18 @@ def test_metrics(server: Running) -> None:
 def test_logs_hold_no_prompt_and_no_key(server: Running) -> None:
     with structlog.testing.capture_logs() as lines, server.http() as http:
         made = http.post(
-            "/v1/images/generations?token=tell-nobody", json={"prompt": "a secret apple", "user": "someone"},
+            "/v1/images/generations", json={"prompt": "a secret apple", "user": "someone"},
             headers={"x-request-id": "traced-1"},
         )  # fmt: skip
         assert made.status_code == 200
         http.post("/v1/images/generations", json={"prompt": "a secret apple", "sed": 1})
-        until(lambda: len([line for line in lines if line["event"] == "request"]) == 2)
+        assert http.get("/v1/jobs?after=tell-nobody").status_code == 200
+        until(lambda: len([line for line in lines if line["event"] == "request"]) == 3)
     text = str(lines)
     assert "secret" not in text
     assert server.secrets[0] not in text
     assert "tell-nobody" not in text
-    first, second = [line for line in lines if line["event"] == "request"]
+    first, second, _ = [line for line in lines if line["event"] == "request"]
     assert (first["request_id"], first["status"], first["route"]) == ("traced-1", 200, "/v1/images/generations")
     assert first["job"] == made.json()["id"]
     assert (second["status"], second["code"]) == (400, "unknown_parameter")

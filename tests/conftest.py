@@ -50,7 +50,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks each test by its folder, orders the folders, and skips `gpu` where there is none and parts of sweeps.
 
-    Where several processes share the tests, what takes longest comes first: else one of them is idle at the end."""
+    Where several processes share the tests, what takes longest comes first (suites, and in each the files that are
+    marked `long`): else one of them is idle at the end."""
     no_gpu = pytest.mark.skip(reason="no CUDA")
     for item in items:
         suite = _suite(item)
@@ -61,7 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--whole"):
         _thin(items)
     sign = -1 if hasattr(config, "workerinput") else 1
-    items.sort(key=lambda item: sign * SUITES.index(_suite(item)))  # stable: within a suite, files by name
+    # stable: within a suite, files by name
+    items.sort(key=lambda item: (sign * SUITES.index(_suite(item)), sign * bool(item.get_closest_marker("long"))))
 
 
 def _thin(items: list[pytest.Item]) -> None:

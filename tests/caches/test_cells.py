@@ -13,7 +13,7 @@ NAMES = (
 )  # fmt: skip
 
 
-@pytest.mark.sweep(one_in=2)
+@pytest.mark.sweep(one_in=4)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_is_right(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARAFUSE_CACHE", str(tmp_path))  # how blocks are split is proven in the other layouts

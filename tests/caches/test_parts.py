@@ -162,6 +162,7 @@ def test_forecast_goes_on_along_the_last_two() -> None:
                 assert error(x, 1.5 * y) <= EXACT
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize(
     ("name", "cache"), [("FluxTransformer2DModel", "fora:2"), ("unet", "tgate:4"), ("unet", "pab:2,2,2")]
 )

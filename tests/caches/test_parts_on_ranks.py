@@ -103,6 +103,7 @@ def compiled(name: str, cache: str, ulysses: int) -> tuple[Run, Run, int]:
     return run(cache, None), run(cache, Graphs()), run("interval:1000", Graphs()).graphs[-1]
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize(
     ("name", "cache", "kinds"),
     [

@@ -13,7 +13,7 @@ def faults(found: list[Row]) -> dict[str, str]:
     return {row.member: row.fault for row in found if row.fault}
 
 
-@pytest.mark.sweep(one_in=2)
+@pytest.mark.sweep(one_in=4)
 @pytest.mark.parametrize("name", CLASSES)
 def test_on_one_rank(name: str) -> None:
     found = rows(name, 1)
@@ -21,7 +21,7 @@ def test_on_one_rank(name: str) -> None:
     assert len(found) == len(members(name))
 
 
-@pytest.mark.sweep(one_in=4)
+@pytest.mark.sweep(one_in=6)
 @pytest.mark.parametrize("name", CLASSES)
 def test_on_two_ranks(name: str) -> None:
     for found in run_ranks(rows, 2, name, 2, timeout_s=600):

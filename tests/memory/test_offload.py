@@ -109,7 +109,7 @@ def ran(size: int, *given: Any) -> list[dict[str, Any]]:
     return run_ranks(combination, size, *given) if size > 1 else [combination(*given)]
 
 
-@pytest.mark.sweep(one_in=3)
+@pytest.mark.sweep(one_in=5)
 @pytest.mark.parametrize("offload", [BLOCKS, LAYERS, WHOLE])
 @pytest.mark.parametrize(("name", "layout", "asked", "more"), COMBINATIONS)
 def test_combined(name: str, layout: dict[str, int], asked: dict[str, Any], more: str, offload: str) -> None:

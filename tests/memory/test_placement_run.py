@@ -81,7 +81,7 @@ RUNS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.sweep(one_in=3)
+@pytest.mark.sweep(one_in=5)
 @pytest.mark.parametrize(("ranks", "asked"), RUNS, ids=[f"{ranks}-{'-'.join(asked)}" for ranks, asked in RUNS])
 def test_the_picture_is_exact(ranks: int, asked: dict[str, Any], tmp_path: Path) -> None:
     calls = [{}] if asked.keys() - {"parallel"} else [ODD]

@@ -212,7 +212,7 @@ def combination(name: str, layout: dict[str, int], cache: str, more: str, backen
     return wrong, got["graphs"], (plain["decisions"], got["decisions"])
 
 
-@pytest.mark.sweep(one_in=3)
+@pytest.mark.sweep(one_in=5)
 @pytest.mark.parametrize(("name", "layout", "cache", "more"), COMBINATIONS)
 def test_combined(name: str, layout: dict[str, int], cache: str, more: str) -> None:
     size = max(1, math.prod(layout.values()))

@@ -94,6 +94,7 @@ def test_a_machine_and_facts_as_json() -> None:
     assert Facts.from_dict(json.loads(json.dumps(facts().to_dict()))) == facts()
 
 
+@pytest.mark.whole
 def test_this_machine_is_measured_alone_and_busy() -> None:
     found = measure.measure(2, "cpu", "float32")
     assert (found.per_node, found.nodes) == (2, 1)

@@ -38,6 +38,7 @@ def numbers(found: Facts) -> dict[str, float]:
     return {name: part.total(name) for name in families} | moved | calls | {"peak": part.peak_alone, "added": added}
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize(("model", "call"), [("tiny:flux.1-dev", LARGE), ("tiny:hunyuanvideo", FRAMES)])
 def test_tiles_are_counted_as_if_each_were_run(model: str, call: dict[str, Any], monkeypatch) -> None:
     runs = 0

@@ -117,6 +117,7 @@ def test_a_copy_runs_nothing_that_stands_on_the_module() -> None:
     assert sorted(ran) == ["forward", "hook"]
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler])
 def test_calls_beside_the_steps_are_not_branches(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Engine.from_pretrained("tiny:sdxl", alone=True).pipeline

@@ -20,6 +20,8 @@ from PIL import Image
 import parafuse
 from tests.serve.running_server import RunningServer
 
+pytestmark = pytest.mark.long
+
 PROMPT, SEED, STEPS = "a red apple", 7, 4
 LONG = 60
 """Steps of a request that something happens to."""
@@ -157,7 +159,7 @@ def test_a_server_that_is_told_to_end_leaves_jobs_for_the_next_one_and_no_proces
     try:
         server.until_ready()
         until(server, background(server, steps=STEPS)["id"], "done")  # from now on no request waits for a prediction
-        jobs = [background(server, seed=seed)["id"] for seed in range(2)]
+        jobs = [background(server, steps=steps)["id"] for steps in (LONG, STEPS)]
         until(server, jobs[0], "running")
         pids = server.pids()
         assert len(pids) == 5, pids

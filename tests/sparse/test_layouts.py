@@ -58,7 +58,7 @@ def test_one_rank_leaves_out_what_the_pattern_says(family: str, method: str, mon
     assert found["report"]["work_skipped"] == pytest.approx(1 - found["report"]["density"], abs=1e-3)
 
 
-@pytest.mark.sweep(one_in=3)
+@pytest.mark.sweep(one_in=5)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_give_what_one_gives(family: str, layout: dict[str, int]) -> None:

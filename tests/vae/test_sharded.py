@@ -35,7 +35,7 @@ def hold(found: list[dict[str, Any]], name: str) -> None:
                 assert error < 1e-5, (name, method)
 
 
-@pytest.mark.sweep(one_in=6)
+@pytest.mark.sweep(one_in=9)
 @pytest.mark.parametrize("name", ALL)
 def test_every_class_at_odd_sizes(name: str) -> None:
     hold(run_ranks(sharded.errors, 3, name, 2, True), name)

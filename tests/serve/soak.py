@@ -75,6 +75,9 @@ class Soak:
     every_s: float
     batch: int
     draw: random.Random
+    """For the load."""
+    chance: random.Random
+    """For the faults: the same for a seed, however the load went."""
     keys: list[str] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
@@ -188,14 +191,15 @@ class Soak:
 
     async def _break(self, server: RunningServer, end: float) -> None:
         while True:
-            await asyncio.sleep(min(self.draw.expovariate(1 / self.every_s), 3 * self.every_s))
+            await asyncio.sleep(min(self.chance.expovariate(1 / self.every_s), 3 * self.every_s))
             if time.monotonic() > end:
                 return
-            kind, number = self.draw.choice(KINDS), self.draw.choice((signal.SIGKILL, signal.SIGSTOP))
+            kind, number = self.chance.choice(KINDS), self.chance.choice((signal.SIGKILL, signal.SIGSTOP))
+            which = self.chance.random()  # as many draws for each fault, whatever there is
             there = server.processes(kind)
             if not there:
                 continue
-            one, pids = self.draw.choice(there), server.pids()
+            one, pids = there[int(which * len(there))], server.pids()
             told(f"{number.name} to {kind} {one.pid}")
             self.faults[f"{kind} {number.name}"] += 1
             with contextlib.suppress(ProcessLookupError):
@@ -306,8 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", help="JSON file to write what came out to")
     asked = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="parafuse-soak-"))
-    draw = random.Random(asked.seed)
-    soak = Soak(folder, asked.minutes * 60, asked.every, asked.batch, draw)
+    draw, chance = random.Random(asked.seed), random.Random(f"{asked.seed} faults")
+    soak = Soak(folder, asked.minutes * 60, asked.every, asked.batch, draw, chance)
     server = soak.server()
     try:
         asyncio.run(soak.run(server))

@@ -26,7 +26,7 @@ def pictures(cache: str | None, degrees: dict[str, int], on: list[bool]) -> list
     return found
 
 
-@pytest.mark.sweep(one_in=2)
+@pytest.mark.sweep(one_in=4)
 @pytest.mark.parametrize("cache", ["first-block:0.9,warmup_steps=1", "fora", "taylorseer", "pab", "fastercache"])
 def test_bitwise_on_one_rank(cache: str) -> None:
     [plain] = pictures(None, {}, [True])
@@ -36,6 +36,7 @@ def test_bitwise_on_one_rank(cache: str) -> None:
     assert np.array_equal(again, cached)
 
 
+@pytest.mark.sweep(one_in=2)
 @pytest.mark.parametrize(
     ("cache", "degrees"), [("first-block:0.9,warmup_steps=1,branches=joint", {"cfg": 2}), ("fora", {"ulysses": 2})]
 )

@@ -84,7 +84,7 @@ def leaves_at_random(config: dict[str, Any], degrees: dict[str, int], seed: int,
     return left
 
 
-@pytest.mark.sweep(one_in=2)
+@pytest.mark.sweep(one_in=3)
 @pytest.mark.parametrize(
     ("size", "degrees", "config"),
     [

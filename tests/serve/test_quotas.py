@@ -57,3 +57,13 @@ def test_jobs_of_a_key_that_has_had_its_day_wait(tmp_path: Path) -> None:
         store.cancelled(job, epoch, rank_seconds=spent, keep_s=1.0)
     assert most_of_key(keys, store, time.time()) == {"anna": 0, "ben": 3}
     assert most_of_key(keys, store, time.time() + 86400) == {"ben": 3}
+
+
+def test_jobs_that_other_supervisors_run_count(tmp_path: Path) -> None:
+    store, keys = open_store(tmp_path, clock=time.time), Keys((_key(max_running=2),))
+    other = store.begin_epoch(alone=False)
+    jobs = [store.accept(a_job()).id for _ in range(3)]
+    for left in (2, 1, 0):
+        assert most_of_key(keys, store, time.time()) == {"anna": left}
+        store.claim([jobs.pop()], other)
+    assert most_of_key(keys, store, time.time()) == {"anna": 0}

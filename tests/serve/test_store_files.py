@@ -301,7 +301,7 @@ def test_newer_and_foreign_databases_are_refused_and_stay_as_they_are(tmp_path: 
     open_store(tmp_path).close()
     with sqlite3.connect(tmp_path / "jobs.sqlite") as at:
         at.execute(f"PRAGMA user_version={len(STEPS) + 1}")
-    with pytest.raises(ConfigError, match=r"written by a newer parafuse .version 2; this one knows 1.*--state"):
+    with pytest.raises(ConfigError, match=r"written by a newer parafuse .version 3; this one knows 2.*--state"):
         open_store(tmp_path)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -324,7 +324,7 @@ def test_an_older_database_is_brought_up_to_date_in_steps(tmp_path: Path, monkey
     store = open_store(tmp_path)
     assert store.get(job.id) == job
     with store._database.reading() as at:
-        assert at.execute("PRAGMA user_version").fetchone()[0] == 3
+        assert at.execute("PRAGMA user_version").fetchone()[0] == len(STEPS) + 2
         at.execute("SELECT first, second FROM jobs")
 
 

@@ -30,6 +30,7 @@ from tests.serve.stores import NOW, Clock, a_job, open_store, paint
 OWNERS = st.sampled_from(["anna", "ben"])
 MAX_QUEUED, MAX_OF_KEY = 8, 5
 KEEP_S, STORE_KEEP_S = 30.0, 45.0
+WHO = st.integers(0, 3)
 ERROR = JobError(kind="internal", message="a test")
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """Thousands of transactions: none of them is to wait for a disk here."""
@@ -53,6 +54,8 @@ class Shadow:
     due: bool = False
     num_bytes: int = 0
     error: str | None = None
+    runner: int = 0
+    """The supervisor that has claimed it."""
 
 
 class Model(RuleBasedStateMachine):
@@ -66,6 +69,7 @@ class Model(RuleBasedStateMachine):
         self.shadows: dict[str, Shadow] = {}
         self.spendings: list[tuple[str, float, float]] = []
         self.epoch = 0
+        self.charges: list[int] = []
         self.attempts = 0
 
     def opened(self) -> SqliteStore:
@@ -93,20 +97,39 @@ class Model(RuleBasedStateMachine):
             one.state = State.QUEUED
 
     def by_supervisor(
-        self, job: str, stale: bool, act: Callable[[int], Any], then: Callable[[Shadow], None], *, queued: bool = False
+        self, job: str, who: int, act: Callable[[int], Any], then: Callable[[Shadow], None], *, queued: bool = False
     ) -> None:
         """A change of a job that runs; `queued`: or waits."""
-        one = self.shadows.get(job)
-        works = one is not None and not stale and (one.state is not State.QUEUED or queued)
-        if not works or self.epoch == 0:
-            is_gone = one is None and not stale and self.epoch > 0
-            with pytest.raises(JobGoneError if is_gone else StaleError):
-                act(self.epoch - 1 if stale or self.epoch == 0 else self.epoch)
+        one, epoch = self.shadows.get(job), self.supervisor(who)
+        if epoch not in self.charges:
+            with pytest.raises(StaleError, match="no longer in charge"):
+                act(epoch)
             return
-        assert one is not None
+        if one is None:
+            with pytest.raises(JobGoneError):
+                act(epoch)
+            return
+        not_claimed = one.state is State.QUEUED and not queued
+        if not_claimed or (one.state is State.RUNNING and one.runner != epoch):
+            with pytest.raises(StaleError, match="claim it first" if not_claimed else "has lost it"):
+                act(epoch)
+            return
         if not one.state.is_over:
             then(one)
-        self.same(one, act(self.epoch))
+        self.same(one, act(epoch))
+
+    def supervisor(self, who: int) -> int:
+        """0: one that is not in charge (any more, or yet); else one of those that are."""
+        if not who or not self.charges:
+            gone = [one for one in range(self.epoch + 2) if one not in self.charges]
+            return gone[-1 - who % len(gone)]
+        return self.charges[who % len(self.charges)]
+
+    def lose_orphans(self) -> list[Shadow]:
+        lost = [one for one in self.of(State.RUNNING) if one.runner not in self.charges]
+        for one in lost:
+            self.lose(one)
+        return lost
 
     @rule(target=jobs, owner=OWNERS, priority=st.integers(-1, 1), key=st.sampled_from([None, None, "k"]),
           hooked=st.booleans(), twist=st.booleans())  # fmt: skip
@@ -155,36 +178,44 @@ class Model(RuleBasedStateMachine):
         if may:
             del self.shadows[job]
 
-    @rule()
-    def begin_epoch(self) -> None:
+    @rule(alone=st.booleans())
+    def begin_epoch(self, alone: bool) -> None:
         self.epoch += 1
-        assert self.store.begin_epoch() == self.epoch
-        for one in self.of(State.RUNNING):
-            self.lose(one)
+        self.charges = [*([] if alone else self.charges), self.epoch]
+        assert self.store.begin_epoch(alone=alone) == self.epoch
+        self.lose_orphans()
 
-    @rule(jobs=st.lists(jobs, min_size=1, max_size=4), stale=st.booleans())
-    def claim(self, jobs: list[str], stale: bool) -> None:
-        if stale or not self.epoch:
+    @rule(who=WHO)
+    def end_epoch(self, who: int) -> None:
+        epoch = self.supervisor(who)
+        self.charges = [one for one in self.charges if one != epoch]
+        for one, found in zip(self.lose_orphans(), self.store.end_epoch(epoch), strict=True):
+            self.same(one, found)
+
+    @rule(jobs=st.lists(jobs, min_size=1, max_size=4), who=WHO)
+    def claim(self, jobs: list[str], who: int) -> None:
+        epoch = self.supervisor(who)
+        if epoch not in self.charges:
             with pytest.raises(StaleError):
-                self.store.claim(jobs, self.epoch + 1)
+                self.store.claim(jobs, epoch)
             return
         mine = [name for name in dict.fromkeys(jobs) if name in self.shadows]
         taken = [self.shadows[name] for name in mine if self.shadows[name].state is State.QUEUED]
         for one in taken:
-            one.state, one.tries = State.RUNNING, one.tries + 1
-        for one, found in zip(taken, self.store.claim(jobs, self.epoch), strict=True):
+            one.state, one.tries, one.runner = State.RUNNING, one.tries + 1, epoch
+        for one, found in zip(taken, self.store.claim(jobs, epoch), strict=True):
             self.same(one, found)
 
-    @rule(job=jobs, stale=st.sampled_from([False, False, True]))
-    def give_back(self, job: str, stale: bool) -> None:
+    @rule(job=jobs, who=WHO)
+    def give_back(self, job: str, who: int) -> None:
         def then(one: Shadow) -> None:
             one.rank_seconds += 1.0
             self.lose(one)
 
-        self.by_supervisor(job, stale, lambda epoch: self.store.give_back(job, epoch, "died", rank_seconds=1.0), then)
+        self.by_supervisor(job, who, lambda epoch: self.store.give_back(job, epoch, "died", rank_seconds=1.0), then)
 
-    @rule(job=jobs)
-    def unclaim(self, job: str) -> None:
+    @rule(job=jobs, who=WHO)
+    def unclaim(self, job: str, who: int) -> None:
         def then(one: Shadow) -> None:
             one.tries -= 1
             if one.cancel_asked:
@@ -192,10 +223,10 @@ class Model(RuleBasedStateMachine):
             else:
                 one.state = State.QUEUED
 
-        self.by_supervisor(job, False, lambda epoch: self.store.unclaim(job, epoch), then)
+        self.by_supervisor(job, who, lambda epoch: self.store.unclaim(job, epoch), then)
 
-    @rule(job=jobs, stale=st.sampled_from([False, False, False, True]))
-    def commit(self, job: str, stale: bool) -> None:
+    @rule(job=jobs, who=WHO)
+    def commit(self, job: str, who: int) -> None:
         self.attempts += 1
         paint(self.store, folder := f"try{self.attempts}", "0.png", data=b"x" * 100)
 
@@ -209,19 +240,19 @@ class Model(RuleBasedStateMachine):
                 job, epoch, folder=folder, files=["0.png"], receipt="{}", rank_seconds=2.0, keep_s=KEEP_S
             )
 
-        self.by_supervisor(job, stale, act, then)
+        self.by_supervisor(job, who, act, then)
 
-    @rule(job=jobs, stale=st.booleans())
-    def fail(self, job: str, stale: bool) -> None:
+    @rule(job=jobs, who=WHO)
+    def fail(self, job: str, who: int) -> None:
         self.by_supervisor(
-            job, stale, lambda epoch: self.store.fail(job, epoch, ERROR, keep_s=KEEP_S),
+            job, who, lambda epoch: self.store.fail(job, epoch, ERROR, keep_s=KEEP_S),
             lambda one: self.end(one, State.FAILED, keep_s=KEEP_S, error="internal"), queued=True,
         )  # fmt: skip
 
-    @rule(job=jobs)
-    def cancelled(self, job: str) -> None:
+    @rule(job=jobs, who=WHO)
+    def cancelled(self, job: str, who: int) -> None:
         self.by_supervisor(
-            job, False, lambda epoch: self.store.cancelled(job, epoch, keep_s=KEEP_S),
+            job, who, lambda epoch: self.store.cancelled(job, epoch, keep_s=KEEP_S),
             lambda one: self.end(one, State.CANCELLED, keep_s=KEEP_S),
         )  # fmt: skip
 
@@ -285,6 +316,7 @@ class Model(RuleBasedStateMachine):
         assert [job.id for job in self.store.queued()] == [one.id for one in queue]
         assert [job.id for job in self.store.running()] == [one.id for one in self.of(State.RUNNING)]
         assert self.store.counts() == {state: len(self.of(state)) for state in State}
+        assert self.store.epochs() == self.charges
         due = {job.id for job in self.store.due_webhooks(self.clock.now, limit=1000)}
         assert due == {one.id for one in self.shadows.values() if one.due}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +14,13 @@ from parafuse.launch.serve.schedule import Policy, SecondsOf, Shares, choose
 
 
 def most_of_key(keys: Keys, store: JobStore, now_s: float) -> dict[str, int]:
-    """Key -> jobs that may run at once, where that is limited: none while its quota of the day is used up, so that its
+    """Key -> further jobs that may run now, where that is limited: none while its quota of the day is used up, so that its
     jobs wait for the next day. Raises OSError where the store cannot be read."""
+    running = Counter(job.owner for job in store.running())  # by other supervisors: this one has none when it chooses
     most: dict[str, int] = {}
     for key in keys.all():
         if key.max_running is not None:
-            most[key.id] = key.max_running
+            most[key.id] = max(0, key.max_running - running[key.id])
         quota = key.rank_seconds_per_day
         if quota is not None and store.spent(key.id, day_began(now_s)) >= quota:
             most[key.id] = 0

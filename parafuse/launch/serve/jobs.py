@@ -112,7 +112,7 @@ class IdempotencyError(ParafuseError):
 
 
 class StaleError(ParafuseError):
-    """A supervisor that is no longer the one in charge wanted to change a job."""
+    """A supervisor that is not (or no longer) in charge of a job wanted to change it."""
 
 
 class JobGoneError(ParafuseError):
@@ -166,9 +166,18 @@ class JobStore(Protocol):
         """Takes away those that no job names: of a request that was given up."""
         ...
 
-    def begin_epoch(self) -> int:
-        """A supervisor takes charge. Jobs that an earlier one left running are queued again, or failed as lost when
-        they have had MAX_TRIES, or cancelled where that was asked; from then on that one's changes raise StaleError."""
+    def begin_epoch(self, *, alone: bool = True) -> int:
+        """A supervisor takes charge, `alone` or beside those that are: the number that it gives with its changes.
+        `alone` ends the charge of all others, as `end_epoch` does."""
+        ...
+
+    def end_epoch(self, epoch: int) -> list[Job]:
+        """A supervisor is no longer in charge: from then on its changes raise StaleError. The jobs that it left running
+        are queued again, or failed as lost when they have had MAX_TRIES, or cancelled where that was asked: those."""
+        ...
+
+    def epochs(self) -> list[int]:
+        """Of the supervisors that are in charge, the eldest first."""
         ...
 
     def queued(self, limit: int = 1000) -> list[Job]:
@@ -176,7 +185,8 @@ class JobStore(Protocol):
         ...
 
     def claim(self, jobs: Sequence[str], epoch: int) -> list[Job]:
-        """Those of them that were still queued, now running, one more try counted."""
+        """Those of them that were still queued, now running, one more try counted. Only the supervisor that has claimed
+        a job may change it while it runs."""
         ...
 
     def give_back(self, job: str, epoch: int, why: str, *, rank_seconds: float = 0.0) -> Job:

@@ -58,4 +58,11 @@ _FIRST = (
     "CREATE TABLE charge (one INTEGER PRIMARY KEY CHECK (one = 1), epoch INTEGER NOT NULL)",
     "INSERT INTO charge VALUES (1, 0)",
 )
-STEPS = (_FIRST,)
+# Several supervisors may be in charge side by side, each of the jobs that it has claimed.
+_SHARED = (
+    "CREATE TABLE charges (epoch INTEGER PRIMARY KEY)",
+    "INSERT INTO charges SELECT epoch FROM charge WHERE epoch > 0",
+    "ALTER TABLE jobs ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0",
+    "UPDATE jobs SET epoch = (SELECT epoch FROM charge) WHERE state = 'running'",
+)
+STEPS = (_FIRST, _SHARED)

@@ -1,7 +1,7 @@
 """`JobStore` on SQLite: one file and two folders of one machine, on a local disk.
 
 Accepted means stored: what `accept` or `commit` has returned survives a crash of any process at any moment, and a power
-cut. The HTTP process and the supervisor use it side by side; a supervisor that has been replaced changes nothing more.
+cut. HTTP processes and supervisors use it side by side; a supervisor that has been replaced changes nothing more.
 """
 
 from __future__ import annotations
@@ -134,13 +134,26 @@ class SqliteStore:
 
     # What the supervisor does.
 
-    def begin_epoch(self) -> int:
+    def begin_epoch(self, *, alone: bool = True) -> int:
         """From 1."""
         with self._database.writing() as at:
             at.execute("UPDATE charge SET epoch = epoch + 1")
-            for job in _jobs(at.execute("SELECT * FROM jobs WHERE state = 'running' ORDER BY number")):
-                self._lose(at, job, "the server ended while it ran")
-            return _epoch(at)
+            if alone:
+                at.execute("DELETE FROM charges")
+            at.execute("INSERT INTO charges SELECT epoch FROM charge")
+            self._lose_orphans(at)
+            return at.execute("SELECT epoch FROM charge").fetchone()[0]
+
+    def end_epoch(self, epoch: int) -> list[Job]:
+        """Idempotent."""
+        with self._database.writing() as at:
+            at.execute("DELETE FROM charges WHERE epoch = ?", (epoch,))
+            return self._lose_orphans(at)
+
+    def epochs(self) -> list[int]:
+        """Every one that has begun and not ended."""
+        with self._database.reading() as at:
+            return _epochs(at)
 
     def queued(self, limit: int = 1000) -> list[Job]:
         """Oldest: accepted first."""
@@ -156,9 +169,9 @@ class SqliteStore:
             _check_epoch(at, epoch)
             for job in jobs:
                 changed = at.execute(
-                    "UPDATE jobs SET state = 'running', tries = tries + 1, started_s = ?, progress = 0 "
+                    "UPDATE jobs SET state = 'running', epoch = ?, tries = tries + 1, started_s = ?, progress = 0 "
                     "WHERE id = ? AND state = 'queued'",
-                    (self._clock(), job),
+                    (epoch, self._clock(), job),
                 ).rowcount
                 if changed:
                     claimed.append(_must(_find(at, job), job))
@@ -236,7 +249,8 @@ class SqliteStore:
         with self._database.writing(durable=False) as at:
             _check_epoch(at, epoch)
             at.execute(
-                "UPDATE jobs SET progress = ? WHERE id = ? AND state = 'running'", (min(max(progress, 0.0), 1.0), job)
+                "UPDATE jobs SET progress = ? WHERE id = ? AND state = 'running' AND epoch = ?",
+                (min(max(progress, 0.0), 1.0), job, epoch),
             )
 
     def running(self) -> list[Job]:
@@ -298,6 +312,12 @@ class SqliteStore:
                 f"UPDATE jobs SET webhook_due_s = ? WHERE id = ? AND webhook IS NOT NULL AND state IN {_OVER}",
                 (None if delivered else next_s, job),
             )
+
+    def _lose_orphans(self, at: sqlite3.Connection) -> list[Job]:
+        """Running jobs that nobody is in charge of."""
+        orphans = "SELECT * FROM jobs WHERE state = 'running' AND epoch NOT IN (SELECT epoch FROM charges)"
+        found = _jobs(at.execute(f"{orphans} ORDER BY number"))
+        return [self._lose(at, job, "the server ended while it ran") for job in found]
 
     def _lose(self, at: sqlite3.Connection, job: Job, why: str) -> Job:
         if job.cancel_asked:
@@ -417,19 +437,24 @@ def _requeue(at: sqlite3.Connection, job: str) -> Job:
     return _must(_find(at, job), job)
 
 
-def _epoch(at: sqlite3.Connection) -> int:
-    return at.execute("SELECT epoch FROM charge").fetchone()[0]
+def _epochs(at: sqlite3.Connection) -> list[int]:
+    return [row[0] for row in at.execute("SELECT epoch FROM charges ORDER BY epoch")]
 
 
 def _check_epoch(at: sqlite3.Connection, epoch: int) -> None:
-    newest = _epoch(at)
-    if epoch != newest:
-        raise StaleError(f"supervisor {epoch} is no longer in charge: {newest} is. It has to end.")
+    there = _epochs(at)
+    if epoch not in there:
+        others = ", ".join(map(str, there)) or "nobody"
+        raise StaleError(f"supervisor {epoch} is no longer in charge: {others} is. It has to end.")
 
 
 def _in_charge_of(at: sqlite3.Connection, job: str, epoch: int) -> Job:
+    """The job, unless another supervisor runs it."""
     _check_epoch(at, epoch)
-    return _must(_find(at, job), job)
+    row = at.execute("SELECT * FROM jobs WHERE id = ?", (job,)).fetchone()
+    if row is not None and row["state"] == State.RUNNING and row["epoch"] != epoch:
+        raise StaleError(f"job {job}: supervisor {row['epoch']} runs it; {epoch} has lost it.")
+    return _must(None if row is None else _job(row), job)
 
 
 def _running(at: sqlite3.Connection, job: str, epoch: int) -> Job:

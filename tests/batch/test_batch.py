@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 import parafuse
-from parafuse.config import Config
 from parafuse.errors import ConfigError
 from parafuse.launch.batch import command
+from parafuse.launch.cluster import room_for
 
 STEPS = 8
 PATIENCE_S = 240.0
@@ -156,15 +156,11 @@ def test_replicas_are_counted_by_machine(
 
     nodes = [{"Alive": True, "Resources": {"GPU": float(number)}} for number in machines]
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"GPU": 99.0}}])
-    prepared = command.Prepared(
-        batch=command.Batch(ranks=3, replicas=replicas), file=Path("x"), config=Config(), device="cuda",
-        devices_per_replica=6,
-    )  # fmt: skip
     if said:
         with pytest.raises(ConfigError, match=said):
-            command._room(prepared)
+            room_for("cuda", 6, replicas=replicas, ranks=3)
     else:
-        assert command._room(prepared) == {"num_gpus": 6}
+        assert room_for("cuda", 6, replicas=replicas, ranks=3) == {"num_gpus": 6}
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

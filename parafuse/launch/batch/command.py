@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from parafuse.config import Config
 from parafuse.errors import ConfigError, ParafuseError
+from parafuse.launch.cluster import missing, room_for, start_ray
 from parafuse.launch.options import Option, build, given
 
 if TYPE_CHECKING:
@@ -90,11 +92,8 @@ def prepare(file: str, batch: Batch, options: list[Option], typed: dict[str, Any
 
 def check_packages() -> None:
     """Raises ConfigError where what a batch needs is not installed."""
-    import importlib.util
-
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"batch: needs {', '.join(missing)}; pip install 'parafuse[batch]'.")
+    if not_there := missing(NEEDED):
+        raise ConfigError(f"batch: needs {', '.join(not_there)}; pip install 'parafuse[batch]'.")
 
 
 def run(prepared: Prepared) -> int:
@@ -136,9 +135,14 @@ def _spread(prepared: Prepared, out: Path, left: list[Place]) -> Counter[str]:
         file=str(prepared.file), out=str(out), model=model, config=prepared.config.to_dict(), ranks=batch.ranks,
         loras=loras,
     )  # fmt: skip
-    _start_ray(batch)
+    start_ray(batch.ray_address, verbose=batch.verbose)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = batch.verbose
+    if not batch.verbose:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        room: dict[str, Any] = _room(prepared)
+        each = prepared.devices_per_replica
+        room: dict[str, Any] = room_for(prepared.device, each, replicas=batch.replicas, ranks=batch.ranks)
         size = max(1, min(CHUNK, len(left) // (4 * batch.replicas)))
         chunks = [_chunk(left[begin : begin + size]) for begin in range(0, len(left), size)]
         pool = ray.data.ActorPoolStrategy(size=min(batch.replicas, len(chunks)))
@@ -150,50 +154,6 @@ def _spread(prepared: Prepared, out: Path, left: list[Place]) -> Counter[str]:
         raise ParafuseError(f"batch: Ray gave up: {str(error).strip().splitlines()[-1]}") from error
     finally:
         ray.shutdown()
-
-
-def _start_ray(batch: Batch) -> None:
-    """Ray of this process alone: it sends no usage statistics, and keeps its logs in its own folder."""
-    import logging
-
-    import ray
-    import ray.data
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    address = batch.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-    try:
-        ray.init(
-            address=address, include_dashboard=False if address == "local" else None, log_to_driver=batch.verbose,
-            logging_level=logging.INFO if batch.verbose else logging.ERROR,
-        )  # fmt: skip
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        why = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"--ray-address {address!r}: no cluster answers there ({why}).") from error
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = batch.verbose
-    if not batch.verbose:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-def _room(prepared: Prepared) -> dict[str, float]:
-    """What an actor takes of a machine. Raises ConfigError where the cluster has no room: Ray would wait for ever."""
-    import ray
-
-    batch, each = prepared.batch, prepared.devices_per_replica
-    kind, option = ("GPU", "num_gpus") if prepared.device == "cuda" else ("CPU", "num_cpus")
-    machines = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
-    if max(machines, default=0) < each:
-        raise ConfigError(
-            f"--ranks {batch.ranks}: a replica needs {each} {kind}s of one machine, and the largest has "
-            f"{max(machines, default=0)}; give fewer ranks."
-        )
-    places = sum(there // each for there in machines)
-    if places < batch.replicas:
-        raise ConfigError(
-            f"--replicas {batch.replicas}: the cluster has {kind}s for {places} of {each}; give fewer, or add machines."
-        )
-    return {option: each}
 
 
 def _chunk(places: list[Place]) -> dict[str, list[Any]]:

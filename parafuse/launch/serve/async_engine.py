@@ -34,11 +34,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 RANK = (sys.executable, "-m", "parafuse.launch.serve.rank")
-MAX_STARTS = 2
-"""Starts of the ranks in a row that may fail before whoever waits for them is told so."""
 MAX_TRIES = 2
 """Of a call whose ranks are lost."""
-LOOK_S = 0.05
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 ERRORS: dict[str, type[ParafuseError]] = {
     "invalid": ConfigError,
@@ -150,7 +147,7 @@ class AsyncEngine:
             group = SpawnedGroup(self._command, self._ranks, env=link.env(str(job)), show=())
             self._supervisor = GroupSupervisor(group, link, ranks=self._ranks, probe=self._probe, devices=self._devices)
             await self._supervisor.start()
-            await self._until_ready(self._supervisor)
+            await self._supervisor.until_ready()
         except BaseException:
             await self.close()
             raise
@@ -241,7 +238,7 @@ class AsyncEngine:
         supervisor, folder = self._supervisor, self._folder
         if supervisor is None or folder is None:
             raise RankError("AsyncEngine: is closed; use it as `async with`, or start it.")
-        await self._until_ready(supervisor)
+        await supervisor.until_ready()
         name = f"call-{secrets.token_hex(8)}"
         results, inputs = folder / "results" / name, folder / "inputs" / name
         try:
@@ -259,16 +256,6 @@ class AsyncEngine:
         finally:
             for used in (inputs, results):
                 shutil.rmtree(used, ignore_errors=True)
-
-    async def _until_ready(self, supervisor: GroupSupervisor) -> None:
-        """Raises RankError once the ranks have failed too often in a row meanwhile."""
-        before = sum(supervisor.losses.values())
-        while not supervisor.is_ready:
-            if sum(supervisor.losses.values()) - before >= MAX_STARTS:
-                raise RankError(f"the ranks cannot be started: {supervisor.why}")
-            if supervisor.status().state == "draining":
-                raise RankError("AsyncEngine: was closed.")
-            await asyncio.sleep(LOOK_S)
 
     def _check(self, prompt: str, seed: int, keywords: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Raises ConfigError for the first argument of a call that is wrong."""

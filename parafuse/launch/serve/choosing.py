@@ -14,9 +14,9 @@ from parafuse.launch.serve.schedule import Policy, SecondsOf, Shares, choose
 
 
 def most_of_key(keys: Keys, store: JobStore, now_s: float) -> dict[str, int]:
-    """Key -> further jobs that may run now, where that is limited: none while its quota of the day is used up, so that its
-    jobs wait for the next day. Raises OSError where the store cannot be read."""
-    running = Counter(job.owner for job in store.running())  # by other supervisors: this one has none when it chooses
+    """Key -> further jobs that may run now, where that is limited: none while its quota of the day is used up, so that
+    its jobs wait for the next day. Raises OSError where the store cannot be read."""
+    running = Counter(job.owner for job in store.running())  # by others: this supervisor has none when it chooses
     most: dict[str, int] = {}
     for key in keys.all():
         if key.max_running is not None:

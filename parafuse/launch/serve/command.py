@@ -14,6 +14,7 @@ from typing import Any
 
 from parafuse.config import Config
 from parafuse.errors import ConfigError
+from parafuse.launch.cluster import missing
 from parafuse.launch.options import Option, build, given
 from parafuse.launch.serve.settings import Serving
 
@@ -33,6 +34,15 @@ class Serve(Serving):
     random:flux.1-dev, or tiny:flux.1-dev for a CPU."""
     ranks: int = 1
     """Processes on this machine, one for each GPU."""
+    ray: bool = False
+    """On Ray Serve: replicas, each with ranks of its own, on the machines of a cluster. --state is a folder that all of
+    them see."""
+    replicas: int = 1
+    """With --ray: replicas at first, and at least."""
+    max_replicas: int | None = None
+    """With --ray: Ray starts up to so many, by the jobs that wait. Not given: as many as --replicas."""
+    ray_address: str | None = None
+    """With --ray: of a cluster, HOST:PORT or auto. Not given: RAY_ADDRESS, or Ray on this machine alone."""
     config: str | None = None
     """JSON file with a configuration; options given beside it win."""
     verbose: bool = False
@@ -42,6 +52,25 @@ class Serve(Serving):
         super().__post_init__()
         if self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks}: must be at least 1.")
+        if self.replicas < 1:
+            raise ConfigError(f"--replicas {self.replicas}: must be at least 1.")
+        if self.most_replicas < self.replicas:
+            raise ConfigError(f"--max-replicas {self.max_replicas}: is less than --replicas {self.replicas}.")
+        if not self.ray:
+            for name, default in (("replicas", 1), ("max_replicas", None), ("ray_address", None)):
+                if getattr(self, name) != default:
+                    flag = name.replace("_", "-")
+                    raise ConfigError(f"--{flag} {getattr(self, name)}: is for --ray; give that too, or leave it out.")
+        elif self.nnodes > 1:
+            raise ConfigError(
+                f"--nnodes {self.nnodes}: not with --ray, whose replicas have their ranks on one machine."
+            )
+        elif not self.port:
+            raise ConfigError("--port 0: with --ray the port has a number; choose one.")
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.max_replicas is None else self.max_replicas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,40 +79,51 @@ class ServeJob:
 
     serve: Serve
     config: Config
+    device: str
+    num_devices: int
+    """Of all ranks of one machine."""
 
 
-def prepare(serve: Serve, options: list[Option], typed: dict[str, Any]) -> ServeJob:
-    """Checks the request, torch-free and without loading weights. Raises ConfigError at the first fault."""
-    check_packages()
+def prepare(serve: Serve, options: list[Option], typed: dict[str, Any], config: Config | None = None) -> ServeJob:
+    """Checks the request, torch-free and without loading weights. `config`: instead of a file of one. Raises
+    ConfigError at the first fault."""
+    check_packages(ray=serve.ray)
     from parafuse.engine.planner import resolve
     from parafuse.launch.serve.card import card_of
     from parafuse.launch.serve.keys import Keys, check_exposed
 
     if "RANK" in os.environ:
         raise ConfigError("serve: starts its ranks itself; start it without torchrun, once on each machine.")
-    config = build(Config.from_file(serve.config) if serve.config else Config(), given(options, typed))
+    config = build(config or (Config.from_file(serve.config) if serve.config else Config()), given(options, typed))
     world_size = serve.ranks * serve.nnodes
     config.parallel.degrees(world_size)
     card = card_of(serve.model, allow_pickle=config.allow_pickle)
-    resolve(config, card.source, world_size)
+    plan = resolve(config, card.source, world_size)
     check_exposed(serve, Keys.load(Path(serve.keys) if serve.keys else None, os.environ))
     if serve.loras is not None and not Path(serve.loras).is_dir():
         raise ConfigError(f"--loras {serve.loras!r}: is no folder.")
-    return ServeJob(serve=serve, config=config)
+    num_devices = serve.ranks * plan.devices_per_rank
+    return ServeJob(serve=serve, config=config, device=plan.device, num_devices=num_devices)
 
 
-def check_packages() -> None:
+NEEDED = ("fastapi", "uvicorn", "msgspec", "structlog", "prometheus_client", "httpx2", "standardwebhooks")
+NEEDED_OF_RAY = ("ray", "aiohttp", "grpc", "opencensus")
+"""Of ray[serve]."""
+
+
+def check_packages(*, ray: bool = False) -> None:
     """Raises ConfigError where what a server needs is not installed."""
-    import importlib.util
-
-    needed = ("fastapi", "uvicorn", "msgspec", "structlog", "prometheus_client", "httpx2", "standardwebhooks")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"serve: needs {', '.join(missing)}; pip install 'parafuse[serve]'.")
+    extra = "ray" if ray else "serve"
+    if not_there := missing((*NEEDED, *NEEDED_OF_RAY) if ray else NEEDED):
+        raise ConfigError(f"serve: needs {', '.join(not_there)}; pip install 'parafuse[{extra}]'.")
 
 
 def run(job: ServeJob) -> int:
     """Keeps the server running until it is told to end; its exit code."""
+    if job.serve.ray:
+        from parafuse.launch.ray_serve.command import run as run_on_ray
+
+        return run_on_ray(job)
     from parafuse.launch.serve import logs
     from parafuse.launch.serve.keeper import Child, Keeper, python
     from parafuse.launch.serve.wiring import Wiring

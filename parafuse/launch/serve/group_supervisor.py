@@ -43,6 +43,8 @@ from parafuse.parallel.ranks import RankFailure
 T = TypeVar("T")
 
 LOOK_S = 0.05
+MAX_STARTS = 2
+"""Starts of the ranks in a row that may fail before whoever waits for them is told so."""
 LEFT_S = 1.0
 """How long the end of a process whose connection ended may take to show."""
 STEP_SHOWS_S = 15.0
@@ -137,6 +139,17 @@ class GroupSupervisor:
     async def wait_ready(self) -> None:
         """Until a real step has run on every rank: for as long as that takes."""
         await self._ready.wait()
+
+    async def until_ready(self) -> None:
+        """The same for whoever has to be told where it fails: raises RankError once MAX_STARTS starts have failed, with
+        the reason of the last one, and where it is closed meanwhile."""
+        before = sum(self._losses.values())
+        while not self.is_ready:
+            if sum(self._losses.values()) - before >= MAX_STARTS:
+                raise RankError(f"the ranks cannot be started: {self.why}")
+            if self._closed:
+                raise RankError("the ranks were ended.")
+            await asyncio.sleep(LOOK_S)
 
     @property
     def is_ready(self) -> bool:

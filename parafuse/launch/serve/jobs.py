@@ -101,7 +101,7 @@ class Job(Struct, frozen=True, kw_only=True):
 class QueueFullError(ParafuseError):
     """No more jobs are taken now."""
 
-    def __init__(self, message: str, *, of_key: bool):
+    def __init__(self, message: str, *, of_key: bool = False):
         super().__init__(message)
         self.of_key = of_key
         """Whether it is this key's own share that is full."""

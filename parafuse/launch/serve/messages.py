@@ -287,6 +287,11 @@ def decode(body: bytes) -> Message:
         raise FrameError(f"a message that is none: {error}") from error
 
 
+def decode_frame(frame: bytes) -> Message:
+    """The message of a whole frame, as `encode` made it. Raises FrameError."""
+    return decode(frame[_LENGTH.size :])
+
+
 def _checked(length: int) -> int:
     if length > MAX_FRAME_BYTES:
         raise FrameError(f"a message of {length} bytes; at most {MAX_FRAME_BYTES}.")

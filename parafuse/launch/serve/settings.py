@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from parafuse.errors import ConfigError
 
@@ -87,6 +89,12 @@ class Serving:
             raise ConfigError(f"--nnodes {self.nnodes}: give --rdzv-endpoint HOST:PORT too, the same on each machine.")
         if self.lend and self.nnodes == 1:
             raise ConfigError("--lend: needs --nnodes; one machine takes requests, and with one it is this.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Serving:
+        """Of what `dataclasses.asdict` made, also by way of JSON, which has no tuples."""
+        lists: dict[str, Any] = {name: tuple(one) for name, one in values.items() if isinstance(one, list)}
+        return cls(**{**values, **lists})
 
     @property
     def is_local(self) -> bool:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,34 @@ import structlog
 from parafuse.config import Config
 from parafuse.engine.planner import resolve
 from parafuse.launch.serve import logs
+from parafuse.launch.serve.beside import Beside, Housekeeping
 from parafuse.launch.serve.card import card_of
 from parafuse.launch.serve.choosing import Chooser, most_of_key
 from parafuse.launch.serve.clients import Clients
 from parafuse.launch.serve.elastic import ElasticGroup, Rendezvous
 from parafuse.launch.serve.estimates import Estimates
+from parafuse.launch.serve.group import RankGroup
 from parafuse.launch.serve.group_supervisor import GroupSupervisor
 from parafuse.launch.serve.http.process import beating
-from parafuse.launch.serve.jobs import JobStore, StaleError, State
+from parafuse.launch.serve.jobs import JobStore, StaleError
 from parafuse.launch.serve.keeper import python
 from parafuse.launch.serve.keys import Keys
-from parafuse.launch.serve.messages import CallTimes, Estimate, Estimated, JobEvent, Paint, Painted, Status
+from parafuse.launch.serve.messages import CallTimes, Estimate, Estimated, JobEvent, Paint, Painted, Status, Wake
 from parafuse.launch.serve.probing import probe_of
 from parafuse.launch.serve.rank_link import RankLink
 from parafuse.launch.serve.restarts import Devices
 from parafuse.launch.serve.schedule import Policy
 from parafuse.launch.serve.scheduler import Charge, Scheduler
-from parafuse.launch.serve.spawned import visible_devices
+from parafuse.launch.serve.settings import Serving
+from parafuse.launch.serve.spawned import SpawnedGroup, visible_devices
 from parafuse.launch.serve.sqlite_store import SqliteStore
-from parafuse.launch.serve.webhooks import WebhookSender
 from parafuse.launch.serve.wiring import Wiring
 from parafuse.parallel.rank_entry import enter
 
 STATUS_S = 0.5
-SWEEP_S = 60.0
 RDZV_KEY_ENV = "PARAFUSE_RDZV_KEY"
 """A secret that the machines of one server share."""
+RANK = python("parafuse.launch.serve.rank")
 REPLACED = 3
 """Exit code where another supervisor has taken charge."""
 
@@ -72,27 +75,33 @@ async def _run(wiring: Wiring, beat: int) -> int:
                 await group.start()
                 await told.wait()
                 return 0
-            return await Supervisor(wiring, group).run(told)
+            keys, store = keys_of(wiring.serving), store_of(wiring.serving)
+            beside = Housekeeping(wiring.serving, store, keys)
+            return await Supervisor(wiring, group, store=store, keys=keys, beside=beside).run(told)
         finally:
             await group.close()
 
 
-def group_of(wiring: Wiring) -> GroupSupervisor:
-    """The ranks of this machine, not started yet. Raises ConfigError."""
+def keys_of(settings: Serving) -> Keys:
+    """Raises ConfigError."""
+    return Keys.load(Path(settings.keys) if settings.keys else None, os.environ)
+
+
+def store_of(settings: Serving) -> SqliteStore:
+    """Raises ConfigError, StoreError."""
+    return SqliteStore(settings.database, settings.results, settings.inputs, keep_s=settings.keep_hours * 3600)
+
+
+def group_of(wiring: Wiring, *, elastic: bool = True) -> GroupSupervisor:
+    """The ranks of this machine, not started yet; `elastic`: by torch's agent, which also joins several machines.
+    Raises ConfigError."""
     settings = wiring.serving
     config = Config.from_dict(dict(wiring.config))
     link = RankLink(wiring.folder)
     file = Path(wiring.folder) / "ranks.json"
     file.write_bytes(msgspec.json.encode(job_of(wiring)))
     env = link.env(str(file), feeds=not settings.lend)
-    rendezvous = None
-    if settings.nnodes > 1:
-        key = os.environ.get(RDZV_KEY_ENV, "")
-        endpoint = settings.rdzv_endpoint or ""
-        rendezvous = Rendezvous(nnodes=settings.nnodes, endpoint=endpoint, hosts=not settings.lend, key=key)
-    group = ElasticGroup(
-        python("parafuse.launch.serve.rank"), wiring.ranks, env=env, rendezvous=rendezvous, show=range(wiring.ranks)
-    )
+    group = _elastic(wiring, env) if elastic else SpawnedGroup(RANK, wiring.ranks, env=env, show=range(wiring.ranks))
     card = card_of(wiring.model, allow_pickle=config.allow_pickle)
     plan = resolve(config, card.source, wiring.ranks * settings.nnodes)
     per_rank = plan.devices_per_rank
@@ -104,6 +113,16 @@ def group_of(wiring: Wiring) -> GroupSupervisor:
         probe=None if settings.lend else probe_of(card, every_s=settings.probe_s),
         devices=Devices(visible_devices(plan.device), wiring.ranks * per_rank, per_rank=per_rank),
     )
+
+
+def _elastic(wiring: Wiring, env: Mapping[str, str]) -> RankGroup:
+    settings = wiring.serving
+    rendezvous = None
+    if settings.nnodes > 1:
+        key = os.environ.get(RDZV_KEY_ENV, "")
+        endpoint = settings.rdzv_endpoint or ""
+        rendezvous = Rendezvous(nnodes=settings.nnodes, endpoint=endpoint, hosts=not settings.lend, key=key)
+    return ElasticGroup(RANK, wiring.ranks, env=env, rendezvous=rendezvous, show=range(wiring.ranks))
 
 
 def job_of(wiring: Wiring) -> dict[str, Any]:
@@ -124,22 +143,20 @@ def job_of(wiring: Wiring) -> dict[str, Any]:
 class Supervisor:
     """Everything that takes jobs to the ranks, on one event loop."""
 
-    def __init__(self, wiring: Wiring, group: GroupSupervisor):
+    def __init__(
+        self, wiring: Wiring, group: GroupSupervisor, *, store: JobStore, keys: Keys, beside: Beside
+    ):  # fmt: skip
         settings = self._settings = wiring.serving
         self._group = group
         self._card = card_of(wiring.model, allow_pickle=bool(wiring.config.get("allow_pickle")))
-        self._keys = Keys.load(Path(settings.keys) if settings.keys else None, os.environ)
-        self._store: JobStore = SqliteStore(
-            settings.database, settings.results, settings.inputs, keep_s=settings.keep_hours * 3600
-        )
+        self._store, self._keys, self._beside = store, keys, beside
         self._estimates = Estimates(
             Path(settings.state) / "timings.json",
             model=wiring.model,
             config=Config.from_dict(dict(wiring.config)),
             num_ranks=wiring.ranks * settings.nnodes,
         )
-        self._clients = Clients(wiring.supervisor_socket, wake=self._wake, estimate=self._estimate)
-        self._webhooks = WebhookSender(self._store, settings.webhook_hosts, self._secret_of)
+        self._clients = Clients(wiring.supervisor_socket, wake=self._woken, estimate=self._estimate)
         self._chooser = Chooser(
             self._store,
             Policy(batch=settings.batch),
@@ -153,7 +170,7 @@ class Supervisor:
 
     async def run(self, told: asyncio.Event) -> int:
         """Until `told` is set, or something ends that must not. The exit code."""
-        epoch = await asyncio.to_thread(self._store.begin_epoch)
+        epoch = await asyncio.to_thread(self._store.begin_epoch, alone=self._beside.alone)
         settings = self._settings
         charge = Charge(store=self._store, epoch=epoch, results=settings.results, keep_s=settings.keep_hours * 3600)
         self._scheduler = scheduler = Scheduler(
@@ -171,8 +188,7 @@ class Supervisor:
             asyncio.create_task(work, name=name)
             for name, work in {
                 "status": self._tell_status(),
-                "sweep": self._sweep(),
-                "webhooks": self._webhooks.run(),
+                "beside": self._beside.run(epoch, self._heard),
             }.items()
         ]
         warming = asyncio.create_task(self._warm(), name="warm")
@@ -188,6 +204,9 @@ class Supervisor:
                 task.cancel()
             await self._clients.close()
             await self._estimates.close()
+            if not self._beside.alone:  # the others go on at once with what it leaves
+                with contextlib.suppress(OSError):
+                    await asyncio.to_thread(self._store.end_epoch, epoch)
 
     async def _warm(self) -> None:
         await self._group.wait_ready()  # the ranks come first
@@ -211,12 +230,17 @@ class Supervisor:
 
     def _tell(self, event: JobEvent) -> None:
         self._clients.tell(event)
-        if State(event.state).is_over:
-            self._webhooks.wake()
+        self._beside.tell(event)
 
-    def _secret_of(self, owner: str) -> str | None:
-        key = self._keys.get(owner)
-        return None if key is None else key.webhook_secret
+    def _woken(self) -> None:
+        self._wake()
+        self._beside.tell(Wake())
+
+    def _heard(self, message: JobEvent | Wake) -> None:
+        if isinstance(message, Wake):
+            self._wake()
+        else:
+            self._clients.tell(message)
 
     def _wake(self) -> None:
         if self._scheduler is not None:
@@ -250,19 +274,6 @@ class Supervisor:
                 state, since_s = status.state, now_s
             self._clients.tell(status)
             await asyncio.sleep(STATUS_S)
-
-    async def _sweep(self) -> None:
-        """Takes away what is not kept any longer."""
-        most = int(self._settings.keep_gigabytes * 1e9)
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            try:
-                gone = await asyncio.to_thread(self._store.sweep, time.time(), max_bytes=most)
-            except OSError as error:
-                self._log.error("sweep", error=str(error))
-                continue
-            if gone:
-                self._log.info("swept", jobs=gone)
 
 
 if __name__ == "__main__":

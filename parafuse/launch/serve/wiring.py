@@ -55,5 +55,4 @@ class Wiring(Struct, frozen=True, kw_only=True):
 
     @property
     def serving(self) -> Serving:
-        lists: dict[str, Any] = {k: tuple(v) for k, v in self.settings.items() if isinstance(v, list)}
-        return Serving(**(self.settings | lists))
+        return Serving.from_dict(self.settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -38,13 +38,15 @@ def make_app(
     supervisor: SupervisorClient,
     admit: Admit,
     body_s: float = BODY_S,
+    beside: AbstractAsyncContextManager[None] | None = None,
 ) -> FastAPI:
-    """The application; its `state.service` is what the routes share. `body_s`: how long a body may take to come."""
+    """The application; its `state.service` is what the routes share. `body_s`: how long a body may take to come.
+    `beside`: what runs for as long as the application does."""
     service = Service(settings, card, store, keys=keys, supervisor=supervisor, admit=admit)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with supervisor:
+        async with beside or nullcontext(), supervisor:
             yield
 
     app = FastAPI(

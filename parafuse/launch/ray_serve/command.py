@@ -1,0 +1,77 @@
+"""`parafuse serve --ray`: gives the application to Ray Serve, and takes it back at its end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from parafuse.errors import ParafuseError
+from parafuse.launch.cluster import room_for, start_ray
+from parafuse.launch.serve.command import ServeJob, listening
+from parafuse.launch.serve.keeper import END_S
+
+NAME = "parafuse"
+
+
+def run(job: ServeJob) -> int:
+    """Until SIGTERM or SIGINT: its exit code. Raises ConfigError where the cluster has no room, or nobody can listen;
+    ParafuseError where the replicas cannot be started."""
+    asked = job.serve
+    is_ours = start_ray(asked.ray_address, verbose=asked.verbose)
+    import ray
+
+    try:
+        room_for(job.device, job.num_devices, replicas=asked.replicas, ranks=asked.ranks)
+        if is_ours:
+            with listening(asked):
+                pass  # Ray's own words for a port that is taken are long
+        return _serve(job, is_ours)
+    finally:
+        ray.shutdown()
+
+
+def _serve(job: ServeJob, is_ours: bool) -> int:
+    from ray import serve
+
+    from parafuse.launch.ray_serve.application import STORE, application
+
+    asked = job.serve
+    end = threading.Event()
+    asked_by: list[int] = []
+    starting = True
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        asked_by.append(number)
+        if starting:
+            raise KeyboardInterrupt
+        end.set()
+
+    before: dict[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        serve.start(proxy_location="EveryNode", http_options={"host": asked.host, "port": asked.port})
+        try:
+            serve.run(application(job), name=NAME, route_prefix="/")
+        except RuntimeError as error:
+            lines = str(error).strip().splitlines()
+            raise ParafuseError(f"serve: Ray gave up: {lines[-1] if lines else 'it does not say why'}") from error
+        starting = False
+        host = f"[{asked.host}]" if ":" in asked.host else asked.host
+        print(f"parafuse: http://{host}:{asked.port}", flush=True)
+        end.wait()
+        store = serve.get_deployment_handle(STORE, NAME)  # while it can be reached: Ray ends all at once
+        store.drain.remote(asked.drain_s + END_S).result()
+        return _code(asked_by)
+    except KeyboardInterrupt:
+        return _code(asked_by)
+    finally:
+        serve.delete(NAME)
+        if is_ours:
+            serve.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _code(asked_by: list[int]) -> int:
+    return 0 if asked_by[:1] == [signal.SIGTERM] else 130

@@ -1,0 +1,177 @@
+"""`parafuse serve --ray` as its user runs it: two replicas of one rank on this machine, one killed, the store killed."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+import parafuse
+
+PATIENCE_S = 240.0
+STEPS = 60
+
+
+class OnRay:
+    """The command, and eyes on what it has started."""
+
+    def __init__(self, folder: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{self.port}", folder / "log"
+        self.state = folder / "state"
+        command = [
+            sys.executable, "-m", "parafuse", "serve", "--ray", "--model", "emoji", "--replicas", "2", "--batch", "1",
+            "--port", str(self.port), "--state", str(self.state),
+        ]  # fmt: skip
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        self.until(lambda: self.url in self.log.read_text() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
+
+    def until(self, check: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := check()):
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.05)
+        return found
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        found: list[psutil.Process] = []
+        for one in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                found += [one] if any(name in word for word in one.cmdline()) else []
+            except psutil.Error:
+                continue
+        return found
+
+    @property
+    def replicas(self) -> list[psutil.Process]:
+        return self.processes("ServeReplica:parafuse:replica")
+
+    def ask(self, method: str, path: str, **more: Any) -> httpx2.Response:
+        return httpx2.request(method, self.url + path, timeout=PATIENCE_S, trust_env=False, **more)
+
+    def begin(self, seed: int, steps: int = STEPS) -> str:
+        """A job that nobody waits for: its id. Asked again where a replica goes away meanwhile: each once."""
+        body = {"prompt": "a red apple", "seed": seed, "steps": steps, "size": "64x64"}
+        with httpx2.stream(
+            "POST", f"{self.url}/v1/images/generations", json=body | {"stream": True}, trust_env=False,
+            headers={"Idempotency-Key": f"k{seed}"}, timeout=PATIENCE_S,
+        ) as answer:  # fmt: skip
+            assert answer.status_code == 200, answer.read()
+            return answer.headers["parafuse-job-id"]
+
+    def job(self, name: str) -> dict[str, Any]:
+        def answered() -> dict[str, Any] | None:
+            answer = self.ask("GET", f"/v1/jobs/{name}")
+            return answer.json() if answer.status_code == 200 else None
+
+        return self.until(answered)
+
+    def kill(self) -> None:
+        for one in [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
+            try:
+                one.kill()
+            except psutil.Error:
+                continue
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnRay]:
+    started = OnRay(tmp_path_factory.mktemp("ray"))
+    try:
+        yield started
+    finally:
+        if started.process.poll() is None:
+            started.kill()
+
+
+def picture(data: bytes) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def test_pictures_are_those_of_an_engine_whichever_replica_paints(server: OnRay) -> None:
+    seeds = range(6)
+
+    def ask(seed: int) -> httpx2.Response:
+        body = {"prompt": "a red apple", "seed": seed, "steps": 8, "size": "64x64", "response_format": "b64_json"}
+        return server.ask("POST", "/v1/images/generations", json=body)
+
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(ask, seeds))
+    assert [one.status_code for one in answers] == [200] * 6
+    with parafuse.Engine.from_pretrained("emoji") as engine:
+        for seed, answer in zip(seeds, answers, strict=True):
+            found = picture(base64.b64decode(answer.json()["data"][0]["b64_json"]))
+            alone = engine.generate("a red apple", seed=seed, num_inference_steps=8, width=64, height=64)
+            assert np.array_equal(found, np.asarray(alone.images[0]))
+
+
+def test_a_replica_that_is_killed_loses_no_job(server: OnRay) -> None:
+    before = {one.pid for one in server.replicas}
+    assert len(before) == 2
+    jobs = [server.begin(seed) for seed in range(100, 108)]
+    states = server.until(lambda: _two_run([server.job(name) for name in jobs]))
+    assert states.count("running") == 2
+    killed = server.replicas[0]
+    ranks = [one.pid for one in killed.children(recursive=True)]
+    assert ranks
+    killed.send_signal(signal.SIGKILL)
+    server.until(lambda: not any(map(psutil.pid_exists, ranks)))  # they end with it
+    ended = [server.until(lambda name=name: _over(server.job(name))) for name in jobs]
+    assert [one["status"] for one in ended] == ["completed"] * len(jobs), ended
+    assert len(list((server.state / "results").glob("*"))) >= len(jobs)
+    server.until(lambda: len({one.pid for one in server.replicas} - before) == 1)  # Ray has started another
+
+
+def test_a_store_that_is_killed_comes_back_with_its_jobs(server: OnRay) -> None:
+    jobs = [server.begin(seed) for seed in range(200, 204)]
+    (store,) = server.processes("ServeReplica:parafuse:store")
+    store.send_signal(signal.SIGKILL)
+    ended = [server.until(lambda name=name: _over(server.job(name))) for name in jobs]
+    assert [one["status"] for one in ended] == ["completed"] * len(jobs), ended
+    assert server.processes("ServeReplica:parafuse:store")[0].pid != store.pid
+
+
+def test_at_its_end_what_waits_stays(server: OnRay) -> None:
+    """The last: the server is gone then, and so is all that it started."""
+    jobs = [server.begin(seed, steps=200) for seed in range(300, 310)]
+    below = [one.pid for one in psutil.Process(server.process.pid).children(recursive=True)]
+    os.kill(server.process.pid, signal.SIGTERM)
+    assert server.process.wait(PATIENCE_S) == 0
+    server.until(lambda: not any(map(psutil.pid_exists, below)))
+    from tests.serve.stores import open_store
+
+    store = open_store(server.state)
+    found = [store.get(name) for name in jobs]
+    assert {job.state.value for job in found if job} <= {"done", "queued"}
+    assert [job.state.value for job in found if job].count("queued") >= 1
+    assert all(job is not None and job.tries <= 1 for job in found)
+    assert store.epochs() == []
+    assert store.running() == []
+
+
+def _two_run(jobs: list[dict[str, Any]]) -> list[str] | None:
+    states = [one["status"] for one in jobs]
+    return states if states.count("running") == 2 else None
+
+
+def _over(job: dict[str, Any]) -> dict[str, Any] | None:
+    return job if job["status"] in ("completed", "failed", "cancelled") else None

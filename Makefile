@@ -15,8 +15,8 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 USE := tests/drop_in tests/measuring
 OPTIONS := tests/quantize tests/rewrites tests/options
 ATTENTION := tests/kernels tests/sparse
-BATCH := tests/batch
-REST := $(USE) $(BATCH) $(OPTIONS) $(ATTENTION) tests/caches tests/memory tests/vae tests/planning tests/support
+ON_RAY := tests/batch tests/ray_serve
+REST := $(USE) $(ON_RAY) $(OPTIONS) $(ATTENTION) tests/caches tests/memory tests/vae tests/planning tests/support
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help

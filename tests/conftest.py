@@ -32,7 +32,7 @@ hypothesis.settings.load_profile("parafuse")
 
 SUITES = tuple(  # the fastest answer first
     "unit dist gpu quality caches kernels quantize rewrites sparse planning memory vae options measuring support "
-    "drop_in batch serve".split()
+    "drop_in batch ray_serve serve".split()
 )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,3 +114,30 @@ def test_the_builder_refuses(monkeypatch: pytest.MonkeyPatch, args: dict[str, An
     monkeypatch.delenv("PARAFUSE_API_KEYS", raising=False)
     with pytest.raises(ConfigError, match=said):
         ray_serve.app(args)
+
+
+def test_a_cluster_without_room_and_a_port_that_is_taken(tmp_path: Path) -> None:
+    """Said at once, and nothing is left running."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for options, said in (
+            (["--replicas", "999"], "--replicas 999: the cluster has CPUs for "),
+            ([], f"--port {port}: cannot be listened at"),
+        ):
+            command_line = [
+                sys.executable,
+                "-m",
+                "parafuse",
+                "serve",
+                "--ray",
+                "--port",
+                port,
+                "--state",
+                str(tmp_path),
+            ]
+            ended = subprocess.run([*command_line, *options], capture_output=True, text=True, timeout=120, check=False)
+            assert ended.returncode == 2
+            assert said in ended.stderr.splitlines()[-1]
+            assert "Traceback" not in ended.stderr

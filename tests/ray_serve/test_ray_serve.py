@@ -1,16 +1,18 @@
-"""`parafuse serve --ray` as its user runs it: two replicas of one rank on this machine, one killed, the store killed."""
+"""`parafuse serve --ray` as its user runs it: two replicas of one rank; one is killed, then the store; then it ends."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import pytest
 from PIL import Image
 
 import parafuse
+from tests.serve.stores import open_store
 
 PATIENCE_S = 240.0
 STEPS = 60
@@ -68,22 +71,41 @@ class OnRay:
     def ask(self, method: str, path: str, **more: Any) -> httpx2.Response:
         return httpx2.request(method, self.url + path, timeout=PATIENCE_S, trust_env=False, **more)
 
-    def begin(self, seed: int, steps: int = STEPS) -> str:
-        """A job that nobody waits for: its id. Asked again where a replica goes away meanwhile: each once."""
-        body = {"prompt": "a red apple", "seed": seed, "steps": steps, "size": "64x64"}
-        with httpx2.stream(
-            "POST", f"{self.url}/v1/images/generations", json=body | {"stream": True}, trust_env=False,
-            headers={"Idempotency-Key": f"k{seed}"}, timeout=PATIENCE_S,
-        ) as answer:  # fmt: skip
-            assert answer.status_code == 200, answer.read()
-            return answer.headers["parafuse-job-id"]
+    def begin(self, seeds: Iterable[int], steps: int = STEPS) -> list[str]:
+        """Ids of jobs that go on whoever waits for them: their requests have idempotency keys."""
+        before = self.jobs()
 
-    def job(self, name: str) -> dict[str, Any]:
-        def answered() -> dict[str, Any] | None:
-            answer = self.ask("GET", f"/v1/jobs/{name}")
-            return answer.json() if answer.status_code == 200 else None
+        def ask(seed: int) -> None:
+            body = {"prompt": "a red apple", "seed": seed, "steps": steps, "size": "64x64"}
+            with contextlib.suppress(httpx2.HTTPError):  # it may be a replica that is killed
+                self.ask("POST", "/v1/images/generations", json=body, headers={"Idempotency-Key": f"k{seed}"})
 
-        return self.until(answered)
+        asked = list(seeds)
+        for seed in asked:
+            threading.Thread(target=ask, args=(seed,), daemon=True).start()
+        self.until(lambda: len(self.jobs()) == len(before) + len(asked))
+        return sorted(self.jobs().keys() - before.keys())
+
+    def jobs(self) -> dict[str, str]:
+        """Id -> status, of all."""
+
+        def answered() -> list[dict[str, Any]] | None:
+            answer = self.ask("GET", "/v1/jobs?limit=100")
+            return answer.json()["data"] if answer.status_code == 200 else None
+
+        while (found := answered()) is None:
+            time.sleep(0.2)
+        return {one["id"]: one["status"] for one in found}
+
+    def ended(self, jobs: list[str]) -> list[str]:
+        """Their states, once none waits or runs."""
+
+        def over() -> list[str] | None:
+            now = self.jobs()
+            states = [now[name] for name in jobs]
+            return None if {"queued", "running"} & set(states) else states
+
+        return self.until(over)
 
     def kill(self) -> None:
         for one in [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
@@ -117,48 +139,43 @@ def test_pictures_are_those_of_an_engine_whichever_replica_paints(server: OnRay)
     with ThreadPoolExecutor(6) as threads:
         answers = list(threads.map(ask, seeds))
     assert [one.status_code for one in answers] == [200] * 6
-    with parafuse.Engine.from_pretrained("emoji") as engine:
+    with parafuse.Engine.from_pretrained("emoji", alone=True) as engine:
         for seed, answer in zip(seeds, answers, strict=True):
             found = picture(base64.b64decode(answer.json()["data"][0]["b64_json"]))
-            alone = engine.generate("a red apple", seed=seed, num_inference_steps=8, width=64, height=64)
+            alone = engine("a red apple", seed=seed, num_inference_steps=8, width=64, height=64)
             assert np.array_equal(found, np.asarray(alone.images[0]))
 
 
 def test_a_replica_that_is_killed_loses_no_job(server: OnRay) -> None:
     before = {one.pid for one in server.replicas}
     assert len(before) == 2
-    jobs = [server.begin(seed) for seed in range(100, 108)]
-    states = server.until(lambda: _two_run([server.job(name) for name in jobs]))
-    assert states.count("running") == 2
+    jobs = server.begin(range(100, 108))
+    server.until(lambda: list(server.jobs().values()).count("running") == 2)
     killed = server.replicas[0]
     ranks = [one.pid for one in killed.children(recursive=True)]
     assert ranks
     killed.send_signal(signal.SIGKILL)
     server.until(lambda: not any(map(psutil.pid_exists, ranks)))  # they end with it
-    ended = [server.until(lambda name=name: _over(server.job(name))) for name in jobs]
-    assert [one["status"] for one in ended] == ["completed"] * len(jobs), ended
+    assert server.ended(jobs) == ["done"] * len(jobs)
     assert len(list((server.state / "results").glob("*"))) >= len(jobs)
     server.until(lambda: len({one.pid for one in server.replicas} - before) == 1)  # Ray has started another
 
 
 def test_a_store_that_is_killed_comes_back_with_its_jobs(server: OnRay) -> None:
-    jobs = [server.begin(seed) for seed in range(200, 204)]
+    jobs = server.begin(range(200, 204))
     (store,) = server.processes("ServeReplica:parafuse:store")
     store.send_signal(signal.SIGKILL)
-    ended = [server.until(lambda name=name: _over(server.job(name))) for name in jobs]
-    assert [one["status"] for one in ended] == ["completed"] * len(jobs), ended
+    assert server.ended(jobs) == ["done"] * len(jobs)
     assert server.processes("ServeReplica:parafuse:store")[0].pid != store.pid
 
 
 def test_at_its_end_what_waits_stays(server: OnRay) -> None:
     """The last: the server is gone then, and so is all that it started."""
-    jobs = [server.begin(seed, steps=200) for seed in range(300, 310)]
+    jobs = server.begin(range(300, 310))
     below = [one.pid for one in psutil.Process(server.process.pid).children(recursive=True)]
     os.kill(server.process.pid, signal.SIGTERM)
     assert server.process.wait(PATIENCE_S) == 0
     server.until(lambda: not any(map(psutil.pid_exists, below)))
-    from tests.serve.stores import open_store
-
     store = open_store(server.state)
     found = [store.get(name) for name in jobs]
     assert {job.state.value for job in found if job} <= {"done", "queued"}
@@ -166,12 +183,3 @@ def test_at_its_end_what_waits_stays(server: OnRay) -> None:
     assert all(job is not None and job.tries <= 1 for job in found)
     assert store.epochs() == []
     assert store.running() == []
-
-
-def _two_run(jobs: list[dict[str, Any]]) -> list[str] | None:
-    states = [one["status"] for one in jobs]
-    return states if states.count("running") == 2 else None
-
-
-def _over(job: dict[str, Any]) -> dict[str, Any] | None:
-    return job if job["status"] in ("completed", "failed", "cancelled") else None

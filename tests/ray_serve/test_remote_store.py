@@ -95,13 +95,14 @@ def test_a_claim_whose_answer_is_lost_ends_the_charge(tmp_path: Path, how: str) 
     assert [one.id for one in store.queued()] == [job.id]
 
 
-@pytest.mark.parametrize(
-    "lost", [ActorUnavailableError("gone", None), DeploymentUnavailableError.__new__(DeploymentUnavailableError), TimeoutError()]
-)  # fmt: skip
+UNAVAILABLE = DeploymentUnavailableError.__new__(DeploymentUnavailableError)
+
+
+@pytest.mark.parametrize("lost", [ActorUnavailableError("gone", None), UNAVAILABLE, TimeoutError()])
 def test_who_is_never_answered_is_told(tmp_path: Path, lost: Exception) -> None:
     store, handle = over(tmp_path, lambda *_: "before", patience_s=0.05)
     handle.lost = lost
-    with pytest.raises(StoreBusyError, match="nobody has answered for 0.05 s"):
+    with pytest.raises(StoreBusyError, match=r"nobody has answered for 0\.05 s"):
         store.num_queued()
     assert len(handle.asked) > 1
 
@@ -112,7 +113,7 @@ def test_what_the_store_raises_comes_through(tmp_path: Path) -> None:
         store.accept(a_job(), max_queued=0)
     assert not full.value.of_key
     with pytest.raises(AttributeError):
-        store.folders  # type: ignore[attr-defined]
+        _ = store.folders  # type: ignore[attr-defined]
     handle.lost = RayTaskError("ask", "trace", ValueError("a fault"))
     handle.loses = lambda *_: "before"
     with pytest.raises(RayTaskError):

@@ -17,7 +17,7 @@ from parafuse.launch.serve.messages import End, JobEvent, Wake, decode_frame, en
 from parafuse.launch.serve.settings import Serving
 from tests.serve.stores import a_job
 
-LEASE_S = 0.6
+LEASE_S = 1.5
 EVENT = encode(JobEvent(job="j", state="running", step=1, num_steps=4, preview=b"p" * 100))
 
 

@@ -91,11 +91,12 @@ class StoreHost:
         return None
 
     async def news(self, source: str, seen: Cursor | None) -> tuple[Cursor, list[bytes]]:
-        """What others than `source` have told since `seen` (None: since now); waits a while where there is nothing."""
+        """What others than `source` have told since `seen`; waits a while where there is nothing. With None, or what
+        another host has said: at once, where the news stand now."""
         self._begin()
         until_s = time.monotonic() + NEWS_S
         if seen is None or seen[0] != self._name:
-            seen = self._name, self._first + len(self._news)
+            return (self._name, self._first + len(self._news)), []
         while True:
             begin = max(0, seen[1] - self._first)
             fresh = list(self._news)[begin:]

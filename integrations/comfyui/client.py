@@ -17,6 +17,9 @@ LOCAL = "http://127.0.0.1:8000"
 CONNECT_S = 10.0
 ANSWER_S = 60.0
 """For an answer, and between two pieces of a stream; a server's streams say something every 15 s."""
+CODE_S = 600.0
+"""Until an autoencoder that waits in the queue has answered."""
+TENSOR = "tensor/binary"
 BACK_S, AGAIN_S = 120.0, 0.5
 """How long a server that went away is waited for, and between two looks."""
 OVER = ("done", "failed", "cancelled")
@@ -95,18 +98,30 @@ class Server:
         """JSON: what was painted, and how."""
         return self._ask("GET", f"/v1/receipts/{job}").text
 
-    def _ask(self, method: str, path: str, **more: Any) -> requests.Response:
+    def code(self, task: str, data: bytes, shape: Sequence[int], dtype: str) -> tuple[bytes, list[int], str]:
+        """`decode` or `encode` by the server's autoencoder alone, of a tensor as plain bytes: the same of what it gave.
+        Latents are as the autoencoder takes them, without a scaling."""
+        query: dict[str, Any] = {"shape": list(shape), "dtype": dtype, "do_scaling": "false", "deadline_s": CODE_S}
+        if task == "decode":
+            query["output_type"] = "pt"
+        answer = self._ask(
+            "POST", f"/v1/vae/{task}", params=query, data=data, headers={"content-type": TENSOR},
+            answer_s=CODE_S + ANSWER_S,
+        )  # fmt: skip
+        return answer.content, json.loads(answer.headers["shape"]), answer.headers["dtype"]
+
+    def _ask(self, method: str, path: str, answer_s: float = ANSWER_S, **more: Any) -> requests.Response:
         """Raises ServerError with what the server says; ConnectionError only of a stream that is read."""
         try:
             answer = self._session.request(
-                method, self.address + path, timeout=(CONNECT_S, ANSWER_S), allow_redirects=False, **more
+                method, self.address + path, timeout=(CONNECT_S, answer_s), allow_redirects=False, **more
             )
         except requests.ConnectionError as error:
             raise UnreachableError(
                 f"no parafuse server answers at {self.address}: start one (parafuse serve), or set {SERVER_ENV}."
             ) from error
         except requests.Timeout as error:
-            raise UnreachableError(f"{self.address} has not answered for {ANSWER_S:.0f} s.") from error
+            raise UnreachableError(f"{self.address} has not answered for {answer_s:.0f} s.") from error
         if not 200 <= answer.status_code < 300:
             raise ServerError(_fault(answer, self.address))
         return answer

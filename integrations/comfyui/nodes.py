@@ -6,14 +6,15 @@ import base64
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .client import OVER, Event, Server, ServerError
-from .pictures import as_picture, from_files, to_png
+from .pictures import as_picture, from_bytes, from_files, from_pixels, to_bytes, to_pixels, to_png
 
 CATEGORY = "parafuse"
+T = TypeVar("T")
 MAX_SEED = 2**53 - 1
 LOOK_S = 0.1
 """How often it is looked whether the user has pressed Cancel."""
@@ -97,6 +98,60 @@ class Edit:
         return painted(found, lambda: found.submit_edit(fields, [to_png(one) for one in images], sent))
 
 
+class Decode:
+    """Pictures from latents."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Has the autoencoder of a parafuse server decode a graph's latents. It must be that of their model."
+    FUNCTION = "decode"
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("images",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"samples": ("LATENT",)}, "optional": {"server": SERVER}}
+
+    def decode(self, samples: dict[str, Any], server: str = "") -> tuple[torch.Tensor]:
+        """([B, H, W, 3],), of videos all frames. `samples`: {"samples": [B, C, H, W] or [B, C, F, H, W]}. Raises
+        ServerError."""
+        return (from_pixels(coded(Server(server), "decode", samples["samples"])),)
+
+
+class Encode:
+    """Latents from pictures."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Has the autoencoder of a parafuse server encode pictures, for a sampler of the same model here."
+    FUNCTION = "encode"
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("samples",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        as_video = ("BOOLEAN", {"default": False, "tooltip": "The pictures are the frames of one video"})
+        return {"required": {"images": ("IMAGE",)}, "optional": {"as_video": as_video, "server": SERVER}}
+
+    def encode(
+        self, images: torch.Tensor, as_video: bool = False, server: str = ""
+    ) -> tuple[dict[str, torch.Tensor]]:  # fmt: skip
+        """({"samples": ...},). `images` [B, H, W, C]. Raises ServerError."""
+        return ({"samples": coded(Server(server), "encode", to_pixels(images, as_video)).float()},)
+
+
+def coded(server: Server, task: str, x: torch.Tensor) -> torch.Tensor:
+    """What the autoencoder gave. Cancel leaves it at once; what runs on the server goes on to its end."""
+    from comfy.model_management import throw_exception_if_processing_interrupted  # pyright: ignore[reportMissingImports]
+
+    def work() -> Iterator[torch.Tensor]:
+        yield from_bytes(*server.code(task, to_bytes(x), x.shape, "float32"))
+
+    for found in _looking(work()):
+        throw_exception_if_processing_interrupted()
+        if found is not None:
+            return found
+    raise ServerError(f"{task}: the server has said nothing.")
+
+
 def fields_of(prompt: str, seed: int, steps: int, more: dict[str, Any]) -> dict[str, Any]:
     """A request's fields; None for what the model decides. `more`: of OPTIONAL. Raises ServerError."""
     asked = {name: options["default"] for name, (_, options) in OPTIONAL.items()} | more
@@ -163,9 +218,9 @@ def _ended(server: Server, event: Event) -> tuple[torch.Tensor, str]:
     return from_files(server.pictures(job)), server.receipt(job["id"])
 
 
-def _looking(events: Iterator[Event]) -> Iterator[Event | None]:
+def _looking(events: Iterator[T]) -> Iterator[T | None]:
     """The events, and None several times a second where there are none: they are waited for in a thread."""
-    found: queue.Queue[Event | Exception | None] = queue.Queue()
+    found: queue.Queue[T | Exception | None] = queue.Queue()
 
     def read() -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import os
 import signal
 import socket
@@ -183,3 +184,23 @@ def test_at_its_end_what_waits_stays(server: OnRay) -> None:
     assert all(job is not None and job.tries <= 1 for job in found)
     assert store.epochs() == []
     assert store.running() == []
+
+
+@pytest.mark.whole
+def test_why_replicas_cannot_start_is_said_in_one_line(tmp_path: Path) -> None:
+    """What only a rank can find."""
+    with parafuse.Engine.from_pretrained("emoji", alone=True) as engine:
+        engine.pipeline.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"in_channels": 2 * config["in_channels"]}))
+    command = [
+        sys.executable, "-m", "parafuse", "serve", "--ray", "--model", str(tmp_path / "model"), "--port", "8799",
+        "--state", str(tmp_path / "state"),
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert "no replica can start: the ranks cannot be started: rank 0" in last
+    assert "proj_out.bias of shape" in last
+    assert "Traceback" not in ended.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from types import FrameType
@@ -13,6 +14,7 @@ from parafuse.launch.serve.command import ServeJob, listening
 from parafuse.launch.serve.keeper import END_S
 
 NAME = "parafuse"
+ANSWER_S = 5.0
 
 
 def run(job: ServeJob) -> int:
@@ -54,8 +56,7 @@ def _serve(job: ServeJob, is_ours: bool) -> int:
         try:
             serve.run(application(job), name=NAME, route_prefix="/")
         except RuntimeError as error:
-            lines = str(error).strip().splitlines()
-            raise ParafuseError(f"serve: Ray gave up: {lines[-1] if lines else 'it does not say why'}") from error
+            raise ParafuseError(f"serve: no replica can start: {_why(error)}") from error
         starting = False
         host = f"[{asked.host}]" if ":" in asked.host else asked.host
         print(f"parafuse: http://{host}:{asked.port}", flush=True)
@@ -75,3 +76,17 @@ def _serve(job: ServeJob, is_ours: bool) -> int:
 
 def _code(asked_by: list[int]) -> int:
     return 0 if asked_by[:1] == [signal.SIGTERM] else 130
+
+
+def _why(error: Exception) -> str:
+    """In one line: what a replica has said, else what Ray says."""
+    from ray import serve
+
+    from parafuse.launch.ray_serve.application import STORE
+
+    with contextlib.suppress(Exception):  # the store may be what cannot start
+        told = serve.get_deployment_handle(STORE, NAME).complaint.remote().result(timeout_s=ANSWER_S)
+        if told:
+            return " ".join(told.split())
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else "Ray does not say why; --verbose shows the replicas' logs."

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, convert
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from parafuse.config import Config
-from parafuse.errors import ConfigError, RankError
+from parafuse.errors import ConfigError, ParafuseError, RankError
 from parafuse.launch.ray_serve.peers import Peers
 from parafuse.launch.ray_serve.remote_store import store_behind
 from parafuse.launch.serve import logs
@@ -23,13 +27,16 @@ from parafuse.launch.serve.http.admitting import Admission
 from parafuse.launch.serve.http.app import make_app
 from parafuse.launch.serve.http.process import allow_files
 from parafuse.launch.serve.http.service import Service
-from parafuse.launch.serve.jobs import JobStore
+from parafuse.launch.serve.jobs import JobStore, StoreBusyError
 from parafuse.launch.serve.keeper import END_S
 from parafuse.launch.serve.keys import Keys
 from parafuse.launch.serve.settings import Serving
 from parafuse.launch.serve.supervisor import Supervisor, group_of, keys_of
 from parafuse.launch.serve.supervisor_client import SupervisorClient
 from parafuse.launch.serve.wiring import Wiring
+
+START_S = 120.0
+"""For the store's process to start."""
 
 
 class Served(Struct, frozen=True, kw_only=True):
@@ -47,7 +54,7 @@ class Replica:
     replaced where its supervisor ends or its ranks cannot be started again."""
 
     def __init__(self, served: dict[str, Any], store: Any):
-        """`served`: a `Served`; `store`: a handle of the `StoreHost`. Raises ConfigError."""
+        """`served`: a `Served`; `store`: a handle of the `StoreHost`."""
         os.environ["OMP_NUM_THREADS"] = "1"  # Ray has set another number, for all of them together
         logs.configure()
         allow_files()
@@ -102,6 +109,17 @@ class Replica:
     @asynccontextmanager
     async def _supervised(self) -> AsyncIterator[None]:
         """From the first step of its ranks until they have ended; what ran then waits for the other replicas."""
+        try:
+            async with self._running():
+                yield
+        except (ParafuseError, OSError) as error:
+            with contextlib.suppress(RayError, RayServeException):  # Ray itself tells nobody why a start has failed
+                await self._handle.complain.remote(str(error))
+            raise
+
+    @asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
+        await self._see_state()
         self._group = group = group_of(self._wiring, elastic=False)
         peers = Peers(self._handle, self._end)
         supervisor = Supervisor(self._wiring, group, store=self._store, keys=self._keys, beside=peers)
@@ -121,6 +139,22 @@ class Replica:
             await asyncio.wait([work])
             await group.close()
             self._folder.cleanup()
+
+    async def _see_state(self) -> None:
+        """Raises ConfigError where the folder of the state is none that the store's process sees too."""
+        until_s = time.monotonic() + START_S
+        while True:
+            try:
+                await asyncio.to_thread(self._store.num_queued)
+                break
+            except StoreBusyError:  # it starts when this one does
+                if time.monotonic() > until_s:
+                    raise
+        settings = self._wiring.serving
+        if not settings.database.is_file():
+            raise ConfigError(
+                f"--state {settings.state!r}: is not seen from here; give a folder that all machines see."
+            )
 
     def _end(self) -> None:
         """The supervisor drains; who waits for the queue is told to come again."""

@@ -53,7 +53,7 @@ class StoreHost:
         self._keeping = Housekeeping(serving, self._store, keys_of(serving))
         now_s = time.monotonic()
         self._leases = dict.fromkeys(self._store.epochs(), now_s + lease_s)  # they may still be there
-        self._draining = False
+        self._draining, self._complaint = False, ""
         self._name = secrets.token_hex(8)
         self._news: deque[tuple[str, bytes]] = deque()
         self._first, self._bytes = 0, 0
@@ -107,6 +107,15 @@ class StoreHost:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, until_s - time.monotonic())):
                     await self._more.wait()
+
+    async def complain(self, why: str) -> None:
+        """A replica cannot start."""
+        self._complaint = why
+        self._log.error("replica failed", why=why)
+
+    async def complaint(self) -> str:
+        """The last one; '' where there was none."""
+        return self._complaint
 
     async def drain(self, patience_s: float) -> bool:
         """Has all replicas end what they do and be in charge no more; new ones are refused. Whether all have ended in

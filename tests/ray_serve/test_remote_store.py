@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,21 @@ class Handle:
             except ParafuseError as raised:
                 error = raised
 
-        class Response:
-            def result(_, timeout_s: float) -> Any:
-                if how is not None:
-                    raise self.lost
-                return value, error
+        return Response(None if how is None else self.lost, value, error)
 
-        return Response()
+
+@dataclass
+class Response:
+    """What a call of a handle returns."""
+
+    lost: Exception | None
+    value: Any
+    error: ParafuseError | None
+
+    def result(self, timeout_s: float) -> Any:
+        if self.lost is not None:
+            raise self.lost
+        return self.value, self.error
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from parafuse.config import Config
 from parafuse.errors import ConfigError, nearest
 from parafuse.launch.ray_serve.replica import Replica, Served
 from parafuse.launch.ray_serve.store_host import StoreHost
+from parafuse.launch.serve import logs
 from parafuse.launch.serve.command import Serve, ServeJob, plain, prepare
 from parafuse.launch.serve.keeper import END_S
 from parafuse.launch.serve.keys import ENVIRONMENT
@@ -34,6 +35,7 @@ class Store(StoreHost):
     """The deployment of the store."""
 
     def __init__(self, settings: dict[str, Any]):
+        logs.configure()
         super().__init__(Serving.from_dict(settings))
 
     async def __del__(self) -> None:

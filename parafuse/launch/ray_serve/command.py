@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
 
-from parafuse.errors import ParafuseError
+from parafuse.errors import ConfigError, ParafuseError
 from parafuse.launch.cluster import room_for, start_ray
 from parafuse.launch.serve.command import ServeJob, listening
 from parafuse.launch.serve.keeper import END_S
@@ -42,7 +43,7 @@ def _serve(job: ServeJob, is_ours: bool) -> int:
     asked = job.serve
     end = threading.Event()
     asked_by: list[int] = []
-    starting = True
+    starting, is_mine = True, False
 
     def ask(number: int, _frame: FrameType | None) -> None:
         asked_by.append(number)
@@ -53,6 +54,12 @@ def _serve(job: ServeJob, is_ours: bool) -> int:
     before: dict[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": asked.host, "port": asked.port})
+        if NAME in serve.status().applications:
+            raise ConfigError(
+                f"--ray-address {asked.ray_address!r}: an application {NAME} runs there already; end that one first "
+                f"(serve delete {NAME}), or change it with serve deploy."
+            )
+        is_mine = True
         try:
             serve.run(application(job), name=NAME, route_prefix="/")
         except RuntimeError as error:
@@ -67,11 +74,22 @@ def _serve(job: ServeJob, is_ours: bool) -> int:
     except KeyboardInterrupt:
         return _code(asked_by)
     finally:
+        if is_mine:
+            _delete(is_ours)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _delete(is_ours: bool) -> None:
+    """Takes the application away; Ray waits a minute for a replica that is still starting, and goes on by itself."""
+    from ray import serve
+
+    try:
         serve.delete(NAME)
         if is_ours:
             serve.shutdown()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except TimeoutError:
+        print(f"parafuse: a replica was still starting; Ray ends {NAME} by itself.", file=sys.stderr)
 
 
 def _code(asked_by: list[int]) -> int:

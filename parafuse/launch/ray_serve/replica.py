@@ -35,7 +35,7 @@ from parafuse.launch.serve.supervisor import Supervisor, group_of, keys_of
 from parafuse.launch.serve.supervisor_client import SupervisorClient
 from parafuse.launch.serve.wiring import Wiring
 
-START_S = 120.0
+START_S = 45.0
 """For the store's process to start."""
 
 

@@ -147,6 +147,15 @@ def test_pictures_are_those_of_an_engine_whichever_replica_paints(server: OnRay)
             assert np.array_equal(found, np.asarray(alone.images[0]))
 
 
+def test_a_client_that_leaves_cancels_its_job(server: OnRay) -> None:
+    before = server.jobs()
+    body = {"prompt": "a red apple", "seed": 50, "steps": 200, "size": "128x128"}
+    with httpx2.Client(trust_env=False, timeout=1.0) as client, pytest.raises(httpx2.ReadTimeout):
+        client.post(f"{server.url}/v1/images/generations", json=body)
+    (job,) = server.jobs().keys() - before.keys()
+    assert server.ended([job]) == ["cancelled"]
+
+
 def test_a_replica_that_is_killed_loses_no_job(server: OnRay) -> None:
     before = {one.pid for one in server.replicas}
     assert len(before) == 2

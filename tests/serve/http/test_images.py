@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import httpx2
 import openai
 import pytest
 from PIL import Image
 
+from parafuse.launch.serve.http.images import until_over
 from parafuse.launch.serve.jobs import JobError, State
 from tests.serve.http.serving import Running, png, serving, until
 
@@ -355,3 +358,27 @@ def test_other_names_of_the_model() -> None:
             assert server.wait(job, State.DONE).request.asked["model"] == name
         with pytest.raises(openai.NotFoundError, match="no 'emoji' here; this server has 'gpt-image-1'"):
             client.images.generate(prompt="x", model="emoji")
+
+
+def test_a_request_that_is_given_up_takes_its_job_along() -> None:
+    """Ray Serve cancels what answers a client that has gone; it says nothing else."""
+    left: list[str] = []
+
+    class Waits:
+        async def ended(self, _: Any) -> None:
+            await asyncio.Event().wait()
+
+        async def left_by(self, job: Any) -> None:
+            left.append(job)
+
+    async def go() -> None:
+        waits: Any = Waits()
+        waits.receive = lambda: asyncio.Event().wait()
+        task = asyncio.create_task(until_over(waits, waits, "a job"))  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(go())
+    assert left == ["a job"]

@@ -100,6 +100,9 @@ async def until_over(service: Service, request: Request, job: Job) -> Job | None
         await asyncio.wait((gone, over), return_when=asyncio.FIRST_COMPLETED)
         if over.done():
             return over.result()
+    except asyncio.CancelledError:  # Ray Serve says so of a client that has gone
+        await service.left_by(job)
+        raise
     finally:
         for task in (gone, over):
             task.cancel()

@@ -17,7 +17,7 @@ from parafuse.attention import Attention, attention_of
 from parafuse.cache import Cache, cache_of
 from parafuse.encoding import Encoding, encoding_of
 from parafuse.errors import ConfigError, nearest, reject_unknown
-from parafuse.offload import Offload, offload_of
+from parafuse.offload import RANKS, Offload, offload_of
 from parafuse.placement import MaxMemory, Placement, max_memory_of, placement_of
 from parafuse.quantization import Quantize, quantize_of
 from parafuse.sparse import Sparse, sparse_of
@@ -246,6 +246,11 @@ class Config:
         if not isinstance(self.offload, Offload):
             return
         said = f"offload={self.offload.brief}"
+        if self.offload.to == RANKS and encoding_of(self.text_encoders).one_rank:
+            raise ConfigError(
+                f"{said}: not with text_encoders={str(self.text_encoders)!r}, whose calls one rank makes alone, while "
+                "weights come from all; use text_encoders='everywhere'."
+            )
         if self.cuda_graphs:
             raise ConfigError(
                 f"{said}: not with cuda_graphs=True, whose graphs read weights where they were captured; leave one of "

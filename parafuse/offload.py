@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from parafuse.errors import ConfigError
 from parafuse.spelled import Spelled, chosen
 
-CPU, DISK, AUTO = "cpu", "disk", "auto"
+CPU, DISK, RANKS, AUTO = "cpu", "disk", "ranks", "auto"
 BLOCK, LEAF = "block", "leaf"
 ENDING = ".weights"
 """Of the files that hold weights on a disk."""
@@ -33,15 +33,24 @@ class Offload(Spelled):
     what: ClassVar[str] = "offload"
 
     to: str = dataclasses.field(default=CPU, kw_only=True)
-    """Where weights are meanwhile: cpu (the host's memory, pinned) or disk."""
+    """Where weights are meanwhile: cpu (the host's memory, pinned), disk, or ranks (of those that share a sequence
+    each keeps a part on its device, and they come from all of them). Autoencoders stay whole then."""
     folder: str | None = dataclasses.field(default=None, kw_only=True)
     """For disk: where the files are, and stay for the next start. none: a folder of the user's in the system's
     temporary one, and no file in it outlives its use."""
+    keep_originals: bool = dataclasses.field(default=False, kw_only=True)
+    """For ranks: keeps the whole weights where they were loaded too, so that they are put back when it is taken off."""
     device: str = dataclasses.field(default=AUTO, kw_only=True)
     """What computes: cuda or cpu. auto: the device of the engine; with `apply` a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        self._check_word("to", (CPU, DISK))
+        self._check_word("to", (CPU, DISK, RANKS))
+        self._check_switch("keep_originals")
+        if self.keep_originals and self.to != RANKS:
+            raise ConfigError(
+                f"{self._named('keep_originals')}: is for weights that are cut between ranks, since others are "
+                "put back always; give to=ranks too, or leave it out."
+            )
         self._check_word("device", (AUTO, "cuda", "cpu"))
         if isinstance(self.folder, os.PathLike):
             object.__setattr__(self, "folder", os.fspath(self.folder))
@@ -66,6 +75,14 @@ class Offload(Spelled):
     def ahead(self) -> int:
         """How many units come while one computes."""
         return 0
+
+    def check_between(self, sequence_degree: int) -> None:
+        """Raises ConfigError where the weights cannot be cut between so many ranks."""
+        if self.to == RANKS and sequence_degree == 1:
+            raise ConfigError(
+                f"offload={self.brief}: to=ranks cuts weights between the ranks that share a sequence, which make the "
+                "same calls, and here none do; give parallel.ulysses or parallel.ring of at least 2, or use to=cpu."
+            )
 
     def check_on(self, device: str) -> None:
         """Raises ConfigError where it would do nothing on a device."""

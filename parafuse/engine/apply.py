@@ -21,7 +21,7 @@ from parafuse.engine.devices import remove_offload
 from parafuse.engine.extras import Extras
 from parafuse.engine.following import Component, follow
 from parafuse.engine.host_times import host_times
-from parafuse.engine.offload.pipeline import Offloading, device_for, offloading, shared_offloading
+from parafuse.engine.offload.pipeline import WEIGHTS, Offloading, device_for, offloading, shared_offloading
 from parafuse.engine.placement.settle import placed_on
 from parafuse.engine.plan_store import key_for
 from parafuse.engine.quantize.put_on import Quantized, asked_of, checked, existing, quantize
@@ -97,17 +97,29 @@ class Handle:
 
     def remove(self, *, quietly: bool = False) -> None:
         """Takes everything off, in reverse order, but for what another handle uses. Local; a second call does
-        nothing. `quietly`: without a word on weights that stay quantized."""
+        nothing. `quietly`: without a word on weights that stay quantized, or cut between ranks."""
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
+        cut = [] if quietly else self._cut()
         self._let_go()
+        if cut:
+            note(
+                f"{', '.join(cut)}: stays without weights, of which this rank has a part (offload: keep_originals=true "
+                "keeps all); load the model again for these."
+            )
         self._put_weights_back(quietly=quietly)
         self._tell()
         self.clock.drop(self.target)
         if self.mesh is not None and not self._is_off:
             release(self.mesh)
         self._is_off = True
+
+    def _cut(self) -> list[str]:
+        """Components whose weights this rank cannot put back by itself."""
+        weights = [one.weights for _, one in self._on if one.users == [self]]
+        weights += self.offloading.others(self) if self.offloading is not None else []
+        return [one.name for one in weights if one is not None and not one.residence.home.keeps_all]
 
     def _let_go(self) -> None:
         if self.offloading is not None:
@@ -340,6 +352,8 @@ class Handle:
             groups["all"] = self.mesh.world
         if self.mesh.apart is not None:
             groups[DECODING] = self.mesh.apart
+        if self.offloading is not None and self.offloading.ranks is not None:
+            groups[WEIGHTS] = self.offloading.ranks
         return {f"{axis}.{kind}": c for axis, group in groups.items() for kind, c in counters(group).kinds.items()}
 
     @contextmanager
@@ -414,7 +428,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         if mesh.sequence_degree > 1 and config.parallel.ulysses == "auto":
             note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
     handle = Handle(mesh=mesh, extras=extras, quantize=method, target=target)
-    handle.offloading = known_offload or offloading(extras, target)
+    handle.offloading = known_offload or offloading(extras, target, mesh, config.timeout_s)
     known = next((one.guidance for one in shared if one.guidance), None)
     handle.rounds = known.rounds if known else handle.rounds
     handle.clock = next((one.clock for one in shared if one.clock), handle.clock)

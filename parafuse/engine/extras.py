@@ -86,6 +86,8 @@ class Extras:
 
     def check(self, device: str, degree: Callable[[Axis], int]) -> None:
         """Raises ConfigError where something of it cannot be had on a device, or in a layout."""
+        if self.offload is not None:
+            self.offload.check_between(degree(Axis.RING) * degree(Axis.ULYSSES))
         if self.cuda_graphs and self.sparse is not None:
             raise ConfigError(
                 f"cuda_graphs=True: not with sparse={self.sparse.brief}, whose first steps are whole; leave one out."

@@ -129,6 +129,8 @@ class Plan:
         offload = offload_of(self.offload or None)
         if offload is not None and offload.device != self.device:
             raise ConfigError(f"plan.offload: device={offload.device}: must be the plan's, {self.device}.")
+        if offload is not None:
+            offload.check_between(self.sequence_degree)
         method = quantize_of(self.quantize or None)
         if isinstance(method, Fp8) and method.scale == AUTO:
             raise ConfigError("plan.quantize: scale=auto: a plan is explicit; only a Config may say 'auto'.")

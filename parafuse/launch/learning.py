@@ -11,6 +11,7 @@ from parafuse.engine.planning import choose, known, learned
 from parafuse.engine.planning.cost import Candidate, Costs
 from parafuse.errors import ParafuseError
 from parafuse.log import note
+from parafuse.offload import offload_of
 
 if TYPE_CHECKING:
     from parafuse.config import Config
@@ -62,7 +63,7 @@ def candidate_of(plan: Plan) -> Candidate:
         compile=plan.compile,
         quantize=plan.quantize.partition(":")[0],
         cache=cache.brief if (cache := cache_of(plan.cache or None)) is not None else "",
-        offload=choose.OFFLOADS.get(plan.offload.partition(":")[0], ""),
+        offload=choose.offload_name(offload_of(plan.offload or None)),
     )
 
 

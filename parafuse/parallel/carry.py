@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parafuse.parallel.homes import Home, HostHome
+from parafuse.parallel.homes import Home
+from parafuse.parallel.ranks_home import RanksHome
 
 
 @dataclass
@@ -106,6 +107,20 @@ class _Read(Flight):
         return not self._future.done()
 
 
+class _Gathered(Flight):
+    """From all ranks, by threads of the process group."""
+
+    def __init__(self, work: Any, out: Tensor):
+        self._work, self._out = work, out
+
+    def land(self) -> Tensor:
+        self._work.wait()
+        return self._out
+
+    def is_late(self) -> bool:
+        return not self._work.is_completed()
+
+
 class HostCarrier(Carrier):
     """To memory of the host, which is new each time and let go."""
 
@@ -113,9 +128,12 @@ class HostCarrier(Carrier):
         self._thread: ThreadPoolExecutor | None = None
 
     def start(self, home: Home, number: int, nbytes: int, *, ahead: bool) -> Flight:
+        if isinstance(home, RanksHome):  # in this thread, so that all ranks have the same order
+            gathered = self._memory(nbytes)
+            return _Gathered(home.begin(number, gathered), gathered)
+
         def read() -> Tensor:
-            with torch.inference_mode(False):
-                out = torch.empty(nbytes, dtype=torch.uint8)
+            out = self._memory(nbytes)
             home.read(number, out)
             return out
 
@@ -125,6 +143,10 @@ class HostCarrier(Carrier):
         future: Future[Tensor] = Future()
         future.set_result(read())
         return _Read(future)
+
+    def _memory(self, nbytes: int) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(nbytes, dtype=torch.uint8)
 
     def give_back(self, image: Tensor) -> None: ...
 
@@ -167,7 +189,7 @@ class StreamCarrier(Carrier):
         image = whole[:nbytes]
 
         def copy() -> tuple[Tensor, Any]:
-            staged = None if isinstance(home, HostHome) else self._staging(nbytes)
+            staged = None if home.is_direct else self._staging(nbytes)
             if staged is not None:
                 home.read(number, staged[:nbytes])
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
@@ -182,7 +204,7 @@ class StreamCarrier(Carrier):
                 self._staged.append((staged, done))
             return image, done
 
-        if ahead and not isinstance(home, HostHome):
+        if ahead and not home.is_direct:
             self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="parafuse-offload")
             return _Copied(self._thread.submit(copy))
         future: Future[tuple[Tensor, Any]] = Future()

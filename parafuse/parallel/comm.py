@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -129,6 +130,16 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
 @all_reduce.register_fake
 def _(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def gather_into(out: Tensor, part: Tensor, group: ProcessGroup) -> dist.Work:
+    """Starts filling `out` (degree * N,) with the parts (N,) of the ranks of `group`, in order; to be waited for on the
+    stream that needs it. Collective on `group`."""
+    counters(group).add("all_gather", part.nbytes * (group.size() - 1))
+    work: Any = _gather_flat(out, part, group=group, async_op=True)
+    if work is None:
+        raise RuntimeError(f"this rank is not in the group {group.group_name}")
+    return work
 
 
 def broadcast(x: Tensor, owner: int, group: str) -> dist.Work:

@@ -34,6 +34,13 @@ PIECE = 1 << 24
 class Home(Protocol):
     """Keeps the images of one component, by number."""
 
+    grain: int
+    """Bytes that the size of an image must be a multiple of."""
+    keeps_all: bool
+    """Whether all of an image is here, so that it can be given back without other ranks."""
+    is_direct: bool
+    """Whether `read` writes into a GPU's memory by itself, and does not hold the host up."""
+
     def keep(self, images: Sequence[Image]) -> None:
         """Takes the bytes of all of them, in the place of what it had, and puts the weights away. All or nothing: what
         fails leaves every weight with its values where it was, and what is kept then is not told."""
@@ -53,6 +60,8 @@ class Home(Protocol):
 
 class HostHome:
     """The host's memory, pinned where a GPU reads it."""
+
+    grain, keeps_all, is_direct = 1, True, True
 
     def __init__(self, *, pinned: bool):
         self._pinned = pinned
@@ -95,6 +104,8 @@ class DiskHome:
     """A file, named by what is in it: processes with the same weights share it. It goes with the last one that uses it.
     In a folder that the user has named the first one stays, which the next start finds; others, of weights that were
     changed since, go."""
+
+    grain, keeps_all, is_direct = 1, True, False
 
     def __init__(self, folder: str | None):
         self._stays = folder is not None
@@ -205,6 +216,8 @@ class DiskHome:
 
 class MixedHome:
     """Several homes, of which each image has one."""
+
+    grain, keeps_all, is_direct = 1, True, False
 
     def __init__(self, homes: Mapping[str, Home], which: Callable[[], Sequence[str]]):
         """`which`: of each image that is to be kept, the name of its home."""

@@ -59,8 +59,9 @@ class Image:
     """The bytes of some weights. `sources` right after it was made, as long as their data is theirs. Of weights without
     memory (fake ones) it has the sizes alone."""
 
-    def __init__(self, weights: Iterable[Tensor], device: torch.device):
-        """`device`: what computes with them. Raises UnsupportedError for weights that cannot come and go."""
+    def __init__(self, weights: Iterable[Tensor], device: torch.device, grain: int = 1):
+        """`device`: what computes with them. `grain`: bytes that its size is to be a multiple of. Raises
+        UnsupportedError for weights that cannot come and go."""
         self.slots: list[Slot] = []
         self.runs: list[Run] = []
         self.nbytes = 0
@@ -77,6 +78,7 @@ class Image:
         found = {id(x): x for weight in weights for x in carriers(weight) if x.numel()}
         for members in sharing(list(found.values())):
             self._add(members, device)
+        self.nbytes = -(-self.nbytes // grain) * grain
 
     def _add(self, members: list[Tensor], device: torch.device) -> None:
         first = min(map(_start, members))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -108,6 +109,25 @@ def _apart(world: ProcessGroup) -> ProcessGroup:
         _APART.clear()  # an earlier world's
         _APART[world] = dist.new_group()  # pyright: ignore[reportArgumentType]  (this rank is in it)
     return _APART[world]
+
+
+_BESIDE: dict[ProcessGroup, ProcessGroup] = {}
+"""The group of the ranks of a sequence -> another one of the same ranks."""
+
+
+def beside(mesh: Mesh, timeout_s: float) -> ProcessGroup:
+    """A group of the ranks that share a sequence, for weights that come beside the exchanges of what computes: over one
+    group, one would wait for the other. Collective on these ranks the first time."""
+    if mesh.sequence is None:
+        raise ValueError("no ranks share a sequence")
+    if mesh.sequence not in _BESIDE:
+        if any(dist.distributed_c10d._world.pg_map.get(one) is None for one in _BESIDE):  # an earlier world's
+            _BESIDE.clear()
+        ranks = dist.get_process_group_ranks(mesh.sequence)
+        made: Any = dist.new_group(ranks, use_local_synchronization=True)
+        _BESIDE[mesh.sequence] = made
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), _BESIDE[mesh.sequence])
+    return _BESIDE[mesh.sequence]
 
 
 def _make(degrees: Mapping[Axis, int], device: str) -> Mesh:

@@ -2,7 +2,8 @@
 
 A unit comes as a whole: when it is entered, and goes when it is left, or stays (what the component needs all the time)
 until another component's turn. While one unit computes the next ones come; which these are is learned from the calls
-before, and a wrong guess costs a wait, never a wrong value. Local: nothing is exchanged.
+before, and a wrong guess costs a wait, never a wrong value. Local, unless the home is other ranks' memory
+(`ranks_home.py`): then all that lets units come, or reads them at home, is collective.
 """
 
 from __future__ import annotations
@@ -146,11 +147,12 @@ class Residence:
         self.turn.join(self)
 
     def close(self) -> None:
-        """Puts all weights back where they were, and lets the home go."""
+        """Puts all weights back where they were, and lets the home go; what it does not have by itself stays away.
+        Local."""
         self.send_away(even_busy=True)
         self.carrier.settle()
         self.turn.leave(self)
-        for unit in self.units:
+        for unit in self.units if self.home.keeps_all else ():
             runs = [run.clone() for run in self.home.runs(unit.number)]
             unit.image.put([run.to(self._was or self.device) for run in runs])
         self.units = []
@@ -164,7 +166,7 @@ class Residence:
     def _derive(self) -> None:
         """The units of what the component is made of now. Weights must be in memory."""
         units = [
-            Unit(group, number, Image(group.weights, self.device))
+            Unit(group, number, Image(group.weights, self.device, self.home.grain))
             for number, group in enumerate(group for group in self.groups() if group.weights)
         ]
         self.home.keep([unit.image for unit in units])

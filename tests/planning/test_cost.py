@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from parafuse.engine.planning.cost import Candidate, Corrections, Costs, rate_of, seconds_of, uneven
+from parafuse.engine.planning.cost import SHARDED, Candidate, Corrections, Costs, rate_of, seconds_of, uneven
 from parafuse.engine.planning.facts import ATTENTION, DENOISE, GEMM, Amount, Operator
 from parafuse.engine.planning.machine import Curve, Machine
 from tests.planning.models import BLOCKS, DEVICE, FAST, ITEM, SLOW, TOKENS, WIDTH, denoiser, facts, guided, machine
@@ -233,3 +233,13 @@ def test_offload_brings_every_component_at_the_rate_of_the_slot_in_the_size_that
     assert small.denoise.offload == pytest.approx(2.0), "8 bits of 16"
     fast = cost(Candidate(offload="model"), machine(1, device=dataclasses.replace(slow, host_bytes_per_s=2e9)))
     assert fast.denoise.offload == pytest.approx(2.0)
+
+
+def test_weights_cut_between_ranks_come_over_their_link_and_take_a_part_of_the_memory() -> None:
+    whole, away = (cost(Candidate(ulysses=4, offload=how), machine(4)) for how in ("", SHARDED))
+    assert away.memory_bytes < whole.memory_bytes
+    for seconds in (1e-3, 1e3):  # a link that hides them, and one that does not
+        there = machine(4, inside=Link(name="wire", bytes_per_s=1e9 / seconds, latency_s=0.0))
+        plain, cut = (cost(Candidate(ulysses=4, offload=how), there) for how in ("", SHARDED))
+        late = cut.denoise.offload - plain.denoise.offload
+        assert (late > 0) == (seconds > 1)

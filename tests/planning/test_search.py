@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from parafuse.engine.planning.cost import Candidate, Corrections, Cost, Costs
+from parafuse.engine.planning.cost import SHARDED, Candidate, Corrections, Cost, Costs
 from parafuse.engine.planning.facts import DECODE, DENOISE
 from parafuse.engine.planning.machine import Machine
 from parafuse.engine.planning.search import (
@@ -410,3 +410,10 @@ def test_where_no_plan_is_legal_a_number_of_ranks_is_told_that_has_one() -> None
     small = dataclasses.replace(machine(1), device=dataclasses.replace(DEVICE, memory_bytes=1))
     with pytest.raises(ConfigError, match="no plan of 1 rank is legal"):
         search(facts(), small, Demand(ranks=1))
+
+
+def test_weights_are_cut_only_between_ranks_that_share_a_sequence() -> None:
+    found = search(facts(branches=2, pictures=4), machine(4), Demand(ranks=4, fixed={"offload": SHARDED}))
+    assert found.costs
+    assert all(cost.candidate.sequence > 1 and cost.candidate.offload == SHARDED for cost in found.costs)
+    assert any("share a sequence" in why for why in found.refused.values())

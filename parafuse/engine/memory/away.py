@@ -14,7 +14,7 @@ from parafuse.engine.memory.fake_pipeline import bytes_by_path
 from parafuse.engine.memory.ledger import MAIN, Ledger
 from parafuse.engine.offload.pipeline import Offloading, modules_in
 from parafuse.engine.placement.put_on import Placing
-from parafuse.offload import Offload
+from parafuse.offload import RANKS, Offload
 from parafuse.parallel.carry import Carrier, Flight
 from parafuse.parallel.homes import Home
 from parafuse.parallel.hooks import Forward
@@ -26,15 +26,19 @@ from parafuse.placement import PlacedWeights
 CPU = torch.device("cpu")
 
 
-def counted(method: Offload, target: Any) -> Offloading:
-    """What offloads or places a target whose weights are without memory."""
+def counted(method: Offload, target: Any, degree: int) -> Offloading:
+    """What offloads or places a target whose weights are without memory. `degree`: ranks that share a sequence."""
     return (
-        CountedPlacing.of(method, target) if isinstance(method, PlacedWeights) else CountedOffload(method, CPU, target)
+        CountedPlacing.of(method, target)
+        if isinstance(method, PlacedWeights)
+        else CountedOffload(method, target, degree)
     )
 
 
 class _Sizes:
     """A home of weights that have none."""
+
+    grain, keeps_all, is_direct = 1, True, True
 
     def keep(self, images: Sequence[Image]) -> None: ...
 
@@ -64,16 +68,23 @@ class _Nothing(Carrier):
 
 
 class CountedOffload(Offloading):
+    def __init__(self, method: Offload, target: Any, degree: int):
+        super().__init__(method, CPU, target)
+        self._degree = degree
+
     def store(self, where: str) -> Home:
         return _Sizes()
 
     def carrier(self) -> Carrier:
         return _Nothing()
 
+    def keep_here(self, module: nn.Module) -> None: ...
+
     def elsewhere(self, ledger: Ledger) -> dict[str, int]:
         """Tells the ledger of what comes and goes from here on. Place -> bytes of weights that stay there."""
         self.ledger.watch = ledger.weigh
-        return {self.method.to: self.turn.nbytes}
+        nbytes = self.turn.nbytes
+        return {self.method.to: nbytes - nbytes // self._degree if self.method.to == RANKS else nbytes}
 
 
 class CountedPlacing(Placing):

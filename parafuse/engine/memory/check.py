@@ -13,7 +13,7 @@ from parafuse.engine.architecture import RANDOM, TINY, read_architecture
 from parafuse.engine.folder import SAFE, tensor_facts, weight_files
 from parafuse.errors import ConfigError
 from parafuse.hardware import gpus, memory_bytes, num_cuda_devices
-from parafuse.offload import DISK, Offload, offload_of
+from parafuse.offload import DISK, RANKS, Offload, offload_of
 
 if TYPE_CHECKING:
     from parafuse.engine.plan import Plan
@@ -87,7 +87,8 @@ def check_memory(source: ModelSource, config: Config, world_size: int) -> None:
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and num_cuda_devices() >= local) else "cpu"
     dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
     home = _home(device, offload_of(config.offload))
-    _check(source, home, dtype, config.quantize is not None, local, {})
+    parts = _parts(offload_of(config.offload), world_size)
+    _check(source, home, dtype, config.quantize is not None, local, {}, parts)
 
 
 def check_files(source: ModelSource, plan: Plan, given: Mapping[str, Any]) -> None:
@@ -99,7 +100,8 @@ def check_files(source: ModelSource, plan: Plan, given: Mapping[str, Any]) -> No
         _check_folder(offload.folder)
     if source.kind in ("folder", "file") and not elsewhere and not by_part and not plan.placement:
         home = _home(plan.device, offload)
-        _check(source, home, plan.dtype, bool(plan.quantize), _local(plan.world_size), given)
+        parts = _parts(offload, plan.sequence_degree)
+        _check(source, home, plan.dtype, bool(plan.quantize), _local(plan.world_size), given, parts)
 
 
 def _check_folder(folder: str) -> None:
@@ -113,7 +115,7 @@ def _check_folder(folder: str) -> None:
 def _home(device: str, offload: Offload | None) -> str:
     """Where all weights are at once: cuda, cpu (which the ranks of a machine share), pinned (each has its own) or
     disk."""
-    if offload is None:
+    if offload is None or offload.to == RANKS:
         return device
     return DISK if offload.to == DISK else "pinned"
 
@@ -123,14 +125,22 @@ def _local(world_size: int) -> int:
     return min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
 
 
-def _check(source: ModelSource, device: str, dtype: str, quantized: bool, local: int, given: Mapping[str, Any]) -> None:
-    needs = sum(weight_bytes(source, dtype, quantized=quantized, given=given).values())
+def _parts(offload: Offload | None, degree: int) -> int:
+    """Into how many parts the weights of every component are cut, at most."""
+    return degree if offload is not None and offload.to == RANKS else 1
+
+
+def _check(
+    source: ModelSource, device: str, dtype: str, quantized: bool, local: int, given: Mapping[str, Any], parts: int
+) -> None:
+    needs = sum(weight_bytes(source, dtype, quantized=quantized, given=given).values()) // parts
     where, there = device_memory(device, local)
     if there and needs > there:
         least = "at least " if quantized else ""
+        what = f"a {parts}th of its weights takes" if parts > 1 else "its weights take"
         tiny = f", or try it with tiny parts: {TINY}{source.name.removeprefix(RANDOM)} (bench: --tiny)"
         raise ConfigError(
-            f"model={source.name!r}: its weights take {least}{needs / 1e9:.0f} GB in {dtype}, and {where} has "
+            f"model={source.name!r}: {what} {least}{needs / 1e9:.0f} GB in {dtype}, and {where} has "
             f"{there / 1e9:.0f} GB; take a larger device, or quantize it"
             f"{tiny if source.kind == 'random' else ''}. parafuse plan --memory shows what takes how much."
         )

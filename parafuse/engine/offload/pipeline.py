@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from parafuse.engine.extras import Extras
 from parafuse.engine.following import is_manager, managed
@@ -16,14 +17,16 @@ from parafuse.engine.members import OFFLOADS, beside_offload
 from parafuse.engine.offload.component import OffloadedComponent, RootCalls, Summons, UnitCalls
 from parafuse.engine.offload.units import blocks_of, groups_of, modules_of
 from parafuse.engine.state import components_of
-from parafuse.engine.targets import DECODERS, DENOISERS
+from parafuse.engine.targets import AUTOENCODERS, DECODERS, DENOISERS
 from parafuse.errors import ConfigError
-from parafuse.offload import AUTO, CPU, Offload, offload_of
+from parafuse.offload import AUTO, CPU, RANKS, Offload, offload_of
 from parafuse.parallel.carry import Carrier, Ledger, carrier_for
 from parafuse.parallel.encoding import TextEncoder
 from parafuse.parallel.homes import DiskHome, Home, HostHome
 from parafuse.parallel.hooks import override
+from parafuse.parallel.mesh import Mesh, beside
 from parafuse.parallel.packed import has_values
+from parafuse.parallel.ranks_home import RanksHome
 from parafuse.parallel.residence import Residence, Turn
 from parafuse.placement import PlacedWeights
 
@@ -42,6 +45,10 @@ def device_for(asked: Offload | str | None, found: str) -> str:
     if method is None or method.device == AUTO:
         return "cuda" if method is not None and torch.cuda.is_available() else found
     return method.device
+
+
+WEIGHTS = "weights"
+"""The name of what is sent of weights that are cut between ranks."""
 
 
 class OffloadedDenoiser(OffloadedComponent):
@@ -78,11 +85,14 @@ class OffloadedOther(OffloadedComponent):
 class Offloading:
     """The offload of one pipeline, or of several that share components."""
 
-    def __init__(self, method: Offload, device: torch.device, target: Any):
-        self.method, self.device = method, device
+    def __init__(self, method: Offload, device: torch.device, target: Any, ranks: ProcessGroup | None = None):
+        """`ranks`: between which weights are cut."""
+        self.method, self.device, self.ranks = method, device, ranks
         self.ledger, self.turn = Ledger(), Turn()
         self._order = _order_of(target)
         self._stay = frozenset[str](getattr(target, "_exclude_from_cpu_offload", None) or ())
+        if method.to == RANKS:
+            self._stay |= frozenset(AUTOENCODERS)  # of which ranks make other calls than one another
         self._others: dict[nn.Module, OffloadedOther] = {}
 
     def denoiser(self, name: str, module: nn.Module) -> OffloadedDenoiser | None:
@@ -96,7 +106,9 @@ class Offloading:
         return OffloadedOther(name, module, self.method, self._residence(name, module, modules))
 
     def store(self, where: str) -> Home:
-        """A new home on the host or a disk."""
+        """A new home on the host, on a disk, or between ranks."""
+        if self.ranks is not None:
+            return RanksHome(self.ranks, self.device, keep_originals=self.method.keep_originals)
         return HostHome(pinned=self.device.type == "cuda") if where == CPU else DiskHome(self.method.folder)
 
     def carrier(self) -> Carrier:
@@ -117,6 +129,10 @@ class Offloading:
             in_order=not self._order or name.partition(" ")[0] in self._order,
         )
 
+    def keep_here(self, module: nn.Module) -> None:
+        """Of a component whose weights stay."""
+        module.to(self.device)
+
     def _wanted(self, target: Any, standing: list[nn.Module]) -> dict[nn.Module, str]:
         """What is offloaded of a target, beside what somebody else sees to."""
         return {
@@ -132,7 +148,7 @@ class Offloading:
         Local. `standing`: those that somebody else sees to."""
         for name, module in modules_in(target):
             if name in self._stay:
-                module.to(self.device)
+                self.keep_here(module)
         wanted = self._wanted(target, standing)
         for module in [one for one, other in self._others.items() if user in other.users and one not in wanted]:
             self._let_go(user, module)
@@ -164,6 +180,10 @@ class Offloading:
         """Whether it is on all that `put_on` would put it on."""
         there = self._wanted(target, standing)
         return there.keys() == {one for one, other in self._others.items() if user in other.users}
+
+    def others(self, user: Any) -> list[OffloadedOther]:
+        """What nobody else uses."""
+        return [other for other in self._others.values() if other.users == [user]]
 
     def leave(self, user: Any) -> None:
         """Puts back what nobody else uses."""
@@ -222,21 +242,23 @@ class Offloading:
         return [line_of(other) for other in self._others.values() if user in other.users]
 
 
-def offloading(extras: Extras, target: Any) -> Offloading | None:
-    """What offloads a target, where that is asked for."""
+def offloading(extras: Extras, target: Any, mesh: Mesh | None, timeout_s: float) -> Offloading | None:
+    """What offloads a target, where that is asked for. Collective on the ranks that share a sequence where their memory
+    is to be the home."""
     if extras.offload is None:
         return None
     if not all(has_values(x) for _, module in modules_in(target) for x in module.parameters()):
         from parafuse.engine.memory.away import counted
 
-        return counted(extras.offload, target)
+        return counted(extras.offload, target, mesh.sequence_degree if mesh is not None else 1)
     if isinstance(extras.offload, PlacedWeights):
         from parafuse.engine.placement.put_on import Placing
 
         return Placing.of(extras.offload, target)
     on_gpu = extras.offload.device == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    return Offloading(extras.offload, device, target)
+    ranks = beside(mesh, timeout_s) if extras.offload.to == RANKS and mesh is not None else None
+    return Offloading(extras.offload, device, target, ranks)
 
 
 def offload_on(target: Any) -> list[Offloading]:
@@ -265,7 +287,9 @@ def line_of(one: OffloadedComponent) -> str:
     units = one.residence.units
     total, streamed = sum(unit.image.nbytes for unit in units), sum(not unit.stays for unit in units)
     how = f"{streamed} units one by one" if streamed else "as a whole"
-    return f"offload {one.method.brief} on {one.name}: {total / 1e6:.1f} MB, {how}"
+    home = one.residence.home
+    part = f", {home.nbytes / 1e6:.1f} MB of it here" if isinstance(home, RanksHome) else ""
+    return f"offload {one.method.brief} on {one.name}: {total / 1e6:.1f} MB{part}, {how}"
 
 
 def modules_in(target: Any) -> list[tuple[str, nn.Module]]:

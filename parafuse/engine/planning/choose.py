@@ -14,7 +14,7 @@ from parafuse.attention import AUTO
 from parafuse.cache import cache_of
 from parafuse.config import VAE_TILED, Axis, Config, Parallel
 from parafuse.engine.planning import known, machine
-from parafuse.engine.planning.cost import Candidate, Corrections
+from parafuse.engine.planning.cost import SHARDED, Candidate, Corrections
 from parafuse.engine.planning.explain import one_line
 from parafuse.engine.planning.facts import Facts
 from parafuse.engine.planning.learned import corrections
@@ -24,6 +24,7 @@ from parafuse.engine.source import ModelSource, locate
 from parafuse.errors import ConfigError, ModelError, ParafuseError, RankError, UnsupportedError, nearest
 from parafuse.hardware import memory_bytes, num_cuda_devices, visible_gpus
 from parafuse.log import note
+from parafuse.offload import RANKS, ModelOffload, Offload, offload_of
 
 PLAIN = (str, int, float, bool)
 BRIDGED = 2
@@ -154,12 +155,16 @@ def fixed_of(config: Config, *, options: bool) -> dict[str, Any]:
         "compile": config.compile,
         "quantize": str(config.quantize or "").partition(":")[0],
         "cache": cache.brief if (cache := cache_of(config.cache)) is not None else "",
-        "offload": OFFLOADS.get(str(config.offload or "").partition(":")[0], ""),
+        "offload": offload_name(offload_of(config.offload)),
     }
     return found | {name: value for name, value in given.items() if value or options}
 
 
-OFFLOADS = {"model": "model", "group": "group", "sequential": "group"}
+def offload_name(method: Offload | None) -> str:
+    """As a candidate has it."""
+    if method is None:
+        return ""
+    return SHARDED if method.to == RANKS else "model" if isinstance(method, ModelOffload) else "group"
 
 
 def choose(

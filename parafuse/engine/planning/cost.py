@@ -48,6 +48,8 @@ HIT_RATES = {"first-block": 0.36, "taylorseer": 0.6, "interval": 0.5}
 on an
 L20, ParaAttention), of the others by their usual settings."""
 UNKNOWN_HITS = 0.3
+SHARDED = "group:to=ranks"
+"""The offload whose weights are cut between the ranks of a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,9 +406,17 @@ class Costs:
     def _carried(self, part: Part, one: Candidate, computed: float, device: Device) -> float:
         """Weights that come while others compute; what is left to wait for in one call."""
         came = self._kept(part.name, one) / device.host_bytes_per_s
+        if one.offload == SHARDED:
+            return max(0.0, self._gathered(part, one) - computed)
         if one.offload == "model":
             return came / max(1.0, part.calls)
         return max(0.0, came - computed)
+
+    def _gathered(self, part: Part, one: Candidate) -> float:
+        """Weights that come from the ranks of a sequence, one exchange for each of what comes together."""
+        sent = self._kept(part.name, one) / one.sequence * (one.sequence - 1)
+        link = self.machine.link(one.sequence)
+        return link.seconds(sent, GATHERS, min(one.num_ranks, self.machine.per_node))
 
     def _brought(self, part: Part, one: Candidate, device: Device) -> float:
         """The same in a request, of an encoder or a decoder."""
@@ -454,6 +464,8 @@ class Costs:
                 there = kept[part.name]
             elif one.offload == "group":
                 there = kept[part.name] * GROUP_SHARE
+            elif one.offload == SHARDED:
+                there = there / one.sequence + kept[part.name] * GROUP_SHARE
             by_phase[part.phase] = max(by_phase.get(part.phase, 0.0), there + peak)
         at = max(by_phase, key=lambda phase: by_phase[phase])
         return by_phase[at] + OVERHEAD.get(self.machine.device.kind, 0.0), at
@@ -466,6 +478,8 @@ class Costs:
 
 GROUP_SHARE = 0.1
 """Of a component's weights, those of the blocks that are on the device at a time."""
+GATHERS = 50
+"""Exchanges by which the weights of a component come from other ranks in a call."""
 OVERHEAD = {"cuda": 0.9e9}
 """Context, kernels, workspaces of libraries, and one communicator."""
 

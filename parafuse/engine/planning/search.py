@@ -12,7 +12,7 @@ from typing import Any
 
 from parafuse.attention import LOSSY_BACKENDS
 from parafuse.config import MAX_BRANCHES
-from parafuse.engine.planning.cost import Candidate, Corrections, Cost, Costs, in_8_bits
+from parafuse.engine.planning.cost import SHARDED, Candidate, Corrections, Cost, Costs, in_8_bits
 from parafuse.engine.planning.facts import DECODE, DENOISE, Facts
 from parafuse.engine.planning.machine import Link, Machine
 from parafuse.errors import ConfigError
@@ -51,7 +51,7 @@ ALLOWED = (
     "attention."
 )
 LOSSY_FIELDS = ("quantize", "cache", "sparse", "attention")
-OFFLOADS = ("model", "group")
+OFFLOADS = ("model", "group", SHARDED)
 """What is tried where weights have no room, the faster one first."""
 SAME = 0.005
 """Of the time: plans that are nearer are as good, and the simpler one is taken."""
@@ -240,11 +240,14 @@ def _fitting(one: Candidate, costs: Costs, demand: Demand) -> tuple[Cost, Cost |
     least = demand.objective == Objective.MEMORY
     fits = [plain] if plain.memory_bytes <= device.memory_bytes else []
     if (least or not fits) and "offload" not in demand.fixed and device.kind == "cuda":
-        away = (costs.cost(dataclasses.replace(one, offload=way), pictures=pictures) for way in OFFLOADS)
+        ways = OFFLOADS if one.sequence > 1 else OFFLOADS[:-1]
+        away = (costs.cost(dataclasses.replace(one, offload=way), pictures=pictures) for way in ways)
         fits += [cost for cost in away if cost.memory_bytes <= device.memory_bytes]
     if not fits:
         return plain, None
-    return plain, min(fits, key=lambda cost: cost.memory_bytes) if least else fits[0]
+    return plain, min(fits, key=lambda cost: cost.memory_bytes) if least else min(
+        fits, key=lambda cost: value_of(cost, demand)
+    )
 
 
 class Floors:
@@ -403,6 +406,9 @@ def options(
             return (demand.fixed[name],)
         return tried[:1] if demand.layouts_only else tried
 
+    if demand.fixed.get("offload") == SHARDED and layout.sequence == 1:
+        refused.setdefault(str(layout), f"{SHARDED} cuts weights between ranks that share a sequence, and none do")
+        return
     for compiled in values("compile", (False, True)):
         for quantize in values("quantize", allowed["quantize"]):
             method = str(quantize).partition(":")[0]

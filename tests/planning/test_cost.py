@@ -8,7 +8,7 @@ import pytest
 
 from parafuse.engine.planning.cost import SHARDED, Candidate, Corrections, Costs, rate_of, seconds_of, uneven
 from parafuse.engine.planning.facts import ATTENTION, DENOISE, GEMM, Amount, Operator
-from parafuse.engine.planning.machine import Curve, Machine
+from parafuse.engine.planning.machine import Curve, Link, Machine
 from tests.planning.models import BLOCKS, DEVICE, FAST, ITEM, SLOW, TOKENS, WIDTH, denoiser, facts, guided, machine
 
 PRODUCT = 2.0 * TOKENS * WIDTH * WIDTH

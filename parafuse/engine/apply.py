@@ -93,6 +93,14 @@ class Handle:
     """What had gone over the groups before: torch gives two meshes of the same ranks the same groups."""
 
     def __post_init__(self) -> None:
+        self._count_from_here()
+
+    def use(self, offloading: Offloading | None) -> None:
+        """What moves its weights. What was sent before is not told."""
+        self.offloading = offloading
+        self._count_from_here()
+
+    def _count_from_here(self) -> None:
         self._before = {name: replace(count) for name, count in self._counts().items()}
 
     def remove(self, *, quietly: bool = False) -> None:
@@ -428,7 +436,7 @@ def apply(target: Any, config: Config | None = None, *, mesh: Mesh | None = None
         if mesh.sequence_degree > 1 and config.parallel.ulysses == "auto":
             note(f"ulysses {degrees[Axis.ULYSSES]}: all ranks that no other axis uses")
     handle = Handle(mesh=mesh, extras=extras, quantize=method, target=target)
-    handle.offloading = known_offload or offloading(extras, target, mesh, config.timeout_s)
+    handle.use(known_offload or offloading(extras, target, mesh, config.timeout_s))
     known = next((one.guidance for one in shared if one.guidance), None)
     handle.rounds = known.rounds if known else handle.rounds
     handle.clock = next((one.clock for one in shared if one.clock), handle.clock)

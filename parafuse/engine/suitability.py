@@ -133,8 +133,20 @@ def check_target(target: Any, extras: Extras, device: str, degrees: Mapping[Axis
     """Raises ConfigError for what cannot be had on this target, before its parts are looked at."""
     _refuse_joint(extras.cache, target)
     extras.check(device, degrees.__getitem__)
+    _refuse_gone(target)
     for name, module in modules_in(target) if extras.offload else ():
         refuse_wrapped(name, list(module.modules()))
+
+
+def _refuse_gone(target: Any) -> None:
+    """Raises ConfigError for weights that were cut between ranks and did not come back."""
+    for name, module in modules_in(target):
+        is_away = getattr(vars(module).get("to"), "parafuse_offloading", None) is not None
+        if not is_away and any(x.numel() > 1 and not any(x.stride()) for x in module.parameters()):
+            raise ConfigError(
+                f"{name}: its weights were cut between ranks (offload: to=ranks), and are gone since that was taken "
+                "off; load the model again, or give keep_originals=true the first time."
+            )
 
 
 def _refuse_joint(cache: Cache | None, target: Any) -> None:

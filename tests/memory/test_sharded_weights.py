@@ -216,3 +216,19 @@ def refused(layout: dict[str, int]) -> str:
 def test_ranks_that_make_other_calls_cannot_share(layout: dict[str, int]) -> None:
     for said in run_ranks(refused, 2, layout):
         assert "give parallel.ulysses or parallel.ring of at least 2" in said
+
+
+def taken_off_and_asked_again() -> tuple[str, int]:
+    model, values = made("flux")
+    with parafuse.apply(model, config(dict(ulysses=2), offload=CUT)), torch.no_grad():
+        model(**values)
+    with pytest.raises(ConfigError) as failure:
+        parafuse.apply(model, config(dict(ulysses=2)))
+    with parafuse.apply(build("flux"), config(dict(ulysses=2), offload=CUT)) as handle:
+        return str(failure.value), sum(count.calls for count in handle.exchanged().values())
+
+
+def test_a_model_that_was_cut_is_not_taken_again_and_its_exchanges_are_not_counted() -> None:
+    for said, calls in run_ranks(taken_off_and_asked_again, 2):
+        assert "FluxTransformer2DModel: its weights were cut between ranks" in said
+        assert calls == 0
